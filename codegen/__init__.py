@@ -1,0 +1,1 @@
+"""Kernel families, whole-graph lowering and code generation."""

@@ -1,0 +1,1 @@
+"""Graph analyses and rewrites over an ``onnx_ir.Model``."""

@@ -1,1 +1,72 @@
+"""Calibration: run representative inputs through the float graph and keep statistics of its activations."""
 
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+import onnx_ir as ir
+
+from qcompile import ort
+from qcompile.calibration.data import Feed, InputSpec, load_feeds, text_encoder
+from qcompile.calibration.statistics import ChannelStatistics
+from qcompile.errors import CalibrationError
+
+__all__ = ["ChannelStatistics", "Feed", "InputSpec", "collect", "input_specs", "load_feeds", "text_encoder"]
+
+
+def input_specs(model: ir.Model) -> list[InputSpec]:
+    """Inputs of a model as `InputSpec`."""
+    specs = []
+    for value in model.graph.inputs:
+        if value.is_initializer():
+            continue
+        dims = [] if value.shape is None else [d if isinstance(d, int) else d.value for d in value.shape]
+        specs.append(InputSpec(value.name or "", value.dtype.numpy() if value.dtype else None, tuple(dims)))
+    return specs
+
+
+def collect(
+    model: ir.Model,
+    feeds: Iterable[Feed],
+    values: Sequence[str],
+    *,
+    hessian: Sequence[str] = (),
+    progress: Callable[[], None] | None = None,
+) -> dict[str, ChannelStatistics]:
+    """Run ``feeds`` through ``model`` in ONNX Runtime and gather statistics of the named values.
+
+    Args:
+        model: any stage that ONNX Runtime executes.
+        feeds: input dictionaries.
+        values: names of values, each ``(..., K)``; leading axes are rows (tokens).
+        hessian: those of ``values`` whose second moment ``X^T X`` is wanted.
+        progress: called after every sample.
+
+    Returns:
+        Statistics by value name.
+
+    Raises:
+        CalibrationError: a sample cannot be run, or makes the model produce NaN.
+    """
+    session = ort.session(model, outputs=values)
+    found: dict[str, ChannelStatistics] = {}
+    inputs = {v.name for v in session.get_inputs()}
+    wanted_hessian = set(hessian)
+    for index, feed in enumerate(feeds):
+        direct = {name: feed[name] for name in values if name in inputs}
+        fetch = [name for name in values if name not in direct]
+        try:
+            arrays = dict(zip(fetch, session.run(fetch, {k: v for k, v in feed.items() if k in inputs}))) | direct
+        except Exception as error:
+            raise CalibrationError(
+                f"calibration sample {index} cannot be run: {str(error).strip().splitlines()[0]}"
+            ) from None
+        for name, array in arrays.items():
+            if name not in found:
+                found[name] = ChannelStatistics(array.shape[-1], name in wanted_hessian)
+            found[name].update(array)
+            if not (found[name].absmax < float("inf")).all():
+                raise CalibrationError(f"calibration sample {index} makes {name} NaN or infinite")
+        if progress is not None:
+            progress()
+    return found

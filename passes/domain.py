@@ -1,0 +1,77 @@
+"""Operators of the domain ``qcompile``: functions with bodies, so that stock ONNX Runtime runs every stage.
+
+The bodies are the definition. A kernel that replaces one computes the same numbers.
+"""
+
+from __future__ import annotations
+
+import onnx
+import onnx.parser
+import onnx_ir as ir
+
+DOMAIN = "qcompile"
+OPSET = 23
+
+QUANTIZE_PER_TOKEN = """
+<domain: "qcompile", opset_import: ["" : 23]>
+QuantizePerToken <bits: int = 8> (x) => (codes, scale)
+{
+    one = Constant <value_float: float = 1.0> ()
+    two = Constant <value_float: float = 2.0> ()
+    zero = Constant <value_float: float = 0.0> ()
+    last = Constant <value_ints: ints = [-1]> ()
+    width = Constant <value_int: int = @bits> ()
+    width_f = Cast <to: int = 1> (width)
+    magnitude_bits = Sub (width_f, one)
+    levels = Pow (two, magnitude_bits)
+    qmax = Sub (levels, one)
+    qmin = Neg (qmax)
+    size = Abs (x)
+    absmax = ReduceMax <keepdims: int = 1> (size, last)
+    step = Div (absmax, qmax)
+    empty = Equal (step, zero)
+    scale = Where (empty, one, step)
+    steps = Div (x, scale)
+    rounded = Round (steps)
+    clipped = Clip (rounded, qmin, qmax)
+    codes = Cast <to: int = 3> (clipped)
+}
+"""
+
+DEQUANTIZE_PER_TOKEN = """
+<domain: "qcompile", opset_import: ["" : 23]>
+DequantizePerToken (codes, scale) => (x)
+{
+    steps = Cast <to: int = 1> (codes)
+    x = Mul (steps, scale)
+}
+"""
+
+_BODIES = {"QuantizePerToken": QUANTIZE_PER_TOKEN, "DequantizePerToken": DEQUANTIZE_PER_TOKEN}
+
+
+def function(name: str) -> ir.Function:
+    """Return a fresh copy of the function ``qcompile::name``."""
+    return ir.serde.deserialize_function(onnx.parser.parse_function(_BODIES[name]))
+
+
+def add_functions(model: ir.Model) -> None:
+    """Give ``model`` the body of every ``qcompile`` operator it uses and has no body for."""
+    used = {n.op_type for n in model.graph.all_nodes() if n.domain == DOMAIN}
+    for name in sorted(used & _BODIES.keys()):
+        if (DOMAIN, name, "") not in model.functions:
+            model.functions[(DOMAIN, name, "")] = function(name)
+    if used:
+        model.opset_imports[DOMAIN] = 1
+
+
+def register_function(name: str, text: str) -> None:
+    """Add an operator of this domain, given as the ONNX text form of its function.
+
+    Raises:
+        ValueError: the text is not a function of this domain with this name.
+    """
+    parsed = onnx.parser.parse_function(text)
+    if parsed.domain != DOMAIN or parsed.name != name:
+        raise ValueError(f"expected a function {DOMAIN}::{name}, got {parsed.domain}::{parsed.name}")
+    _BODIES[name] = text

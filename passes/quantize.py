@@ -1,0 +1,166 @@
+"""Write quantization into the graph, explicitly: codes, scales and zero points become initializers.
+
+    x @ w   ->   DequantizePerToken(QuantizePerToken(x)) @ DequantizeLinear(codes, scale, zero_point)
+
+What is quantized to which codes was decided before (formats, solvers); this pass only rewrites. The result runs in
+stock ONNX Runtime.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import onnx_ir as ir
+
+from qcompile.errors import FormatError
+from qcompile.formats import ActivationFormat, Format, IntFormat, Quantized
+from qcompile.passes.domain import DOMAIN, add_functions
+from qcompile.passes.graph import add_initializer, insert_before, remove_unused_initializers, replace
+from qcompile.passes.sites import EmbeddingSite, LinearSite
+
+TRUE_BITS = "qcompile.bits"
+FORMAT = "qcompile.format"
+
+
+@dataclass
+class Quantizer:
+    """Rewrites sites of one model; quantized activations are shared by all readers of a value.
+
+    Attributes:
+        model: rewritten in place.
+        static_scale: scale of each statically quantized activation, by value name.
+    """
+
+    model: ir.Model
+    static_scale: dict[str, float] = field(default_factory=dict)
+    _activations: dict[tuple[int, str], ir.Value] = field(default_factory=dict)
+    _tables: dict[str, tuple[ir.Value, ir.Value]] = field(default_factory=dict)
+
+    def linear(self, site: LinearSite, weight_format: Format, weight: Quantized, activation: ActivationFormat) -> None:
+        """Quantize the weight of ``site`` and, if ``activation`` has bits, its input."""
+        weight_value = self.weight(site, weight_format, weight)
+        x = self.activation(site.x, activation, site.node) if activation.bits else site.x
+        site.node.replace_input_with(0, x)
+        site.node.replace_input_with(1, weight_value)
+
+    def weight(self, site: LinearSite, fmt: Format, weight: Quantized) -> ir.Value:
+        """Insert codes, scale, zero point and their DequantizeLinear; returns the float ``(K, N)`` value."""
+        if not isinstance(fmt, IntFormat):
+            raise FormatError(f"{site.name}: format {fmt} has no ONNX form yet; choose an integer format")
+        graph = self.model.graph
+        base = site.weight.name or site.name
+        per_channel = fmt.group == 0
+        codes = add_initializer(graph, f"{base}.codes", integer_tensor(weight.codes, fmt.bits), like=site.weight)
+        codes.metadata_props[TRUE_BITS] = str(fmt.bits)
+        codes.metadata_props[FORMAT] = str(fmt)
+        scale_array = weight.scale.astype(np.float32)
+        inputs = [codes, add_initializer(graph, f"{base}.scale", scale_array[0] if per_channel else scale_array)]
+        if weight.zero_point is not None:
+            zero = weight.zero_point[0] if per_channel else weight.zero_point
+            inputs.append(add_initializer(graph, f"{base}.zero_point", integer_tensor(zero.astype(np.uint8), fmt.bits)))
+        attributes: dict[str, int] = {"axis": 1} if per_channel else {"axis": 0, "block_size": fmt.group}
+        node = ir.node("DequantizeLinear", inputs, attributes=attributes, name=f"{base}.dequantize")
+        out = node.outputs[0]
+        out.name, out.shape, out.type = f"{base}.dequantized", ir.Shape(site.shape), ir.TensorType(ir.DataType.FLOAT)
+        insert_before(site.node, [node])
+        return out
+
+    def activation(self, x: ir.Value, fmt: ActivationFormat, before: ir.Node) -> ir.Value:
+        """Insert the quantizer and dequantizer of ``x``, or reuse those that exist."""
+        key = (id(x), str(fmt))
+        if key in self._activations:
+            return self._activations[key]
+        if fmt.granularity == "token":
+            nodes = self._dynamic(x, fmt.bits)
+        else:
+            nodes = self._static(x, fmt.bits)
+        producer = x.producer()
+        if producer is not None:
+            self.model.graph.insert_after(producer, nodes)
+        else:
+            self.model.graph.insert_before(self.model.graph[0], nodes)
+        out = nodes[-1].outputs[0]
+        out.name, out.shape, out.type = f"{x.name}.dequantized", x.shape, ir.TensorType(ir.DataType.FLOAT)
+        self._activations[key] = out
+        return out
+
+    def _dynamic(self, x: ir.Value, bits: int) -> list[ir.Node]:
+        quantize = ir.node(
+            "QuantizePerToken", [x], domain=DOMAIN, num_outputs=2, attributes={"bits": bits}, name=f"{x.name}.quantize"
+        )
+        codes, scale = quantize.outputs
+        codes.name, codes.shape, codes.type = f"{x.name}.codes", x.shape, ir.TensorType(ir.DataType.INT8)
+        rows = ir.Shape([*x.shape[:-1], 1]) if x.shape is not None else None
+        scale.name, scale.shape, scale.type = f"{x.name}.scale", rows, ir.TensorType(ir.DataType.FLOAT)
+        return [quantize, ir.node("DequantizePerToken", [codes, scale], domain=DOMAIN, name=f"{x.name}.dequantize")]
+
+    def _static(self, x: ir.Value, bits: int) -> list[ir.Node]:
+        if bits != 8:
+            raise FormatError(f"{x.name}: static activations have 8 bits, not {bits}; use int{bits}/token")
+        if x.name not in self.static_scale:
+            raise FormatError(f"{x.name}: static activations need calibration data; pass some, or use int8/token")
+        scale = add_initializer(self.model.graph, f"{x.name}.scale", np.array(self.static_scale[x.name], np.float32))
+        zero = add_initializer(self.model.graph, f"{x.name}.zero_point", np.array(0, np.int8))
+        quantize = ir.node("QuantizeLinear", [x, scale, zero], name=f"{x.name}.quantize")
+        codes = quantize.outputs[0]
+        codes.name, codes.shape, codes.type = f"{x.name}.codes", x.shape, ir.TensorType(ir.DataType.INT8)
+        return [quantize, ir.node("DequantizeLinear", [codes, scale, zero], name=f"{x.name}.dequantize")]
+
+    def embedding(self, site: EmbeddingSite, codes: np.ndarray, scale: np.ndarray) -> None:
+        """Gather int8 rows ``(V, D)`` and their scales ``(V, 1)``, then dequantize the gathered rows only."""
+        graph = self.model.graph
+        base = site.table.name or site.name
+        if base not in self._tables:
+            self._tables[base] = (
+                add_initializer(graph, f"{base}.codes", codes.astype(np.int8), like=site.table),
+                add_initializer(graph, f"{base}.scale", scale.astype(np.float32).reshape(-1, 1)),
+            )
+        table, scales = self._tables[base]
+        rows = ir.node("Gather", [table, site.ids], attributes={"axis": 0}, name=f"{site.node.name}.codes")
+        steps = ir.node("Gather", [scales, site.ids], attributes={"axis": 0}, name=f"{site.node.name}.scale")
+        dequantize = ir.node(
+            "DequantizePerToken",
+            [rows.outputs[0], steps.outputs[0]],
+            domain=DOMAIN,
+            name=f"{site.node.name}.dequantize",
+        )
+        old = site.node.outputs[0]
+        lead = list(site.ids.shape) if site.ids.shape is not None else None
+        for value, dtype, last in (
+            (rows.outputs[0], ir.DataType.INT8, codes.shape[1]),
+            (steps.outputs[0], ir.DataType.FLOAT, 1),
+            (dequantize.outputs[0], ir.DataType.FLOAT, codes.shape[1]),
+        ):
+            value.type = ir.TensorType(dtype)
+            value.shape = ir.Shape([*lead, last]) if lead is not None else None
+        rows.outputs[0].name, steps.outputs[0].name = f"{old.name}.codes", f"{old.name}.scale"
+        name = old.name
+        insert_before(site.node, [rows, steps, dequantize])
+        replace(old, dequantize.outputs[0])
+        graph.remove(site.node, safe=True)
+        dequantize.outputs[0].name = name
+
+    def finish(self) -> ir.Model:
+        """Drop the float weights that nothing reads any more and add the function bodies."""
+        remove_unused_initializers(self.model.graph)
+        add_functions(self.model)
+        return self.model
+
+
+def integer_tensor(codes: np.ndarray, bits: int) -> ir.TensorProtocol:
+    """Wrap codes in the narrowest ONNX integer type of opset 23 that holds ``bits`` bits: 4 or 8.
+
+    INT2 exists from opset 25 on, but ONNX Runtime 1.32 computes wrong results with it; the stored artifact packs
+    the true width anyway (see `qcompile.formats.layout`).
+    """
+    signed = codes.dtype.kind == "i"
+    storage = 4 if bits <= 4 else 8
+    types = {
+        (8, True): ir.DataType.INT8,
+        (8, False): ir.DataType.UINT8,
+        (4, True): ir.DataType.INT4,
+        (4, False): ir.DataType.UINT4,
+    }
+    dtype = types[storage, signed]
+    return ir.Tensor(codes.astype(dtype.numpy()), dtype=dtype)

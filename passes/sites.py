@@ -1,0 +1,91 @@
+"""Where a model holds quantizable weights: linear operators and embedding tables, found by structure alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from qcompile.passes.graph import attribute, constant_shape, is_op, module_path
+
+
+@dataclass(frozen=True)
+class LinearSite:
+    """``y = x @ w`` with a constant ``w`` of shape ``(K, N)``.
+
+    Attributes:
+        node: the MatMul.
+        x: its activation input.
+        weight: the initializer.
+        name: where it came from in the source model.
+    """
+
+    node: ir.Node
+    x: ir.Value
+    weight: ir.Value
+    name: str
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(K, N)``."""
+        shape = constant_shape(self.weight)
+        assert shape is not None
+        return shape[0], shape[1]
+
+    def matrix(self) -> np.ndarray:
+        """The float weight, loaded now."""
+        assert self.weight.const_value is not None
+        return self.weight.const_value.numpy().astype(np.float32, copy=False)
+
+
+@dataclass(frozen=True)
+class EmbeddingSite:
+    """``y = table[ids]`` with a constant float table of shape ``(V, D)``."""
+
+    node: ir.Node
+    ids: ir.Value
+    table: ir.Value
+    name: str
+
+
+def _float_initializer(value: ir.Value | None, rank: int) -> bool:
+    return (
+        value is not None
+        and value.const_value is not None
+        and value.const_value.dtype in (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
+        and len(value.const_value.shape) == rank
+    )
+
+
+def linear_sites(model: ir.Model) -> list[LinearSite]:
+    """All MatMuls whose second input is a constant float matrix, in graph order."""
+    found = []
+    for node in model.graph:
+        if is_op(node, "MatMul") and _float_initializer(node.inputs[1], 2) and node.inputs[0] is not None:
+            weight = node.inputs[1]
+            assert weight is not None
+            found.append(LinearSite(node, node.inputs[0], weight, site_name(node, weight)))
+    return found
+
+
+def embedding_sites(model: ir.Model) -> list[EmbeddingSite]:
+    """All row gathers from a constant float table, in graph order."""
+    found = []
+    for node in model.graph:
+        if is_op(node, "Gather") and attribute(node, "axis", 0) == 0 and _float_initializer(node.inputs[0], 2):
+            table, ids = node.inputs
+            assert table is not None and ids is not None
+            found.append(EmbeddingSite(node, ids, table, site_name(node, table)))
+    return found
+
+
+def site_name(node: ir.Node, weight: ir.Value) -> str:
+    """A name a person recognises: the weight's own if the exporter kept it, else the module path or node name."""
+    path = module_path(node)
+    if path.startswith("["):
+        # torch.onnx writes the chain of scopes as a list: the last one that is not the node itself is the module.
+        parts = [p.strip(" '\"[]") for p in path.split(",")]
+        inner = [p for p in parts if p]
+        return inner[-2] if len(inner) > 1 else inner[-1]
+    return path or weight.name or "unnamed"

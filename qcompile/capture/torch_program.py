@@ -1,0 +1,238 @@
+"""``torch.nn.Module`` or ``torch.export.ExportedProgram`` -> ONNX in memory.
+
+The exporter is ``torch.onnx.export(dynamo=True)``. Opset 23 keeps RMSNormalization, RotaryEmbedding, Attention and
+Gelu whole; lower opsets decompose them, and ``qcompile.passes.recognise`` raises them again. What the exporter
+leaves to be done is done here:
+
+* weights that it folded (``val_92``, a transposed Linear weight) get back the name they have in the module;
+* metadata with file paths and stack traces of this machine is replaced by ``qcompile.module`` and ``qcompile.class``;
+* RotaryEmbedding's cos and sin tables of batch 1 are expanded to the batch, as the operator demands.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import logging
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import onnx_ir.passes.common as common_passes
+
+from qcompile.errors import ModelError, UnsupportedOperatorError
+
+MODULE_KEY = "qcompile.module"
+CLASS_KEY = "qcompile.class"
+
+
+def export_torch(
+    program: Any,
+    example: Sequence[Any] = (),
+    *,
+    opset: int,
+    dynamic_shapes: Any = None,
+    input_names: Sequence[str] | None = None,
+    output_names: Sequence[str] | None = None,
+    strip_prefix: str = "",
+) -> ir.Model:
+    """Export a module (in eval mode) or an exported program.
+
+    Args:
+        program: ``torch.nn.Module`` or ``torch.export.ExportedProgram``.
+        example: positional example inputs; ignored for an exported program, which holds its own.
+        opset: default-domain opset of the result.
+        dynamic_shapes: as ``torch.onnx.export`` takes them, e.g. ``({0: "batch"},)``; None for static shapes.
+        input_names, output_names: names of the graph's inputs and outputs.
+        strip_prefix: the attribute (``"model."``) of a wrapper that should not show in names.
+
+    Raises:
+        UnsupportedOperatorError: an operator of the program has no ONNX form.
+        ModelError: the exporter failed for another reason (its first line is quoted).
+    """
+    import torch
+
+    is_program = isinstance(program, torch.export.ExportedProgram)
+    try:
+        with torch.no_grad(), _quiet():
+            exported = torch.onnx.export(
+                program,
+                () if is_program else tuple(example),
+                dynamo=True,
+                opset_version=opset,
+                dynamic_shapes=None if is_program else dynamic_shapes,
+                input_names=list(input_names) if input_names else None,
+                output_names=list(output_names) if output_names else None,
+                verbose=False,
+            )
+    except Exception as error:
+        raise _export_error(program, error) from error
+    model = exported.model
+    parameters = program.state_dict
+    restore_weight_names(model, parameters if is_program else parameters(), strip_prefix)
+    clean_metadata(model, strip_prefix)
+    expand_rotary_tables(model)
+    common_passes.CommonSubexpressionEliminationPass()(model)
+    common_passes.RemoveUnusedNodesPass()(model)
+    return model
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporter warns about optional packages and tracing details that a user can do nothing about."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "torch", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels):
+            logger.setLevel(level)
+
+
+def _export_error(program: Any, error: Exception) -> ModelError:
+    """Say in one line what the exporter said in a hundred, keeping the cause that names the operator or dimension."""
+    name = type(program).__name__
+    chain: list[BaseException] = [error]
+    while (deeper := chain[-1].__cause__ or chain[-1].__context__) is not None and deeper not in chain:
+        chain.append(deeper)
+    for cause in chain:
+        if type(cause).__name__ == "DispatchError":
+            return UnsupportedOperatorError(f"{name}: {_first_line(cause)}")
+    for cause in reversed(chain):
+        text = str(cause)
+        if "Constraints violated" in text or "specialized" in text or "marked as dynamic" in text:
+            return ModelError(
+                f"{name}: the module does not work for every value of a dynamic dimension: {_first_line(cause)};"
+                " name the dimensions that may vary with dynamic={...}, or pass dynamic=False"
+            )
+    return ModelError(f"{name}: torch.export failed: {_first_line(chain[-1])}")
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0][:300] if lines else type(error).__name__
+
+
+def restore_weight_names(model: ir.Model, parameters: Mapping[str, Any], strip_prefix: str = "") -> None:
+    """Give folded weights the name of the parameter they were made from.
+
+    The exporter folds ``Transpose(weight)`` into a new initializer ``val_N``. The consumer's metadata names the module;
+    the initializer is renamed if the module has a parameter whose transpose is equal to it, value by value.
+    """
+    graph = model.graph
+    for value in list(graph.initializers.values()):
+        name = value.name or ""
+        if name in parameters or value.const_value is None or len(value.const_value.shape) != 2:
+            continue
+        for node, _ in value.uses():
+            scopes = _literal_list(node.metadata_props.get("pkg.torch.onnx.name_scopes"))
+            wanted = f"{scopes[-2]}.weight" if len(scopes) > 1 and scopes[-2] else ""
+            parameter = parameters.get(wanted)
+            if parameter is None or wanted in graph.initializers:
+                continue
+            if np.array_equal(parameter.detach().cpu().T.numpy(), value.const_value.numpy()):
+                value.name = wanted
+                value.const_value.name = wanted
+                break
+    if strip_prefix:
+        for value in list(graph.initializers.values()):
+            name = (value.name or "").removeprefix(strip_prefix)
+            if name != value.name and name not in graph.initializers:
+                value.name = name
+                if value.const_value is not None:
+                    value.const_value.name = name
+
+
+def clean_metadata(model: ir.Model, strip_prefix: str = "") -> None:
+    """Keep where a node came from (module path and class), drop stack traces and paths of this machine."""
+    for node in model.graph.all_nodes():
+        scopes = _literal_list(node.metadata_props.get("pkg.torch.onnx.name_scopes"))
+        classes = _literal_list(node.metadata_props.get("pkg.torch.onnx.class_hierarchy"))
+        node.metadata_props.clear()
+        node.doc_string = None
+        if len(scopes) > 1 and not scopes[-1].startswith("_empty_nn_module"):
+            path = scopes[-2]
+            path = "" if path == strip_prefix.rstrip(".") else path.removeprefix(strip_prefix)
+            if path:
+                node.metadata_props[MODULE_KEY] = path
+            if len(classes) > 1:
+                node.metadata_props[CLASS_KEY] = classes[-2].rsplit(".", 1)[-1]
+        for output in node.outputs:
+            output.metadata_props.clear()
+    for value in (*model.graph.inputs, *model.graph.outputs, *model.graph.initializers.values()):
+        value.metadata_props.clear()
+    model.graph.metadata_props.clear()
+    model.metadata_props.clear()
+    model.doc_string = None
+    model.graph.doc_string = None
+
+
+def _literal_list(text: str | None) -> list[str]:
+    if not text:
+        return []
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return []
+    return [str(item) for item in value] if isinstance(value, list) else []
+
+
+def expand_rotary_tables(model: ir.Model) -> int:
+    """Expand cos and sin of every RotaryEmbedding to the batch of its input; return how many operators were changed.
+
+    Without position ids the operator takes tables ``(batch, sequence, half)``; a model that counts positions from 0
+    computes them with batch 1.
+    """
+    changed = 0
+    graph = model.graph
+    expanded: dict[tuple[ir.Value, ir.Value], ir.Value] = {}
+    for node in list(graph):
+        if node.op_type != "RotaryEmbedding" or node.domain or (len(node.inputs) > 3 and node.inputs[3] is not None):
+            continue
+        data = node.inputs[0]
+        if data is None or _same_batch(data, node.inputs[1]):
+            continue
+        like = _input_with_batch_of(graph, data)
+        for index in (1, 2):
+            table = node.inputs[index]
+            if table is None:
+                continue
+            if (table, like) not in expanded or like is data:
+                batch = ir.node("Shape", [like], attributes={"start": 0, "end": 1})
+                ones = ir.node("Constant", [], attributes={"value": ir.tensor(np.array([1, 1], np.int64))})
+                shape = ir.node("Concat", [batch.outputs[0], ones.outputs[0]], attributes={"axis": 0})
+                expand = ir.node("Expand", [table, shape.outputs[0]])
+                if table.type is not None:
+                    expand.outputs[0].type = table.type
+                for new in (batch, ones, shape, expand):
+                    new.metadata_props.update(node.metadata_props)
+                graph.insert_before(node, [batch, ones, shape, expand])
+                expanded[table, like] = expand.outputs[0]
+            node.replace_input_with(index, expanded[table, like])
+        changed += 1
+    return changed
+
+
+def _same_batch(data: ir.Value, table: ir.Value | None) -> bool:
+    if data.shape is None or table is None or table.shape is None:
+        return False
+    first, second = data.shape[0], table.shape[0]
+    if isinstance(first, ir.SymbolicDim) and isinstance(second, ir.SymbolicDim):
+        return first.value is not None and first.value == second.value
+    return isinstance(first, int) and first == second
+
+
+def _input_with_batch_of(graph: ir.Graph, data: ir.Value) -> ir.Value:
+    """A graph input whose first dimension is that of ``data``, so that all layers share one Shape; else ``data``."""
+    batch = data.shape[0] if data.shape is not None and len(data.shape) else None
+    if isinstance(batch, ir.SymbolicDim) and batch.value is not None:
+        for value in graph.inputs:
+            if value.shape is not None and len(value.shape) and value.shape[0] == batch:
+                return value
+    return data

@@ -195,7 +195,7 @@ def _text(model: Any, config: Any, output: str, token_types: bool, causal: bool)
             super().__init__()
             self.model = model
 
-        def forward(self, input_ids, attention_mask, token_type_ids=None):  # noqa: ANN001, ANN202
+        def forward(self, input_ids, attention_mask, token_type_ids=None):
             extra = {"use_cache": False} if causal else {}
             if token_types:
                 extra["token_type_ids"] = token_type_ids
@@ -226,7 +226,7 @@ def _with_cache(model: Any, config: Any) -> Prepared:
             super().__init__()
             self.model = model
 
-        def forward(self, input_ids, attention_mask, position_ids, past):  # noqa: ANN001, ANN202
+        def forward(self, input_ids, attention_mask, position_ids, past):
             cache = DynamicCache()
             for layer in range(layers):
                 cache.update(past[2 * layer], past[2 * layer + 1], layer)
@@ -270,7 +270,7 @@ def _image(model: Any, config: Any, directory: Path, output: str) -> Prepared:
             super().__init__()
             self.model = model
 
-        def forward(self, pixel_values):  # noqa: ANN001, ANN202
+        def forward(self, pixel_values):
             return getattr(self.model(pixel_values=pixel_values), output)
 
     height, width = image_size(config, directory)

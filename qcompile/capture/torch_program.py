@@ -5,7 +5,7 @@ Gelu whole; lower opsets decompose them, and ``qcompile.passes.recognise`` raise
 leaves to be done is done here:
 
 * weights that it folded (``val_92``, a transposed Linear weight) get back the name they have in the module;
-* metadata with file paths and stack traces of this machine is replaced by ``qcompile.module`` and ``qcompile.class``;
+* metadata with file paths and stack traces of this machine is replaced by ``namespace`` (module path) and ``qcompile.class``;
 * RotaryEmbedding's cos and sin tables of batch 1 are expanded to the batch, as the operator demands.
 """
 
@@ -24,7 +24,7 @@ import onnx_ir.passes.common as common_passes
 
 from qcompile.errors import ModelError, UnsupportedOperatorError
 
-MODULE_KEY = "qcompile.module"
+MODULE_KEY = "namespace"
 CLASS_KEY = "qcompile.class"
 
 

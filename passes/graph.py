@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 def constant(value: ir.Value | None) -> np.ndarray | None:
     """Return the numpy value of a constant input (initializer or Constant node), else None."""
-    if value is None or value.is_graph_input() and not value.is_initializer():
+    if value is None or (value.is_graph_input() and not value.is_initializer()):
         return None
     if value.const_value is not None:
         return value.const_value.numpy()

@@ -184,11 +184,8 @@ def _check(feed: Feed, inputs: Sequence[InputSpec], where: str) -> None:
                     f"{where}: input {spec.name!r} has {have} along axis {axis}, the model takes {_shape(spec)}"
                 )
         if array.dtype != spec.dtype:
-            if (
-                array.dtype.kind in "iu"
-                and spec.dtype.kind in "iu"
-                or array.dtype.kind in "fiu"
-                and spec.dtype.kind == "f"
+            if (array.dtype.kind in "iu" and spec.dtype.kind in "iu") or (
+                array.dtype.kind in "fiu" and spec.dtype.kind == "f"
             ):
                 feed[spec.name] = array.astype(spec.dtype)
             else:

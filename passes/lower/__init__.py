@@ -1,0 +1,42 @@
+"""Lowering: from explicit quantization to fused kernel operators.
+
+Everything before this pass runs in ONNX Runtime; its result does not. The operators of the domain `qcompile.kernel`
+are what kernels compute in one go:
+
+| operator | inputs | outputs |
+|---|---|---|
+| `Linear` | x or codes, scale?, weight codes, weight scale, weight zero point?, bias?, residual? | y |
+| `Rowwise` | x, gamma?, beta? | y?, codes?, scale? |
+| `Rope` | merged projections, cos, sin | same shape as the first input |
+| `Attention` | q, k, v or one merged matrix, mask? | y (batch, sequence, heads x head_dim) |
+| `Embedding` | codes, scale, ids | y |
+
+Activation codes are uint8 here: the signed code plus 128.
+"""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+from onnx_ir.passes import common
+
+from qcompile.passes.graph import remove_unused_initializers
+from qcompile.passes.lower.attention import lower_attention
+from qcompile.passes.lower.embedding import lower_embeddings
+from qcompile.passes.lower.kernel_ops import KERNEL_DOMAIN
+from qcompile.passes.lower.linear import lower_linears
+from qcompile.passes.lower.rowwise import lower_rowwise
+
+__all__ = ["KERNEL_DOMAIN", "lower"]
+
+
+def lower(model: ir.Model) -> ir.Model:
+    """Return a lowered copy of ``model`` (weights shared)."""
+    lowered = model.clone()
+    lower_linears(lowered)
+    lower_attention(lowered)
+    lower_rowwise(lowered)
+    lower_embeddings(lowered)
+    common.RemoveUnusedNodesPass()(lowered)
+    remove_unused_initializers(lowered.graph)
+    lowered.opset_imports[KERNEL_DOMAIN] = 1
+    return lowered

@@ -1,0 +1,218 @@
+"""Quantized MatMuls with their bias, activation and residual become one kernel `Linear`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from qcompile.formats import ActivationFormat, IntFormat
+from qcompile.passes.domain import DOMAIN
+from qcompile.passes.graph import attribute, constant, constant_shape, is_op, sole_use
+from qcompile.passes.lower.kernel_ops import kernel_node, same_shape, take_over
+from qcompile.passes.quantize import FORMAT
+
+
+@dataclass(frozen=True)
+class QuantizedWeight:
+    """The constant operand of a quantized MatMul."""
+
+    codes: ir.Value
+    scale: ir.Value
+    zero_point: ir.Value | None
+    format: str
+
+
+@dataclass(frozen=True)
+class QuantizedActivation:
+    """The other operand: ``codes`` is the float value itself when the activation is not quantized."""
+
+    codes: ir.Value
+    scale: ir.Value | None
+    format: str
+
+
+def quantized_weight(value: ir.Value | None) -> QuantizedWeight | None:
+    """Recognise ``DequantizeLinear`` of a constant ``(K, N)`` code matrix, as written by `quantize` or by others."""
+    node = value.producer() if value is not None else None
+    if not is_op(node, "DequantizeLinear"):
+        return None
+    assert node is not None
+    codes, scale = node.inputs[0], node.inputs[1]
+    zero = node.inputs[2] if len(node.inputs) > 2 else None
+    shape = constant_shape(codes)
+    scale_shape = constant_shape(scale)
+    if codes is None or scale is None or shape is None or scale_shape is None or len(shape) != 2:
+        return None
+    if zero is not None and constant_shape(zero) is None:
+        return None
+    spelling = codes.metadata_props.get(FORMAT)
+    if spelling is None:
+        spelling = _infer_format(node, codes, zero, scale_shape)
+    return None if spelling is None else QuantizedWeight(codes, scale, zero, spelling)
+
+
+def _infer_format(node: ir.Node, codes: ir.Value, zero: ir.Value | None, scale_shape: tuple[int, ...]) -> str | None:
+    assert codes.dtype is not None
+    widths = {ir.DataType.INT8: 8, ir.DataType.UINT8: 8, ir.DataType.INT4: 4, ir.DataType.UINT4: 4}
+    if codes.dtype not in widths:
+        return None
+    signed = codes.dtype in (ir.DataType.INT8, ir.DataType.INT4)
+    block, axis = int(attribute(node, "block_size", 0)), int(attribute(node, "axis", 1))  # type: ignore[call-overload]
+    if block and axis not in (0, -2):
+        return None
+    if not block and not (len(scale_shape) == 1 and axis in (1, -1)):
+        return None
+    zeros = constant(zero) if zero is not None else None
+    if signed and zeros is not None and np.any(zeros.astype(np.int32) != 0):
+        return None  # a signed asymmetric format has no spelling; the dequantized float path takes it
+    return str(IntFormat(widths[codes.dtype], block, signed))
+
+
+def quantized_activation(value: ir.Value) -> QuantizedActivation:
+    """Recognise a dynamic per-token or static per-tensor quantized activation; anything else is float."""
+    node = value.producer()
+    if is_op(node, "DequantizePerToken", domain=DOMAIN):
+        assert node is not None
+        codes, scale = node.inputs
+        source = codes.producer() if codes is not None else None
+        if is_op(source, "QuantizePerToken", domain=DOMAIN):
+            assert source is not None and codes is not None
+            return QuantizedActivation(codes, scale, str(ActivationFormat(int(attribute(source, "bits", 8)), "token")))  # type: ignore[call-overload]
+    elif is_op(node, "DequantizeLinear"):
+        assert node is not None
+        source = node.inputs[0].producer() if node.inputs[0] is not None else None
+        if is_op(source, "QuantizeLinear") and node.inputs[0] is not None:
+            assert source is not None
+            same = list(source.inputs[1:]) == list(node.inputs[1:])
+            zero = constant(node.inputs[2]) if len(node.inputs) > 2 else None
+            scale = constant(node.inputs[1])
+            if same and scale is not None and scale.size == 1 and node.inputs[0].dtype == ir.DataType.INT8:
+                if zero is None or not zero.any():
+                    return QuantizedActivation(node.inputs[0], node.inputs[1], "int8/tensor")
+    return QuantizedActivation(value, None, "none")
+
+
+def activation_name(node: ir.Node | None) -> str:
+    """Name of the elementwise activation that a node computes on its only input, or an empty string."""
+    if is_op(node, "Gelu"):
+        assert node is not None
+        return "gelu_tanh" if attribute(node, "approximate", "none") == "tanh" else "gelu"
+    if is_op(node, "Relu"):
+        return "relu"
+    if is_op(node, "Swish"):
+        assert node is not None
+        return "silu" if float(attribute(node, "alpha", 1.0)) == 1.0 else ""  # type: ignore[arg-type]
+    return ""
+
+
+def lower_linears(model: ir.Model) -> None:
+    """Replace every MatMul with a quantized constant weight."""
+    for node in list(model.graph):
+        if is_op(node, "MatMul") and (weight := quantized_weight(node.inputs[1])) is not None:
+            _lower(model.graph, node, weight)
+
+
+def _lower(graph: ir.Graph, matmul: ir.Node, weight: QuantizedWeight) -> None:
+    x = matmul.inputs[0]
+    assert x is not None
+    shape = constant_shape(weight.codes)
+    assert shape is not None
+    k, n = shape
+    activation = quantized_activation(x)
+    last, fused = matmul, [matmul]
+    bias = residual = None
+    if (add := sole_use(last.outputs[0])) is not None and is_op(add, "Add"):
+        other = _other(add, last.outputs[0])
+        if other is not None and constant_shape(other) in ((n,), (1, n)):
+            bias, last = other, add
+            fused.append(add)
+    name = ""
+    if (found := activation_name(sole_use(last.outputs[0]))) and found != "silu":
+        # silu is left to the gated product that usually follows it
+        name, last = found, sole_use(last.outputs[0])  # type: ignore[assignment]
+        fused.append(last)
+    if (add := sole_use(last.outputs[0])) is not None and is_op(add, "Add"):
+        other = _other(add, last.outputs[0])
+        if other is not None and constant_shape(other) is None and same_shape(other, last.outputs[0]):
+            residual, last = other, add
+            fused.append(add)
+    linear = kernel_node(
+        "Linear",
+        [activation.codes, activation.scale, weight.codes, weight.scale, weight.zero_point, bias, residual],
+        [last.outputs[0]],
+        {"weight_format": weight.format, "activation_format": activation.format, "epilogue": name, "k": k, "n": n},
+        like=matmul,
+    )
+    graph.insert_after(last, [linear])
+    take_over(last.outputs[0], linear.outputs[0])
+    for node in reversed(fused):
+        graph.remove(node, safe=True)
+
+
+def _other(add: ir.Node, value: ir.Value) -> ir.Value | None:
+    a, b = add.inputs
+    if a is value and b is value:
+        return None
+    return b if a is value else a
+
+
+def merge_linears(graph: ir.Graph, linears: list[ir.Node]) -> ir.Value | None:
+    """Concatenate parallel Linears along N into one placed at the first, or return None if they differ.
+
+    Returns the merged output; the outputs of ``linears`` keep their users, who are expected to be rewritten.
+    """
+    first = linears[0]
+    keys = ("weight_format", "activation_format", "k")
+    same = all(
+        node.inputs[0] is first.inputs[0]
+        and node.inputs[1] is first.inputs[1]
+        and node.inputs[6] is None
+        and all(attribute(node, key) == attribute(first, key) for key in keys)
+        and attribute(node, "epilogue") == ""
+        and (node.inputs[4] is None) == (first.inputs[4] is None)
+        for node in linears
+    )
+    if not same:
+        return None
+    widths = [int(attribute(node, "n")) for node in linears]  # type: ignore[call-overload]
+
+    def joined(index: int) -> ir.Value | None:
+        values = [node.inputs[index] for node in linears]
+        if values[0] is None and index != 5:
+            return None
+        if all(v is None for v in values):
+            return None
+        arrays = [
+            np.zeros(w, np.float32) if v is None else constant(v).reshape(-1) if index == 5 else constant(v)  # type: ignore[union-attr]
+            for v, w in zip(values, widths)
+        ]
+        whole = np.concatenate(arrays, axis=-1)
+        names = [v.name for v in values if v is not None]
+        like = next(v for v in values if v is not None)
+        assert like.dtype is not None
+        value = ir.Value(
+            name="+".join(str(n) for n in names),
+            const_value=ir.Tensor(whole, dtype=like.dtype, name="+".join(str(n) for n in names)),
+            shape=ir.Shape(whole.shape),
+            type=ir.TensorType(like.dtype),
+        )
+        value.metadata_props.update(like.metadata_props)
+        if value.name not in graph.initializers:
+            graph.register_initializer(value)
+        return graph.initializers[value.name]
+
+    merged = kernel_node(
+        "Linear",
+        [first.inputs[0], first.inputs[1], joined(2), joined(3), joined(4), joined(5), None],
+        [None],
+        {**{k: attribute(first, k) for k in keys}, "epilogue": "", "n": sum(widths), "parts": widths},
+        like=first,
+    )
+    out = merged.outputs[0]
+    out.name, out.type = f"{first.outputs[0].name}.merged", first.outputs[0].type
+    if first.outputs[0].shape is not None:
+        out.shape = ir.Shape([*first.outputs[0].shape[:-1], sum(widths)])
+    graph.insert_before(first, [merged])
+    return out

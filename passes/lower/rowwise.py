@@ -1,0 +1,133 @@
+"""Norms, gated products and activations, fused with the activation quantizer that reads them: kernel `Rowwise`."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from qcompile.passes.domain import DOMAIN
+from qcompile.passes.graph import attribute, constant_shape, is_op, sole_use
+from qcompile.passes.lower.kernel_ops import is_kernel, kernel_node, same_shape, take_over
+from qcompile.passes.lower.linear import activation_name, merge_linears
+
+
+def lower_rowwise(model: ir.Model) -> None:
+    """Turn every per-token quantizer and every last-axis norm into a `Rowwise`, merging the two where they meet."""
+    graph = model.graph
+    for node in list(graph):
+        if node.graph is None:
+            continue
+        if is_op(node, "QuantizePerToken", domain=DOMAIN):
+            _quantizer(graph, node)
+    for node in list(graph):
+        if node.graph is not None and (norm := _norm(node)) is not None:
+            kind, inputs, attributes = norm
+            row = kernel_node("Rowwise", inputs, [node.outputs[0], None, None], {"producer": kind, **attributes}, node)
+            row.outputs[1].name = row.outputs[2].name = ""
+            graph.insert_after(node, [row])
+            take_over(node.outputs[0], row.outputs[0])
+            graph.remove(node, safe=True)
+
+
+def _quantizer(graph: ir.Graph, quantize: ir.Node) -> None:
+    x = quantize.inputs[0]
+    assert x is not None
+    bits = attribute(quantize, "bits", 8)
+    producer = x.producer()
+    kind, inputs, attributes = "identity", [x], {}
+    consumed: list[ir.Node] = []
+    keep_float = False
+    if producer is not None and (norm := _norm(producer)) is not None:
+        kind, inputs, attributes = norm
+        keep_float = len(x.uses()) > 1 or x.is_graph_output()
+        consumed = [producer]
+    elif producer is not None and sole_use(x) is quantize and (gated := _gated(graph, producer)) is not None:
+        kind, inputs, consumed = gated
+    elif producer is not None and sole_use(x) is quantize and (found := activation_name(producer)):
+        kind, inputs, consumed = found, [producer.inputs[0]], [producer]  # type: ignore[list-item]
+    row = kernel_node(
+        "Rowwise",
+        inputs,
+        [x if keep_float else None, quantize.outputs[0], quantize.outputs[1]],
+        {"producer": kind, "bits": bits, **attributes},
+        like=producer if consumed else quantize,
+    )
+    row.outputs[1].type = ir.TensorType(ir.DataType.UINT8)
+    anchor = consumed[0] if consumed else quantize
+    graph.insert_after(anchor, [row])
+    if keep_float:
+        # The quantizer itself reads x: detach it first, so that only the other readers move to the fused output.
+        take_over(quantize.outputs[0], row.outputs[1])
+        take_over(quantize.outputs[1], row.outputs[2])
+        graph.remove(quantize, safe=True)
+        take_over(x, row.outputs[0])
+    else:
+        row.outputs[0].name = ""
+        take_over(quantize.outputs[0], row.outputs[1])
+        take_over(quantize.outputs[1], row.outputs[2])
+        graph.remove(quantize, safe=True)
+    for node in consumed:
+        graph.remove(node, safe=True)
+
+
+def _norm(node: ir.Node) -> tuple[str, list[ir.Value | None], dict[str, object]] | None:
+    """Kind, inputs and attributes of a norm over the last axis with constant gamma (and beta)."""
+    kinds = {"LayerNormalization": "layernorm", "RMSNormalization": "rmsnorm"}
+    if node.domain not in ("", "ai.onnx") or node.op_type not in kinds:
+        return None
+    x, gamma = node.inputs[0], node.inputs[1]
+    beta = node.inputs[2] if len(node.inputs) > 2 else None
+    if x is None or x.shape is None or any(v is not None and v.uses() for v in node.outputs[1:]):
+        return None
+    axis, rank = int(attribute(node, "axis", -1)), len(x.shape)  # type: ignore[call-overload]
+    width = x.shape[-1]
+    shape = constant_shape(gamma)
+    if axis not in (-1, rank - 1) or not isinstance(width, int) or shape != (width,):
+        return None
+    if beta is not None and constant_shape(beta) != (width,):
+        return None
+    return kinds[node.op_type], [x, gamma, beta], {"epsilon": float(attribute(node, "epsilon", 1e-5))}  # type: ignore[arg-type]
+
+
+def _gated(graph: ir.Graph, product: ir.Node) -> tuple[str, list[ir.Value | None], list[ir.Node]] | None:
+    """Match ``act(gate) * up`` of two parallel Linears; merges them so that one row holds [gate | up]."""
+    if not is_op(product, "Mul"):
+        return None
+    for side in (0, 1):
+        gate_out, up = product.inputs[side], product.inputs[1 - side]
+        if gate_out is None or up is None or not same_shape(gate_out, up):
+            continue
+        match = _gate(gate_out)
+        if match is None:
+            continue
+        kind, gate, nodes = match
+        if not is_kernel(gate.producer(), "Linear") or not is_kernel(up.producer(), "Linear"):
+            continue
+        if sole_use(up) is not product or gate is up:
+            continue
+        linears = [gate.producer(), up.producer()]
+        merged = merge_linears(graph, linears)  # type: ignore[arg-type]
+        if merged is None:
+            continue
+        return kind, [merged], [product, *nodes, *linears]  # type: ignore[list-item]
+    return None
+
+
+def _gate(value: ir.Value) -> tuple[str, ir.Value, list[ir.Node]] | None:
+    """Match ``silu(g)``, spelled Swish or g * sigmoid(g), or ``gelu(g)``; returns kind, g and the nodes, last first."""
+    node = value.producer()
+    if node is None or sole_use(value) is None:
+        return None
+    kinds = {"silu": "swiglu", "gelu": "geglu", "gelu_tanh": "geglu_tanh"}
+    if (name := activation_name(node)) in kinds:
+        source = node.inputs[0]
+        return (kinds[name], source, [node]) if source is not None and sole_use(source) is node else None
+    if is_kernel(node, "Linear") and attribute(node, "epilogue") in kinds:
+        return None
+    if is_op(node, "Mul"):
+        for side in (0, 1):
+            source, gated = node.inputs[side], node.inputs[1 - side]
+            sigmoid = gated.producer() if gated is not None else None
+            if is_op(sigmoid, "Sigmoid") and sigmoid is not None and sigmoid.inputs[0] is source and source is not None:
+                if {use.node for use in source.uses()} == {node, sigmoid} and sole_use(gated) is node:
+                    return "swiglu", source, [node, sigmoid]
+    return None

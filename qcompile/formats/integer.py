@@ -4,17 +4,28 @@
     asymmetric   w ~ s * (q - z),  q, z in [0, 2^b - 1]
 
 Source: Krishnamoorthi, "Quantizing deep convolutional networks for efficient inference" (2018), section 2.
+
+The symmetric range has one more negative than positive code. Per group the scale is either ``max|w| / qmax``, which
+leaves the extra code unused, or puts the extreme weight on the extra code, ``extreme / qmin``: that step is finer, but
+weights near the other end are clipped, and the scale is negative where the extreme is positive. Whichever errs less
+wins; at 2 bits it is nearly always the second.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
 from qcompile.errors import FormatError
-from qcompile.formats.base import Format, Quantized, register_format
+from qcompile.formats.base import Format, FormatInfo, Grid, check_weight, column_chunks, parse_group, register_format
+from qcompile.formats.search import best_scale
+
+# The useful range of scales, relative to the one that covers all weights, and how many to try within it.
+_SHRINK = {1: 0.2, 2: 0.3, 3: 0.45, 4: 0.55, 5: 0.7, 6: 0.75, 7: 0.85, 8: 0.9}
+_STEPS = 14
 
 
 @dataclass(frozen=True)
@@ -42,53 +53,103 @@ class IntFormat(Format):
         """Largest code."""
         return (1 << (self.bits - 1)) - 1 if self.symmetric else (1 << self.bits) - 1
 
-    def groups(self, k: int) -> int:
-        """Number of groups along a reduction axis of length ``k``; the last one may be shorter."""
-        return -(-k // self.group) if self.group else 1
+    def minmax_grid(self, weight: np.ndarray) -> Grid:
+        blocks, _ = self.split(weight)
+        low, high = blocks.min(1), blocks.max(1)
+        if not self.symmetric:
+            low, high = np.minimum(low, 0), np.maximum(high, 0)
+            # Halving first keeps the range finite for weights near the largest float.
+            scale = _usable((high / 2 - low / 2) / (self.qmax / 2))
+            zero = np.clip(np.rint(-low / scale), 0, self.qmax).astype(np.uint8)
+            return Grid(scale, zero)
+        extreme = np.where(-low > high, low, high)
+        full = _usable(extreme / self.qmin)
+        if self.qmax < 1:
+            return Grid(full)
+        half = _usable(np.abs(extreme) / self.qmax)
+        unit = np.float32(1) / _usable(np.abs(extreme))  # compare errors on normalised weights: squares cannot overflow
+        normal = blocks * unit[:, None]
+        error = [
+            np.square(normal - self._snap(normal / (s * unit)[:, None]) * (s * unit)[:, None]).sum(1)
+            for s in (half, full)
+        ]
+        return Grid(np.where(error[1] < error[0], full, half))
 
-    def encode(self, weight: np.ndarray) -> Quantized:
-        k, n = weight.shape
-        size = self.group or k
-        groups = self.groups(k)
-        padded = np.zeros((groups * size, n), np.float64)
-        padded[:k] = weight
-        blocks = padded.reshape(groups, size, n)
-        if self.symmetric:
-            # The grid has one more negative than positive step; clipping the positive end by half a step is
-            # worse than never using the extra code, except for 1 and 2 bits where codes are scarce.
-            scale = np.abs(blocks).max(1) / max(self.qmax, 1)
-            zero = None
-        else:
-            low, high = np.minimum(blocks.min(1), 0), np.maximum(blocks.max(1), 0)
-            scale = (high - low) / self.qmax
-            zero = np.clip(np.rint(-low / np.where(scale == 0, 1, scale)), 0, self.qmax)
-        scale = np.where(scale == 0, 1, scale).astype(np.float32)
-        return Quantized(self.codes_for(weight, scale, zero), scale, None if zero is None else zero.astype(np.uint8))
+    def fit_grid(self, weight: np.ndarray, importance: np.ndarray | None = None) -> Grid:
+        fit = self._fit_symmetric if self.symmetric else self._fit_asymmetric
+        parts = []
+        for columns in column_chunks(weight):
+            part = importance[:, columns] if importance is not None and importance.ndim == 2 else importance
+            blocks, h = self.split(weight[:, columns], part)
+            norm = _usable(np.abs(blocks).max(1))
+            scale, zero = fit(blocks / norm[:, None], h)
+            parts.append((_usable(scale * norm), zero))
+        scale = np.concatenate([s for s, _ in parts], axis=1)
+        return Grid(scale, None if self.symmetric else np.concatenate([z for _, z in parts], axis=1))
+
+    def nearest(self, values: np.ndarray, grid: Grid) -> np.ndarray:
+        q = np.rint(values / grid.scale)
+        if grid.zero_point is not None:
+            q += grid.zero_point
+        return np.clip(q, self.qmin, self.qmax, out=q).astype(np.int8 if self.symmetric else np.uint8)
+
+    def values(self, codes: np.ndarray, grid: Grid) -> np.ndarray:
+        q = codes.astype(np.float32)
+        if grid.zero_point is not None:
+            q -= grid.zero_point
+        return q * grid.scale
 
     def codes_for(self, weight: np.ndarray, scale: np.ndarray, zero: np.ndarray | None) -> np.ndarray:
         """Round ``weight`` to the grid with given ``scale`` and ``zero`` (both ``(G, N)``); int8 or uint8 codes."""
-        k = weight.shape[0]
-        step = self.expand(scale, k).astype(np.float64)
-        q = np.rint(weight / step)
-        if zero is not None:
-            q = q + self.expand(zero, k)
-        return np.clip(q, self.qmin, self.qmax).astype(np.int8 if self.symmetric else np.uint8)
-
-    def expand(self, per_group: np.ndarray, k: int) -> np.ndarray:
-        """Repeat ``(G, N)`` parameters to ``(K, N)``."""
-        return np.repeat(per_group, self.group or k, axis=0)[:k]
-
-    def decode(self, quantized: Quantized) -> np.ndarray:
-        k = quantized.codes.shape[0]
-        q = quantized.codes.astype(np.float32)
-        if quantized.zero_point is not None:
-            q = q - self.expand(quantized.zero_point, k).astype(np.float32)
-        return (q * self.expand(quantized.scale.astype(np.float32), k)).astype(np.float32)
+        return self.quantize(weight, Grid(scale, zero)).codes
 
     def bits_per_weight(self, shape: tuple[int, int], scale_bits: int = 16) -> float:
         k, n = shape
         per_group = scale_bits + (0 if self.symmetric else self.bits)
         return self.bits + self.groups(k) * n * per_group / (k * n)
+
+    def _snap(self, unit: np.ndarray, zero: int | np.ndarray = 0) -> np.ndarray:
+        """Round multiples of the scale to the values a code can have, ``zero`` being the code of 0."""
+        return np.clip(np.rint(unit), self.qmin - zero, self.qmax - zero)
+
+    def _ratios(self) -> Iterator[np.float32]:
+        yield from np.linspace(1, _SHRINK[self.bits], _STEPS, dtype=np.float32)
+
+    def _fit_symmetric(self, blocks: np.ndarray, h: np.ndarray) -> tuple[np.ndarray, None]:
+        extreme = np.where(-blocks.min(1) > blocks.max(1), np.float32(-1), np.float32(1))
+        full = np.where(extreme == 0, 1, extreme) / self.qmin
+        # Below 5 bits the spare code is worth a search with either sign; above, one step in 32 hardly matters.
+        signs = (1, -1) if self.bits < 5 else (1,)
+        scale, _ = best_scale(blocks, h, (full * (r * sign) for sign in signs for r in self._ratios()), self._snap)
+        return scale, None
+
+    def _fit_asymmetric(self, blocks: np.ndarray, h: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        low, high = np.minimum(blocks.min(1), 0), np.maximum(blocks.max(1), 0)
+        centre = np.rint(-low / _usable(high - low) * self.qmax)
+        around = np.arange(-2, 3) if self.bits > 3 else np.arange(-self.qmax, self.qmax + 1)
+        best = None
+        for shift in around:
+            zero = np.clip(centre + shift, 0, self.qmax)
+            if best is not None and (zero != centre + shift).all():
+                continue
+            cover = _usable(np.maximum(high / np.maximum(self.qmax - zero, 0.5), -low / np.maximum(zero, 0.5)))
+            snap = lambda unit, zero=zero: self._snap(unit, zero[:, None])  # noqa: E731
+            scale, score = best_scale(blocks, h, (cover * r for r in self._ratios()), snap, rounds=1)
+            if best is None:
+                best = (scale, zero, score)
+            else:
+                best = tuple(
+                    np.where(score > best[2], new, old) for new, old in zip((scale, zero, score), best, strict=True)
+                )
+        scale, zero, _ = best
+        # The stored zero point is a code, so a group keeps its sign convention: a negative scale mirrors the zero.
+        return np.where(scale < 0, -scale, scale), np.where(scale < 0, self.qmax - zero, zero).astype(np.uint8)
+
+
+def _usable(scale: np.ndarray) -> np.ndarray:
+    """Replace scales of zero (all-zero groups) or too small to divide by with 1, so that zeros stay zeros."""
+    tiny = np.finfo(np.float32).tiny
+    return np.where(np.abs(scale) < tiny, 1, scale).astype(np.float32)
 
 
 @dataclass(frozen=True)
@@ -111,14 +172,14 @@ _INT = re.compile(r"^int([1-8])(?:/g(\d+)|/channel)?(/asym|/sym)?$")
 _ACT = re.compile(r"^int([2-8])(?:/(token|tensor))?$")
 
 
-@register_format
+@register_format(
+    info=FormatInfo("int<1-8>[/g<N>][/asym]", "uniform integers, per output channel or in groups", IntFormat(4, 128))
+)
 def _parse_int(spelling: str) -> Format | None:
     if not (match := _INT.match(spelling)):
         return None
     bits, group, sym = match.groups()
-    if group is not None and int(group) < 1:
-        raise FormatError(f"{spelling}: a group holds at least one weight")
-    return IntFormat(int(bits), int(group or 0), sym != "/asym")
+    return IntFormat(int(bits), parse_group(spelling, group), sym != "/asym")
 
 
 def parse_activation(spelling: str) -> ActivationFormat:

@@ -71,7 +71,9 @@ class BitLayout:
         sizes = self.factors(k, n)
         padded = np.full((sizes["k0"] * self.k_tile, sizes["n0"] * self.n_tile), self.pad_code, np.uint8)
         padded[:k, :n] = codes
-        split = padded.reshape([sizes[f"k{i}"] for i in range(len(self.k))] + [sizes[f"n{i}"] for i in range(len(self.n))])
+        split = padded.reshape(
+            [sizes[f"k{i}"] for i in range(len(self.k))] + [sizes[f"n{i}"] for i in range(len(self.n))]
+        )
         axes = [f"k{i}" for i in range(len(self.k))] + [f"n{i}" for i in range(len(self.n))] + ["b"]
         bits = (split[..., None] >> np.arange(self.bits, dtype=np.uint8)) & 1
         ordered = bits.transpose([axes.index(a) for a in self.order.split()])
@@ -81,7 +83,9 @@ class BitLayout:
         """Inverse of `pack`: the ``(k, n)`` uint8 codes."""
         sizes = self.factors(k, n)
         names = self.order.split()
-        bits = np.unpackbits(np.ascontiguousarray(packed).reshape(-1), bitorder="little").reshape([sizes[a] for a in names])
+        bits = np.unpackbits(np.ascontiguousarray(packed).reshape(-1), bitorder="little").reshape(
+            [sizes[a] for a in names]
+        )
         axes = [f"k{i}" for i in range(len(self.k))] + [f"n{i}" for i in range(len(self.n))] + ["b"]
         split = bits.transpose([names.index(a) for a in axes])
         codes = (split << np.arange(self.bits, dtype=np.uint8)).sum(-1, dtype=np.uint8)

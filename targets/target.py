@@ -16,6 +16,7 @@ class Target:
         features: instruction-set features kernels may ask for, e.g. ``avx2``, ``avx512``, ``vnni``, ``dotprod``.
         cores: number of cores the tuned choice assumes.
         triple: LLVM target triple; empty for the host's own.
+        attributes: LLVM features added to those of ``cpu``, e.g. ``+avx512vnni``.
     """
 
     kind: str
@@ -23,6 +24,7 @@ class Target:
     features: frozenset[str] = field(default_factory=frozenset)
     cores: int = 1
     triple: str = ""
+    attributes: tuple[str, ...] = ()
 
     def has(self, *features: str) -> bool:
         """Whether every named feature is available."""
@@ -35,7 +37,9 @@ class Target:
         spec: dict[str, Any] = {"kind": "llvm", "mcpu": self.cpu, "num-cores": self.cores}
         if self.triple:
             spec["mtriple"] = self.triple
+        if self.attributes:
+            spec["mattr"] = list(self.attributes)
         return tvm.target.Target(spec)
 
     def __str__(self) -> str:
-        return f"{self.kind}/{self.cpu}" if self.cpu else self.kind
+        return f"{self.kind}/{self.cpu}{''.join(self.attributes)}" if self.cpu else self.kind

@@ -1,0 +1,147 @@
+"""Quantize a float model as a recipe says: solve for codes site by site, then write them into the graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import numpy as np
+import onnx_ir as ir
+
+from qcompile.calibration import ChannelStatistics
+from qcompile.formats import IntFormat, Quantized
+from qcompile.passes.quantize import Quantizer
+from qcompile.passes.sites import EmbeddingSite, LinearSite, embedding_sites, linear_sites
+from qcompile.recipes import Recipe
+from qcompile.report import LayerRecord, Report
+from qcompile.solvers import get_solver, output_error
+from qcompile.solvers.base import Solver
+
+HALF_MIN, HALF_MAX = 2.0**-14, 65504.0
+_MIN_TABLE = 64  # rows; smaller tables (token types) are not worth a gather of codes
+
+
+def sites_with_hessian(model: ir.Model, recipe: Recipe) -> set[str]:
+    """Names of activations whose second moment some solver of ``recipe`` wants."""
+    return {
+        site.x.name or ""
+        for site in linear_sites(model)
+        if recipe.weight_format(site.name) is not None and _solver(recipe, site.name).needs_hessian
+    }
+
+
+def quantize_model(
+    model: ir.Model,
+    recipe: Recipe,
+    statistics: Mapping[str, ChannelStatistics],
+    report: Report,
+    progress: Callable[[str], None] | None = None,
+) -> ir.Model:
+    """Quantize ``model`` in place and return it.
+
+    Args:
+        model: a float model.
+        recipe: formats and solver.
+        statistics: of the inputs of its linear sites, by value name; may be empty for data-free solvers.
+        report: receives one record per site, and what was left float.
+        progress: called with the name of each finished site.
+
+    Raises:
+        FormatError: static activations without statistics.
+    """
+    scales = {name: _static_scale(s) for name, s in statistics.items()}
+    quantizer = Quantizer(model, {name: scale for name, scale in scales.items() if scale > 0})
+    solved: dict[str, tuple[Quantized, LayerRecord]] = {}
+    for site in linear_sites(model):
+        fmt, activation = recipe.weight_format(site.name), recipe.activation_format(site.name)
+        if fmt is None:
+            report.refuse("quantize", site.name, "the recipe leaves this weight float")
+        else:
+            known = statistics.get(site.x.name or "")
+            key = f"{site.weight.name} {fmt} {site.x.name}"
+            if key not in solved:
+                solved[key] = _solve(site, fmt, recipe, known)
+            weight, record = solved[key]
+            record.activation_format = str(activation)
+            quantizer.linear(site, fmt, weight, activation)
+            report.layers.append(record)
+        if progress is not None:
+            progress(site.name)
+    if recipe.embedding_bits:
+        for table in embedding_sites(model):
+            _embedding(quantizer, table, report)
+    return quantizer.finish()
+
+
+def _solver(recipe: Recipe, site: str) -> Solver:
+    name = recipe.solver_name(site)
+    return get_solver(name, **(recipe.solver_options if name == recipe.solver else {}))
+
+
+def _solve(
+    site: LinearSite, fmt: object, recipe: Recipe, known: ChannelStatistics | None
+) -> tuple[Quantized, LayerRecord]:
+    assert isinstance(fmt, IntFormat)
+    weight = site.matrix()
+    hessian = known.hessian if known is not None else None
+    solver = _solver(recipe, site.name)
+    quantized = half_scales(solver.solve(weight, fmt, hessian=hessian), fmt)
+    decoded = fmt.decode(quantized)
+    norm = float(np.linalg.norm(weight)) or 1.0
+    error = None
+    if hessian is not None:
+        whole = output_error(weight, np.zeros_like(weight), hessian)
+        error = (output_error(weight, decoded, hessian) / whole) ** 0.5 if whole > 0 else 0.0
+    record = LayerRecord(
+        site.name,
+        "linear",
+        site.shape,
+        str(fmt),
+        solver=solver.name,
+        bits_per_weight=fmt.bits_per_weight(site.shape),
+        weight_error=float(np.linalg.norm(weight - decoded)) / norm,
+        output_error=error,
+    )
+    return quantized, record
+
+
+def half_scales(quantized: Quantized, fmt: IntFormat) -> Quantized:
+    """Round group scales to float16, which is how kernels store them; codes stay, the change is below 0.05 %.
+
+    Per-channel scales, and scales outside the normal range of float16, stay float32.
+    """
+    magnitude = np.abs(quantized.scale)
+    if not fmt.group or magnitude.min() < HALF_MIN or magnitude.max() > HALF_MAX:
+        return quantized
+    scale = quantized.scale.astype(np.float16).astype(np.float32)
+    return Quantized(quantized.codes, scale, quantized.zero_point, quantized.aux)
+
+
+def _static_scale(statistics: ChannelStatistics) -> float:
+    """Scale of a static int8 tensor: clip where 99.999 % of all entries lie below."""
+    top = max(statistics.percentile(99.999), 1e-12)
+    return top / 127.0
+
+
+def _embedding(quantizer: Quantizer, site: EmbeddingSite, report: Report) -> None:
+    assert site.table.const_value is not None
+    table = site.table.const_value.numpy().astype(np.float32, copy=False)
+    if len(table) < _MIN_TABLE:
+        report.refuse("quantize", site.name, f"a table of {len(table)} rows is too small to gain from it")
+        return
+    largest = np.abs(table).max(1, keepdims=True)
+    scale = np.where(largest == 0, 1, largest / 127.0).astype(np.float32)
+    codes = np.clip(np.rint(table / scale), -127, 127).astype(np.int8)
+    quantizer.embedding(site, codes, scale)
+    error = float(np.linalg.norm(codes * scale - table) / (np.linalg.norm(table) or 1.0))
+    bits = 8 + 32 / table.shape[1]
+    report.layers.append(
+        LayerRecord(
+            site.name,
+            "embedding",
+            (table.shape[0], table.shape[1]),
+            "int8/row",
+            solver="rtn",
+            bits_per_weight=bits,
+            weight_error=error,
+        )
+    )

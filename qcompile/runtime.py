@@ -1,0 +1,197 @@
+"""Run a compiled program: a Relax VM library and its weights, with the small TVM runtime alone.
+
+The compiler library (about 250 MB) is never loaded here: `tvm_ffi` loads the shared object, and
+``libtvm_runtime.so`` brings the virtual machine.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qcompile.errors import ArtifactError, InputError, QcompileError
+
+ALIGNMENT = 64
+_loaded = False
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Name, dtype and shape of an input or output; a string extent is symbolic."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.dtype}({', '.join(map(str, self.shape))})"
+
+
+def load_runtime() -> None:
+    """Load ``libtvm_runtime.so`` once. Threads default to all cores, and are not pinned to them."""
+    global _loaded
+    if _loaded:
+        return
+    os.environ.setdefault("TVM_NUM_THREADS", str(len(os.sched_getaffinity(0))))
+    os.environ.setdefault("TVM_BIND_THREADS", "0")
+    import tvm_ffi  # noqa: F401  (registers libtvm_ffi before the runtime needs it)
+
+    spec = importlib.util.find_spec("tvm")
+    if spec is None or not spec.submodule_search_locations:
+        raise QcompileError("the TVM runtime is not installed; run `pip install apache-tvm==0.27.0.post1`")
+    library = Path(next(iter(spec.submodule_search_locations))) / "lib" / "libtvm_runtime.so"
+    ctypes.CDLL(str(library), ctypes.RTLD_GLOBAL)
+    _loaded = True
+
+
+def set_threads(count: int) -> None:
+    """Use ``count`` threads from now on (at most TVM_NUM_THREADS, which is fixed when the runtime loads)."""
+    if count < 1:
+        raise InputError(f"the number of threads must be positive, not {count}")
+    load_runtime()
+    import tvm_ffi
+
+    tvm_ffi.get_global_func("runtime.config_threadpool")(1, count)
+
+
+def aligned(array: np.ndarray) -> np.ndarray:
+    """``array`` itself if contiguous and aligned to 64 bytes, else such a copy."""
+    if array.flags.c_contiguous and array.flags.writeable and array.ctypes.data % ALIGNMENT == 0:
+        return array
+    raw = np.empty(array.nbytes + ALIGNMENT, np.uint8)
+    start = -raw.ctypes.data % ALIGNMENT
+    copy = raw[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
+    copy[...] = array
+    return copy
+
+
+class Program:
+    """A loaded program.
+
+    Args:
+        library: the shared object with the VM and all kernels.
+        parameters: packed weights, in the order the program takes them.
+        inputs, outputs: what it takes and returns.
+
+    Raises:
+        ArtifactError: the library cannot be loaded.
+    """
+
+    def __init__(
+        self,
+        library: str | os.PathLike[str],
+        parameters: Sequence[np.ndarray],
+        inputs: Sequence[TensorSpec],
+        outputs: Sequence[TensorSpec],
+    ) -> None:
+        load_runtime()
+        import tvm_ffi
+
+        self.inputs, self.outputs = tuple(inputs), tuple(outputs)
+        try:
+            module = tvm_ffi.load_module(os.path.abspath(library))
+            self._vm = module["vm_load_executable"]()
+            self._vm["vm_initialization"](1, 0, 2)  # CPU, device 0, pooled allocator
+            self._main = self._vm["main"]
+        except Exception as error:
+            raise ArtifactError(f"cannot load {library}: {_first_line(error)}") from None
+        self._parameters = [tvm_ffi.from_dlpack(aligned(p)) for p in parameters]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the program.
+
+        Takes the inputs by position or by name, or one mapping, as numpy arrays or torch CPU tensors (shared without
+        a copy through DLPack when contiguous and aligned).
+
+        Returns:
+            One array, or a tuple if the model has several outputs; torch tensors if any input was one.
+
+        Raises:
+            InputError: an input is missing, unknown, or has the wrong dtype or shape.
+        """
+        results = list(self.run(self._bind(args, kwargs)).values())
+        if any(type(v).__module__.startswith("torch") for v in [*args, *kwargs.values()]):
+            import torch
+
+            results = [torch.from_numpy(r) for r in results]
+        return results[0] if len(results) == 1 else tuple(results)
+
+    def run(self, feeds: Mapping[str, Any]) -> dict[str, np.ndarray]:
+        """Run with inputs by name; returns every output by name."""
+        import tvm_ffi
+
+        arrays = self._check(feeds)
+        try:
+            result = self._main(*(tvm_ffi.from_dlpack(a) for a in arrays), *self._parameters)
+        except Exception as error:
+            shapes = ", ".join(f"{s.name} {a.shape}" for s, a in zip(self.inputs, arrays))
+            raise InputError(f"the program failed on inputs of shape {shapes}: {_first_line(error)}") from error
+        tensors = [result] if len(self.outputs) == 1 and not isinstance(result, (tuple, list)) else list(result)
+        if len(tensors) == 1 and hasattr(tensors[0], "__len__") and not hasattr(tensors[0], "__dlpack__"):
+            tensors = list(tensors[0])
+        return {spec.name: np.from_dlpack(t) for spec, t in zip(self.outputs, tensors)}
+
+    def _bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        if len(args) == 1 and isinstance(args[0], Mapping) and not kwargs:
+            return dict(args[0])
+        if len(args) > len(self.inputs):
+            raise InputError(f"got {len(args)} inputs, the model takes {len(self.inputs)}: {self._signature()}")
+        feeds = dict(zip((s.name for s in self.inputs), args))
+        if twice := feeds.keys() & kwargs.keys():
+            raise InputError(f"input {sorted(twice)[0]!r} is given twice")
+        return {**feeds, **kwargs}
+
+    def _check(self, feeds: Mapping[str, Any]) -> list[np.ndarray]:
+        known = {s.name for s in self.inputs}
+        if missing := [s.name for s in self.inputs if s.name not in feeds]:
+            raise InputError(f"input {missing[0]!r} is missing; the model takes {self._signature()}")
+        if strange := [n for n in feeds if n not in known]:
+            raise InputError(f"the model has no input {strange[0]!r}; it takes {self._signature()}")
+        extents: dict[str, tuple[int, str]] = {}
+        arrays = []
+        for spec in self.inputs:
+            array = _as_numpy(feeds[spec.name], spec)
+            if array.dtype != np.dtype(spec.dtype):
+                raise InputError(f"input {spec.name!r} is {array.dtype}, the model takes {spec}")
+            if array.ndim != len(spec.shape):
+                raise InputError(f"input {spec.name!r} has shape {array.shape}, the model takes {spec}")
+            for axis, (have, want) in enumerate(zip(array.shape, spec.shape)):
+                if isinstance(want, int) and have != want:
+                    raise InputError(f"input {spec.name!r} has {have} along axis {axis}, the model takes {spec}")
+                if isinstance(want, str):
+                    first, where = extents.setdefault(want, (have, spec.name))
+                    if first != have:
+                        raise InputError(f"{want} is {first} in {where!r} but {have} in {spec.name!r}")
+            arrays.append(aligned(array))
+        return arrays
+
+    def _signature(self) -> str:
+        return "; ".join(map(str, self.inputs))
+
+
+def _as_numpy(value: Any, spec: TensorSpec) -> np.ndarray:
+    if isinstance(value, np.ndarray):
+        return value
+    if hasattr(value, "__dlpack__"):
+        if hasattr(value, "detach"):
+            value = value.detach()
+        try:
+            return np.from_dlpack(value)
+        except (BufferError, TypeError, RuntimeError, ValueError) as error:
+            raise InputError(f"input {spec.name!r} cannot be read through DLPack: {_first_line(error)}") from None
+    try:
+        return np.asarray(value, np.dtype(spec.dtype) if isinstance(value, (list, tuple, int, float)) else None)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"input {spec.name!r} is not an array: {_first_line(error)}") from None
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line for line in str(error).strip().splitlines() if line.strip()]
+    return lines[-1].strip() if lines else type(error).__name__

@@ -1,0 +1,93 @@
+"""The order of things: current opset, constants, simplification, linear operators, composites, clean up."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import onnx_ir as ir
+import onnx_ir.passes.common as common_passes
+
+from qcompile.passes.graph import is_op, remove_unused_initializers
+from qcompile.passes.recognise import linear, simplify, symbols
+from qcompile.passes.recognise.activations import GeluRule, SwishRule
+from qcompile.passes.recognise.batch_norm import FoldBatchNorm
+from qcompile.passes.recognise.layer_norm import LayerNormRule
+from qcompile.passes.recognise.result import COMPOSITES, Recognised
+from qcompile.passes.recognise.rms_norm import RmsNormRule
+from qcompile.passes.recognise.rule import Rule, apply_rules
+
+OPSET = 24
+COMPOSITE_RULES: tuple[Rule, ...] = (
+    FoldBatchNorm(),
+    LayerNormRule(),
+    RmsNormRule(),
+    GeluRule(),
+    SwishRule(),
+)
+
+
+def recognise(model: ir.Model) -> tuple[ir.Model, Recognised]:
+    """Return a new model in which patterns have become composites, and the report of what was found and refused.
+
+    The result has default-domain opset 24, constants as initializers, linear operators as ``MatMul(x, w)`` with
+    ``w`` of shape (K, N) followed by ``Add(y, bias)``, inferred shapes, and runs in stock ONNX Runtime.
+    """
+    model = model.clone()
+    report = Recognised()
+    prepare(model)
+    for _ in range(10):
+        fold_constants(model)
+        symbols.infer(model)
+        changes = apply_rules(model, simplify.RULES, report)
+        changes += apply_rules(model, linear.RULES, report)
+        symbols.infer(model)
+        changes += apply_rules(model, COMPOSITE_RULES, report)
+        if not changes:
+            break
+        report.refused.clear()
+    finish(model)
+    count(model, report)
+    return model, report
+
+
+def prepare(model: ir.Model) -> None:
+    """Inline functions of other domains, make constants initializers, raise the opset number."""
+    common_passes.InlinePass()(model)
+    common_passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+    common_passes.RemoveInitializersFromInputsPass()(model)
+    if model.opset_imports.get("", 0) < OPSET:
+        model.opset_imports[""] = OPSET
+        model.graph.opset_imports[""] = OPSET
+    model.ir_version = max(model.ir_version or 0, 10)
+    common_passes.CommonSubexpressionEliminationPass()(model)
+
+
+def fold_constants(model: ir.Model) -> None:
+    """Evaluate what depends on constants only, results of at most 2^18 elements."""
+    import onnxscript.optimizer
+
+    onnxscript.optimizer.fold_constants(model, onnx_shape_inference=False, output_size_limit=1 << 18)
+    common_passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+    common_passes.RemoveUnusedNodesPass()(model)
+
+
+def finish(model: ir.Model) -> None:
+    """Merge equal subexpressions, drop what nothing reads, sort, give every value a name and a shape."""
+    common_passes.CommonSubexpressionEliminationPass()(model)
+    common_passes.RemoveUnusedNodesPass()(model)
+    remove_unused_initializers(model.graph)
+    common_passes.TopologicalSortPass()(model)
+    common_passes.NameFixPass()(model)
+    symbols.infer(model)
+    symbols.clear(model)
+
+
+def count(model: ir.Model, report: Recognised) -> None:
+    """Fill in what the resulting graph holds."""
+    kinds = Counter(node.op_type for node in model.graph.all_nodes() if node.domain == "")
+    report.composites = Counter({kind: kinds[kind] for kind in COMPOSITES if kinds[kind]})
+    for node in model.graph.all_nodes():
+        if is_op(node, "MatMul") and linear.is_weight(node.inputs[1]):
+            report.linears += 1
+        if is_op(node, "Mul") and any(v is not None and is_op(v.producer(), "Swish") for v in node.inputs):
+            report.swiglu += 1

@@ -1,0 +1,83 @@
+"""Symbolic shapes and the contents of shape vectors, as other rules ask for them.
+
+A dimension is an int or a string: the name of a symbol (``"batch"``) or an expression of symbols (``"4*batch"``). Two
+dimensions are known to be equal if they are the same int or the same string.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+
+import onnx_ir as ir
+from onnx_shape_inference import SYM_DATA_KEY, infer_symbolic_shapes
+
+from qcompile.passes.recognise.pattern import small_constant
+
+Dim = int | str
+
+
+def infer(model: ir.Model) -> None:
+    """Infer all shapes and types of ``model`` in place; what cannot be inferred stays unknown."""
+    logger = logging.getLogger("onnx_shape_inference")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        infer_symbolic_shapes(model, warn_on_missing=False)
+    finally:
+        logger.setLevel(level)
+
+
+def clear(model: ir.Model) -> None:
+    """Forget what `infer` noted in metadata."""
+    for node in model.graph.all_nodes():
+        for value in node.outputs:
+            value.metadata_props.pop(SYM_DATA_KEY, None)
+    for value in (*model.graph.inputs, *model.graph.initializers.values()):
+        value.metadata_props.pop(SYM_DATA_KEY, None)
+
+
+def dims(value: ir.Value | None) -> tuple[Dim, ...] | None:
+    """The shape of a value, if its rank and all its dimensions are known, as ints or names."""
+    if value is None or value.shape is None:
+        return None
+    result: list[Dim] = []
+    for dim in value.shape:
+        if isinstance(dim, int):
+            result.append(dim)
+        elif dim.value is not None:
+            result.append(str(dim.value))
+        else:
+            return None
+    return tuple(result)
+
+
+def rank(value: ir.Value | None) -> int | None:
+    """Number of dimensions, if known."""
+    return None if value is None or value.shape is None else len(value.shape)
+
+
+def contents(value: ir.Value | None) -> list[Dim] | None:
+    """The elements of a small integer tensor, as ints or names, if every one of them is known."""
+    if value is None:
+        return None
+    array = small_constant(value, 64)
+    if array is not None:
+        return [int(v) for v in array.reshape(-1)] if array.dtype.kind in "iu" else None
+    text = value.metadata_props.get(SYM_DATA_KEY)
+    if not text:
+        return None
+    items = json.loads(text)
+    if not isinstance(items, list):
+        items = [items]
+    result: list[Dim] = []
+    for item in items:
+        if isinstance(item, int):
+            result.append(item)
+        elif isinstance(item, str) and item.lstrip("-").isdigit():
+            result.append(int(item))
+        elif isinstance(item, str):
+            result.append(item)
+        else:
+            return None
+    return result

@@ -1,0 +1,283 @@
+"""The loops all x86 GEMM families share: tiles of rows x weight panels, and the fused tail.
+
+    for item in parallel(blocks x panels x tiles):      a tile is 1..mr rows; tiles of a call differ by one row at most
+        acc[rows, width] = micro-kernel                 K innermost, accumulators in registers, one variant per height
+        for row in tile:                                written once, whatever the height
+            y = acc * scale[n] * activation_scale[m] + bias[n];  out = activation(y) + residual
+
+An item reads one panel and ``mr`` rows. Consecutive items share the panel and move down the rows, so a panel comes from
+memory once per ``block_rows`` rows and otherwise from the first or second cache; threads take contiguous runs of items,
+which balances to one tile. (Goto and van de Geijn, "Anatomy of high-performance matrix multiplication", 2008, with the
+packing of the right-hand side moved to compile time.)
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from tvm.script import tirx as T
+from tvm.tirx.script.builder import ir as B
+
+from qcompile.codegen.kernels.base import LinearKernel, LinearProblem, Support
+from qcompile.codegen.kernels.x86 import vector as v
+from qcompile.codegen.kernels.x86 import vmath
+from qcompile.codegen.kernels.x86.panels import Panels, half_scales
+from qcompile.formats import IntFormat, Quantized
+from qcompile.targets.target import Target
+
+CLOCK = 3e9
+"""Cycles per second assumed by `TiledGemm.cost`."""
+
+BANDWIDTH = 20e9
+"""Bytes per second of weights assumed by `TiledGemm.cost`."""
+
+ON_STACK = {"disable_lower_builtin": True}
+"""Annotation of a buffer that lives on the stack whatever its size."""
+
+
+class Register:
+    """One vector register that is assigned more than once; LLVM turns the stack slot into a register."""
+
+    def __init__(self, dtype: str, lanes: int) -> None:
+        self.dtype, self.lanes = dtype, lanes
+        self.slot = B.alloc_buffer((lanes,), dtype, annotations=ON_STACK)
+
+    def get(self) -> Any:
+        """The current value."""
+        return v.load(self.slot, [0], self.lanes)
+
+    def set(self, value: Any) -> None:
+        """Assign."""
+        v.store(self.slot, [0], value, self.lanes)
+
+
+@dataclass
+class Emission:
+    """What a micro-kernel needs while its PrimFunc is written.
+
+    Attributes:
+        names: parameters of the PrimFunc and run-time extents.
+        tile: the tile's result ``(mr, width)``, int32 or float32.
+        extra: buffers a family allocates for itself.
+    """
+
+    problem: LinearProblem
+    panels: Panels
+    config: dict[str, Any]
+    names: dict[str, Any]
+    tile: Any
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+class TiledGemm(LinearKernel):
+    """Base of the families; a subclass gives the panel geometry and the micro-kernel.
+
+    Config: ``mr`` rows of a tile, ``vectors`` of columns, ``panels`` per item, ``block_rows`` after which the sweep over
+    panels starts again, ``scales`` (``float16`` or ``float32``, of groups).
+    """
+
+    float_tile = False
+    """Whether the micro-kernel accumulates float32 even for per-channel scales."""
+
+    @abstractmethod
+    def lanes(self, target: Target) -> int:
+        """32-bit lanes of the registers used."""
+
+    @abstractmethod
+    def panels(self, problem: LinearProblem, config: dict[str, Any], target_lanes: int) -> Panels:
+        """Geometry of the packed weights."""
+
+    @abstractmethod
+    def unit(self, panels: Panels) -> int:
+        """The integer the micro-kernel multiplies every code by (a power of two)."""
+
+    @abstractmethod
+    def micro(self, e: Emission, panel: Any, first: Any, rows: int) -> None:
+        """Emit the product of ``rows`` rows from ``first`` on with one panel, ending in stores to ``e.tile``."""
+
+    def prologue(self, e: Emission, first: Any, rows: Any) -> None:  # noqa: B027
+        """Emit what is done once per item, before its panels."""
+
+    def activation_offset(self, problem: LinearProblem) -> int:
+        """What the micro-kernel's activations exceed the true codes by."""
+        return 128 if problem.activation.bits else 0
+
+    def refuse(self, problem: LinearProblem, target: Target) -> str:
+        """A reason of the family's own not to take the problem, or an empty string."""
+        return ""
+
+    def supports(self, problem: LinearProblem, target: Target) -> Support:
+        fmt = problem.weight
+        if target.kind != "x86":
+            return Support(False, f"{self.name} needs an x86 target, not {target.kind}")
+        if not isinstance(fmt, IntFormat):
+            return Support(False, f"{self.name} takes integer weights, not {fmt}")
+        if reason := self.refuse(problem, target):
+            return Support(False, reason)
+        return Support(True)
+
+    def macs_per_cycle(self, problem: LinearProblem, target: Target) -> float:
+        """Multiply-adds per cycle and core of the inner loop with its operands in cache."""
+        raise NotImplementedError
+
+    def unpack_cycles(self, problem: LinearProblem) -> float:
+        """Cycles to bring one register of codes to operand form; paid once per tile."""
+        raise NotImplementedError
+
+    def cost(self, problem: LinearProblem, config: dict[str, Any], target: Target, m: int) -> float:
+        """The slower of arithmetic and reading the weights, plus waking the threads."""
+        panels = self.panels(problem, config, config["lanes"])
+        threads = max(1, problem.threads)
+        columns, tiles = panels.count * panels.width, -(-m // config["mr"])
+        depth = panels.groups * panels.rows_per_group * panels.step
+        multiply = m * columns * depth / self.macs_per_cycle(problem, target)
+        unpack = tiles * columns * depth / (panels.lanes * panels.depth) * self.unpack_cycles(problem)
+        items = tiles * -(-panels.count // config["panels"])
+        balance = -(-items // threads) / max(items, 1)
+        stored = columns * depth * panels.bits / 8 + (4 * columns * panels.groups if panels.fmt.group else 0)
+        return max((multiply + unpack) * balance / CLOCK, stored / BANDWIDTH) + (2e-6 if threads > 1 else 0)
+
+    # Packing
+
+    def pack(self, problem: LinearProblem, config: dict[str, Any], weight: Quantized) -> dict[str, np.ndarray]:
+        panels = self.panels(problem, config, config["lanes"])
+        scale = weight.scale.astype(np.float32)
+        unit = self.unit(panels)
+        packed = {"weight": panels.pack_codes(weight)}
+        offset = -self.activation_offset(problem) * unit * panels.integers(weight)
+        if not panels.fmt.group:
+            column, total = scale[0], offset.sum(0)
+        else:
+            if config["scales"] == "float16":
+                stored, column = half_scales(scale)
+            else:
+                stored, column = scale, np.ones(problem.n, np.float32)
+            packed["group_scale"] = panels.by_panel(stored)
+            total = (offset * panels.fmt.expand(stored.astype(np.float64), problem.k)).sum(0)
+        if not panels.fmt.symmetric:
+            packed["zero"] = panels.by_panel(panels.zeros(weight))
+        if self.activation_offset(problem):
+            packed["start"] = panels.columns(total).astype(np.float32 if self.tile_is_float(panels) else np.int32)
+        packed["scale"] = panels.columns(column / np.float32(unit))
+        return packed
+
+    def tile_is_float(self, panels: Panels) -> bool:
+        """Whether a tile holds float32: group scales are applied before groups are added."""
+        return bool(panels.fmt.group) or self.float_tile
+
+    def params(self, problem: LinearProblem, config: dict[str, Any], panels: Panels) -> list[v.Param]:
+        """The parameters of the PrimFunc in the order of `LinearKernel`."""
+        k, n = problem.k, problem.n
+        padded = panels.count * panels.width
+        if problem.activation.bits:
+            params = [v.Param("x", ("m", k), "uint8"), v.Param("x_scale", ("m",))]
+        else:
+            params = [v.Param("x", ("m", k))]
+        params.append(
+            v.Param("weight", (panels.count, panels.groups * panels.rows_per_group, panels.row_bytes), "uint8")
+        )
+        if panels.fmt.group:
+            params.append(v.Param("group_scale", (panels.count, panels.groups, panels.width), config["scales"]))
+        if not panels.fmt.symmetric:
+            params.append(v.Param("zero", (panels.count, panels.groups, panels.width), "uint8"))
+        if self.activation_offset(problem):
+            params.append(v.Param("start", (padded,), "float32" if self.tile_is_float(panels) else "int32"))
+        params.append(v.Param("scale", (padded,)))
+        if problem.epilogue.bias:
+            params.append(v.Param("bias", (n,)))
+        if problem.epilogue.residual:
+            params.append(v.Param("residual", ("m", n)))
+        return [*params, v.Param("out", ("m", n), output=True)]
+
+    # Code
+
+    def build(self, problem: LinearProblem, config: dict[str, Any], target: Target, name: str) -> Any:
+        panels = self.panels(problem, config, config["lanes"])
+        with v.kernel(name, self.params(problem, config, panels)) as (builder, names):
+            mr = config["mr"]
+            span = min(config["panels"], panels.count)
+            runs = -(-panels.count // span)
+            block = max(1, config["block_rows"] // mr)
+            m = v.let(T.cast(names["m"], "int32"))
+            tiles = v.let(T.truncdiv(m + (mr - 1), mr))
+            height = v.let(T.truncdiv(m, T.max(tiles, 1)))
+            taller = v.let(m - height * tiles)
+            items = tiles * runs
+            with T.serial(items) if problem.threads == 1 else T.parallel(items) as item:
+                sweep = v.let(T.truncdiv(item, runs * block))
+                inside = v.let(item - sweep * (runs * block))
+                here = v.let(T.min(tiles - sweep * block, block))
+                run = opaque(T.truncdiv(inside, here))
+                index = v.let(sweep * block + inside - run * here)
+                first = opaque(index * height + T.min(index, taller))
+                rows = opaque(height + T.cast(index < taller, "int32"))
+                dtype = "float32" if self.tile_is_float(panels) else "int32"
+                tile = B.alloc_buffer((mr, panels.width), dtype, annotations=ON_STACK)
+                e = Emission(problem, panels, config, names, tile)
+                self.prologue(e, first, rows)
+                if span == 1:
+                    self._panel(e, run, first, rows)
+                else:
+                    with T.serial(run * span, T.min((run + 1) * span, panels.count)) as panel:
+                        self._panel(e, panel, first, rows)
+        return builder.get()
+
+    def _panel(self, e: Emission, panel: Any, first: Any, rows: Any) -> None:
+        self._variants(e, panel, first, rows, e.config["mr"])
+        tail = e.problem.n % e.panels.width
+        if not tail:
+            self._finish(e, panel, first, rows, e.panels.width)
+        elif e.panels.count == 1:
+            self._finish(e, panel, first, rows, tail)
+        else:
+            with T.If(panel == e.panels.count - 1):
+                with T.Then():
+                    self._finish(e, panel, first, rows, tail)
+                with T.Else():
+                    self._finish(e, panel, first, rows, e.panels.width)
+
+    def _variants(self, e: Emission, panel: Any, first: Any, rows: Any, height: int) -> None:
+        """A chain of comparisons down to the micro-kernel of the run-time height."""
+        if height == 1:
+            self.micro(e, panel, first, 1)
+            return
+        with T.If(rows == height):
+            with T.Then():
+                self.micro(e, panel, first, height)
+            with T.Else():
+                self._variants(e, panel, first, rows, height - 1)
+
+    def _finish(self, e: Emission, panel: Any, first: Any, rows: Any, columns: int) -> None:
+        """Scale, bias, activation, residual and store of the first ``columns`` columns of the tile."""
+        lanes, names, epilogue = e.panels.lanes, e.names, e.problem.epilogue
+        start = v.let(panel * e.panels.width)
+        with T.serial(rows) as row:
+            at = v.let(first + row)
+            factor = v.let(names["x_scale"][at]) if e.problem.activation.bits else None
+            for column in range(0, columns, lanes):
+                here = min(lanes, columns - column)
+                n = start + column
+                value = v.let(v.load(e.tile, [row, column], here))
+                if not self.tile_is_float(e.panels):
+                    value = v.cast(value, "float32", here)
+                scale = v.load(names["scale"], [n], here)
+                if factor is not None:
+                    scale = scale * v.splat(factor, here)
+                if epilogue.bias:
+                    value = vmath.fma(value, scale, v.load(names["bias"], [n], here))
+                else:
+                    value = value * scale
+                value = vmath.ACTIVATIONS[epilogue.activation](v.let(value))
+                if epilogue.residual:
+                    value = value + v.load(names["residual"], [at, n], here)
+                v.store(names["out"], [at, n], value, here)
+
+
+def opaque(value: Any) -> Any:
+    """Evaluate an int32 once and hide how it was computed from TVM's index analyses, whose time grows with its size."""
+    slot = B.alloc_buffer((1,), "int32", annotations=ON_STACK)
+    B.buffer_store(slot, value, [0])
+    return v.let(slot[0])

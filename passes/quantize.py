@@ -21,6 +21,7 @@ from qcompile.passes.sites import EmbeddingSite, LinearSite
 
 TRUE_BITS = "qcompile.bits"
 FORMAT = "qcompile.format"
+SITE = "qcompile.site"
 
 
 @dataclass
@@ -54,6 +55,7 @@ class Quantizer:
         codes = add_initializer(graph, f"{base}.codes", integer_tensor(weight.codes, fmt.bits), like=site.weight)
         codes.metadata_props[TRUE_BITS] = str(fmt.bits)
         codes.metadata_props[FORMAT] = str(fmt)
+        codes.metadata_props[SITE] = site.name
         scale_array = weight.scale.astype(np.float32)
         inputs = [codes, add_initializer(graph, f"{base}.scale", scale_array[0] if per_channel else scale_array)]
         if weight.zero_point is not None:

@@ -9,9 +9,9 @@ import onnx_ir as ir
 
 from qcompile.formats import ActivationFormat, IntFormat
 from qcompile.passes.domain import DOMAIN
-from qcompile.passes.graph import attribute, constant, constant_shape, is_op, sole_use
+from qcompile.passes.graph import attribute, constant, constant_shape, is_op, module_path, sole_use
 from qcompile.passes.lower.kernel_ops import kernel_node, same_shape, take_over
-from qcompile.passes.quantize import FORMAT
+from qcompile.passes.quantize import FORMAT, SITE
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,16 @@ def _lower(graph: ir.Graph, matmul: ir.Node, weight: QuantizedWeight) -> None:
         "Linear",
         [activation.codes, activation.scale, weight.codes, weight.scale, weight.zero_point, bias, residual],
         [last.outputs[0]],
-        {"weight_format": weight.format, "activation_format": activation.format, "epilogue": name, "k": k, "n": n},
+        {
+            "weight_format": weight.format,
+            "activation_format": activation.format,
+            "epilogue": name,
+            "k": k,
+            "n": n,
+            "parts": [n],
+            "weights": [weight.codes.name],
+            "sites": [weight.codes.metadata_props.get(SITE) or module_path(matmul)],
+        },
         like=matmul,
     )
     graph.insert_after(last, [linear])
@@ -178,6 +187,8 @@ def merge_linears(graph: ir.Graph, linears: list[ir.Node]) -> ir.Value | None:
         return None
     widths = [int(attribute(node, "n")) for node in linears]  # type: ignore[call-overload]
 
+    lists = {key: [item for node in linears for item in attribute(node, key)] for key in ("parts", "weights", "sites")}  # type: ignore[attr-defined]
+
     def joined(index: int) -> ir.Value | None:
         values = [node.inputs[index] for node in linears]
         if values[0] is None and index != 5:
@@ -207,7 +218,7 @@ def merge_linears(graph: ir.Graph, linears: list[ir.Node]) -> ir.Value | None:
         "Linear",
         [first.inputs[0], first.inputs[1], joined(2), joined(3), joined(4), joined(5), None],
         [None],
-        {**{k: attribute(first, k) for k in keys}, "epilogue": "", "n": sum(widths), "parts": widths},
+        {**{k: attribute(first, k) for k in keys}, "epilogue": "", "n": sum(widths), **lists},
         like=first,
     )
     out = merged.outputs[0]

@@ -1,0 +1,180 @@
+"""Emit the quantized model for ONNX Runtime, reading its weights from the kernels' packed bytes.
+
+An artifact stores every weight once, in the order the kernels want. `model.onnx` refers to the same bytes as external
+data and brings them back with standard operators (shift, mask, transpose); ONNX Runtime folds these into constants
+when it loads the model. The last step is ``(codes - zero) * scale`` rather than DequantizeLinear, because ONNX Runtime
+would fuse the latter with MatMul into a kernel that quantizes the activation a second time.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from qcompile.formats import BitLayout
+
+
+@dataclass(frozen=True)
+class StoredWeight:
+    """Where a quantized ``(K, N)`` weight lies in packed arrays.
+
+    Attributes:
+        codes: name of the packed uint8 array.
+        layout: its bit permutation, from padded codes ``(K', N')``.
+        k_index: for every ``k`` its row in the padded matrix, int64 ``(K,)``.
+        start, stop: its columns, where several weights were merged or N was padded.
+        group: length of a scale group along K; 0 for one scale per column.
+        column_scale: name of the float32 ``(N',)`` array of column scales, which are to be multiplied by ``unit``.
+        unit: see there.
+        group_scale: name of the ``(panels, groups, width)`` array of group scales, or None.
+        zero: name of the uint8 ``(panels, groups, width)`` array of zero points, or None.
+        bias: what the unsigned codes of a symmetric format exceed the signed ones by.
+    """
+
+    codes: str
+    layout: BitLayout
+    k_index: np.ndarray
+    start: int
+    stop: int
+    group: int
+    column_scale: str
+    unit: int
+    group_scale: str | None = None
+    zero: str | None = None
+    bias: int = 0
+
+
+class Emitter:
+    """Builds nodes before an anchor; every value gets a name under ``prefix``."""
+
+    def __init__(self, graph: ir.Graph, anchor: ir.Node, prefix: str) -> None:
+        self.graph, self.anchor, self.prefix, self.count = graph, anchor, prefix, 0
+
+    def constant(self, array: np.ndarray) -> ir.Value:
+        """A small constant as an initializer."""
+        name = f"{self.prefix}.c{self.count}"
+        self.count += 1
+        value = ir.Value(
+            name=name,
+            const_value=ir.tensor(array, name=name),
+            shape=ir.Shape(array.shape),
+            type=ir.TensorType(ir.DataType.from_numpy(array.dtype)),
+        )
+        self.graph.register_initializer(value)
+        return value
+
+    def __call__(self, op: str, *inputs: ir.Value, **attributes: object) -> ir.Value:
+        node = ir.node(op, list(inputs), attributes=attributes, name=f"{self.prefix}.n{self.count}")
+        node.outputs[0].name = f"{self.prefix}.v{self.count}"
+        self.count += 1
+        self.graph.insert_before(self.anchor, [node])
+        return node.outputs[0]
+
+
+def unpack(emit: Emitter, packed: ir.Value, layout: BitLayout, padded: tuple[int, int]) -> ir.Value:
+    """Emit the inverse of ``layout.pack``: a uint8 ``(K', N')`` value from the packed bytes."""
+    sizes = layout.factors(*padded)
+    names = layout.order.split()
+    flat = emit("Reshape", packed, emit.constant(np.array([-1, 1], np.int64)))
+    fields = names[-1] == "b" and 8 % layout.bits == 0
+    if fields:
+        width, present = layout.bits, [n for n in names if n != "b"]
+    else:
+        width, present = 1, names
+    if width < 8:
+        shifts = np.arange(0, 8, width, dtype=np.uint8)[None]
+        flat = emit("BitShift", flat, emit.constant(shifts), direction="RIGHT")
+        flat = emit("BitwiseAnd", flat, emit.constant(np.array((1 << width) - 1, np.uint8)))
+    split = emit("Reshape", flat, emit.constant(np.array([sizes[n] for n in present], np.int64)))
+    axes = [f"k{i}" for i in range(len(layout.k))] + [f"n{i}" for i in range(len(layout.n))]
+    target = axes if fields else [*axes, "b"]
+    ordered = emit("Transpose", split, perm=[present.index(a) for a in target])
+    if not fields:
+        weights = (1 << np.arange(layout.bits)).astype(np.int32)
+        wide = emit("Mul", emit("Cast", ordered, to=int(ir.DataType.INT32)), emit.constant(weights))
+        last = emit.constant(np.array([-1], np.int64))
+        ordered = emit("Cast", emit("ReduceSum", wide, last, keepdims=0), to=int(ir.DataType.UINT8))
+    return emit("Reshape", ordered, emit.constant(np.array(padded, np.int64)))
+
+
+def share_weights(
+    model: ir.Model, stored: Mapping[str, StoredWeight], external: Callable[[str], ir.ExternalTensor], names: Collection[str]
+) -> ir.Model:
+    """Return a copy of the quantized ``model`` whose weights are read from packed arrays.
+
+    Args:
+        model: the quantized stage.
+        stored: where a weight lies, by the name of its code initializer.
+        external: the packed array of a name as an external tensor.
+        names: arrays that hold initializers of the same name unchanged (embedding tables).
+    """
+    emitted = model.clone()
+    graph = emitted.graph
+    shared: dict[str, ir.Value] = {}
+
+    def array(name: str) -> ir.Value:
+        if name not in shared:
+            tensor = external(name)
+            value = ir.Value(name=f"packed.{name}", const_value=tensor, shape=tensor.shape, type=ir.TensorType(tensor.dtype))
+            graph.register_initializer(value)
+            shared[name] = value
+        return shared[name]
+
+    for name, value in graph.initializers.items():
+        if name in names:
+            value.const_value = external(name)
+    for node in list(graph):
+        if node.op_type != "DequantizeLinear" or node.domain not in ("", "ai.onnx") or node.inputs[0] is None:
+            continue
+        if (place := stored.get(node.inputs[0].name or "")) is not None:
+            _dequantize(Emitter(graph, node, f"{node.inputs[0].name}.unpacked"), node, place, array)
+            graph.remove(node, safe=True)
+    for name in [n for n, v in graph.initializers.items() if not v.uses() and not v.is_graph_output()]:
+        del graph.initializers[name]
+    return emitted
+
+
+def _dequantize(emit: Emitter, node: ir.Node, place: StoredWeight, array: Callable[[str], ir.Value]) -> None:
+    """Emit ``(codes - zero) * scale`` in place of a DequantizeLinear."""
+    packed = array(place.codes)
+    k = len(place.k_index)
+    k_padded = -(-(int(place.k_index.max()) + 1) // place.layout.k_tile) * place.layout.k_tile
+    stored_bits = 8 * math.prod(_dims(packed))
+    n_padded = stored_bits // (k_padded * place.layout.bits)
+    codes = unpack(emit, packed, place.layout, (k_padded, n_padded))
+    if not np.array_equal(place.k_index, np.arange(k_padded)):
+        codes = emit("Gather", codes, emit.constant(place.k_index.astype(np.int64)), axis=0)
+
+    def columns(value: ir.Value) -> ir.Value:
+        """The weight's own columns of a value whose last axis is N'."""
+        if (place.start, place.stop) == (0, n_padded):
+            return value
+        bounds = (np.array([b], np.int64) for b in (place.start, place.stop, -1))
+        return emit("Slice", value, *(emit.constant(b) for b in bounds))
+
+    def per_row(name: str) -> ir.Value:
+        """Parameters ``(panels, groups, width)`` as float32 ``(K, N)``."""
+        value = array(name)
+        panels, groups, width = _dims(value)
+        flat = emit("Transpose", emit("Cast", value, to=int(ir.DataType.FLOAT)), perm=[1, 0, 2])
+        flat = emit("Reshape", flat, emit.constant(np.array([groups, panels * width], np.int64)))
+        index = np.minimum(np.arange(k, dtype=np.int64) // (place.group or k), groups - 1)
+        return emit("Gather", columns(flat), emit.constant(index), axis=0)
+
+    real = emit("Cast", columns(codes), to=int(ir.DataType.FLOAT))
+    zero = per_row(place.zero) if place.zero else emit.constant(np.array(place.bias, np.float32))
+    scale = columns(emit("Mul", array(place.column_scale), emit.constant(np.array(place.unit, np.float32))))
+    if place.group_scale:
+        scale = emit("Mul", per_row(place.group_scale), scale)
+    result = emit("Mul", emit("Sub", real, zero), scale)
+    result.shape, result.type = node.outputs[0].shape, node.outputs[0].type
+    ir.convenience.replace_all_uses_with(node.outputs[0], result)
+
+
+def _dims(value: ir.Value) -> list[int]:
+    assert value.const_value is not None
+    return [int(d) for d in value.const_value.shape]

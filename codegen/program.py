@@ -1,0 +1,102 @@
+"""From a lowered model to a program: library, packed weights, and how to read those weights back."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from qcompile.codegen.kernels.x86.gemm import TiledGemm
+from qcompile.codegen.onnx_export import StoredWeight, share_weights
+from qcompile.codegen.relax import compile_relax, to_relax
+from qcompile.codegen.relax.kernels import KernelCalls, LinearRecord
+from qcompile.codegen.relax.program import TensorSpec
+from qcompile.targets.target import Target
+
+
+@dataclass
+class BuiltProgram:
+    """A compiled program that is not on disk yet.
+
+    Attributes:
+        executable: TVM executable.
+        params: packed weights in the order ``main`` takes them.
+        inputs, outputs: what it takes and returns.
+        linears: one record per linear kernel.
+        kernels: uses of the other kernels.
+        refusals: what was left to general code: (what, where, reason).
+    """
+
+    executable: Any
+    params: dict[str, np.ndarray]
+    inputs: list[TensorSpec]
+    outputs: list[TensorSpec]
+    linears: list[LinearRecord]
+    kernels: Counter[str]
+    refusals: list[tuple[str, str, str]]
+
+    def export(self, path: str | os.PathLike[str]) -> None:
+        """Link the shared library."""
+        self.executable.export_library(os.fspath(Path(path)))
+
+    def share_weights(self, model: ir.Model, external: Callable[[str], ir.ExternalTensor]) -> ir.Model:
+        """The quantized ``model`` with its weights read from `params`; see `codegen.onnx_export`."""
+        stored = {name: place for record in self.linears for name, place in _places(record)}
+        same = {
+            name
+            for name, value in model.graph.initializers.items()
+            if name in self.params
+            and value.const_value is not None
+            and value.const_value.dtype.numpy() == self.params[name].dtype
+            and np.array_equal(value.const_value.numpy(), self.params[name])
+        }
+        return share_weights(model, stored, external, same)
+
+
+def build_program(lowered: ir.Model, target: Target) -> BuiltProgram:
+    """Convert, choose kernels, pack weights and generate code.
+
+    Raises:
+        UnsupportedOperatorError: an operator has no conversion.
+    """
+    program = to_relax(lowered, target=target)
+    calls = program.state.get(KernelCalls) or KernelCalls()
+    executable = compile_relax(program, target)
+    return BuiltProgram(
+        executable, program.params, program.inputs, program.outputs, calls.linears, calls.uses, calls.refusals
+    )
+
+
+def _places(record: LinearRecord) -> list[tuple[str, StoredWeight]]:
+    """Where each of the merged weights of a kernel lies."""
+    family, problem = record.family, record.problem
+    if not isinstance(family, TiledGemm):
+        return []
+    panels = family.panels(problem, record.config, record.config["lanes"])
+    source = panels.source()
+    k_index = np.empty(problem.k, np.int64)
+    k_index[source[source >= 0]] = np.flatnonzero(source >= 0)
+    found, start = [], 0
+    for name, width in zip(record.weights, record.parts):
+        place = StoredWeight(
+            codes=record.packed["weight"],
+            layout=panels.layout,
+            k_index=k_index,
+            start=start,
+            stop=start + width,
+            group=panels.fmt.group,
+            column_scale=record.packed["scale"],
+            unit=family.unit(panels),
+            group_scale=record.packed.get("group_scale"),
+            zero=record.packed.get("zero"),
+            bias=panels.bias if panels.fmt.symmetric else 0,
+        )
+        found.append((name, place))
+        start += width
+    return found

@@ -1,0 +1,204 @@
+"""Converters of the operators in ``qcompile.kernel``: which kernel computes each, and with what.
+
+Tensors between kernels are matrices ``(rows, channels)``; the view with the model's leading axes exists only where an
+operator outside this file reads it.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from tvm import relax
+
+from qcompile.codegen.kernels import select
+from qcompile.codegen.kernels.base import Epilogue, LinearKernel, LinearProblem
+from qcompile.codegen.kernels.x86.attention import Attention
+from qcompile.codegen.kernels.x86.embedding import Embedding
+from qcompile.codegen.kernels.x86.rope import Rope
+from qcompile.codegen.kernels.x86.rowwise import Rowwise
+from qcompile.codegen.relax.attributes import attr
+from qcompile.codegen.relax.context import Context
+from qcompile.codegen.relax.dims import as_expr
+from qcompile.codegen.relax.registry import converter
+from qcompile.formats import Quantized, parse_activation, parse_format
+
+DOMAIN = "qcompile.kernel"
+
+
+@dataclass
+class LinearRecord:
+    """One use of a linear kernel.
+
+    Attributes:
+        sites: names of the merged sites.
+        weights: names of their code initializers.
+        parts: their widths along N.
+        problem, family, config, reason, refused: what was chosen and why.
+        packed: name of every packed array in the program's parameters, by the packer's own name.
+    """
+
+    sites: tuple[str, ...]
+    weights: tuple[str, ...]
+    parts: tuple[int, ...]
+    problem: LinearProblem
+    family: LinearKernel
+    config: dict[str, Any]
+    reason: str
+    refused: dict[str, str]
+    packed: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass
+class KernelCalls:
+    """What this file keeps during one conversion.
+
+    Attributes:
+        linears: one record per linear kernel.
+        uses: calls of the other kernels.
+        refusals: what was left to general code: (what, where, reason).
+        matrices: the matrix behind a view with leading axes.
+        functions: PrimFuncs built so far, so that layers with equal shapes share one.
+    """
+
+    linears: list[LinearRecord] = field(default_factory=list)
+    uses: Counter[str] = field(default_factory=Counter)
+    refusals: list[tuple[str, str, str]] = field(default_factory=list)
+    matrices: dict[Any, Any] = field(default_factory=dict)
+    functions: dict[Any, Any] = field(default_factory=dict)
+
+
+def calls(ctx: Context) -> KernelCalls:
+    """The state of ``ctx``."""
+    return ctx.state.setdefault(KernelCalls, KernelCalls())
+
+
+def call(
+    ctx: Context, key: Any, build: Callable[[], Any], name: str, tensors: list[Any], outputs: list[tuple[list[Any], str]]
+) -> list[Any]:
+    """Call the PrimFunc that ``build`` makes, built once per ``key``."""
+    state = calls(ctx)
+    if key not in state.functions:
+        state.functions[key] = ctx.bb.add_func(build(), name)
+    types = [relax.TensorType([as_expr(d) for d in shape], dtype) for shape, dtype in outputs]
+    made = ctx.bb.emit(relax.call_tir(state.functions[key], tensors, types[0] if len(types) == 1 else types))
+    if len(types) == 1:
+        return [made]
+    return [ctx.bb.emit(relax.TupleGetItem(made, i)) for i in range(len(types))]
+
+
+def rows(ctx: Context, expr: relax.Expr) -> relax.Expr:
+    """``expr`` as a matrix: all leading axes flattened. The matrix a kernel wrote is taken as it is."""
+    known = calls(ctx).matrices.get(expr)
+    if known is not None:
+        return known
+    shape = ctx.shape(expr)
+    flat = ctx.reshape(expr, [ctx.dims.product(shape[:-1]), shape[-1]])
+    calls(ctx).matrices[expr] = flat
+    return flat
+
+
+def shaped(ctx: Context, matrix: relax.Expr, lead: list[Any], width: Any) -> relax.Expr:
+    """A matrix a kernel wrote, with the model's leading axes; remembers where it came from."""
+    view = ctx.reshape(matrix, [*lead, width])
+    calls(ctx).matrices[view] = matrix
+    return view
+
+
+@converter(DOMAIN, "Linear")
+def linear(ctx: Context, node: ir.Node, x: Any, scale: Any, *operands: Any) -> relax.Expr:
+    """Pack the weight for the chosen kernel and call it."""
+    bias, residual = (*operands, *[None] * 5)[3:5]
+    k, n = attr(node, "k"), attr(node, "n")
+    weight_format = parse_format(attr(node, "weight_format"))
+    activation = parse_activation(attr(node, "activation_format"))
+    epilogue = Epilogue(bias is not None, attr(node, "epilogue"), residual is not None)
+    problem = LinearProblem(k, n, weight_format, activation, epilogue, threads=ctx.target.cores)
+    choice = select(problem, ctx.target)
+    codes, steps = ctx.constant(node.inputs[2]), ctx.constant(node.inputs[3])
+    zero = ctx.constant(node.inputs[4]) if len(node.inputs) > 4 else None
+    weight = Quantized(codes.astype(np.int16).astype(np.int8 if weight_format.symmetric else np.uint8), np.atleast_2d(steps), None if zero is None else np.atleast_2d(zero).astype(np.uint8))
+    name = node.inputs[2].name
+    record = LinearRecord(
+        attr(node, "sites"), attr(node, "weights"), attr(node, "parts"), problem, choice.family, choice.config, choice.reason, choice.refused
+    )
+    packed = []
+    for part, array in choice.family.pack(problem, choice.config, weight).items():
+        variable = ctx.param(f"{name}.{part}", array)
+        record.packed[part] = variable.name_hint
+        packed.append(variable)
+    calls(ctx).linears.append(record)
+    lead = ctx.shape(x)[:-1]
+    m = ctx.dims.product(lead)
+    tensors = [rows(ctx, x)]
+    if activation.bits:
+        tensors.append(_row_scale(ctx, scale, m))
+    tensors += packed
+    if bias is not None:
+        tensors.append(ctx.reshape(bias, [n]))
+    if residual is not None:
+        tensors.append(rows(ctx, residual))
+    (out,) = call(
+        ctx,
+        ("linear", choice.family.name, problem, repr(choice.config)),
+        lambda: choice.family.build(problem, choice.config, ctx.target, choice.family.name),
+        f"linear_{n}x{k}",
+        tensors,
+        [([m, n], "float32")],
+    )
+    return shaped(ctx, out, lead, n)
+
+
+def _row_scale(ctx: Context, scale: relax.Expr, m: Any) -> relax.Expr:
+    """Scales as a vector over rows; a static per-tensor scale is repeated."""
+    known = calls(ctx).matrices.get(scale)
+    if known is not None:
+        return known
+    if ctx.rank(scale) == 0:
+        return ctx.emit(relax.op.broadcast_to(ctx.reshape(scale, [1]), relax.ShapeExpr([m])))
+    return ctx.reshape(scale, [m])
+
+
+@converter(DOMAIN, "Rowwise")
+def rowwise(ctx: Context, node: ir.Node, x: Any, gamma: Any = None, beta: Any = None) -> list[Any]:
+    """Norm, activation or gated product, with the activation quantizer fused."""
+    producer = attr(node, "producer")
+    shape = ctx.shape(x)
+    gated = {"swiglu": "silu", "geglu": "gelu", "geglu_tanh": "gelu_tanh"}
+    norm = {"layernorm": "layer", "rmsnorm": "rms"}.get(producer, "")
+    width = int(shape[-1]) // (2 if producer in gated else 1)
+    wanted = [bool(v.uses()) or v.is_graph_output() for v in node.outputs]
+    quantize = wanted[1] or wanted[2]
+    kernel = Rowwise(
+        width,
+        norm=norm,
+        gamma=gamma is not None,
+        beta=beta is not None,
+        epsilon=attr(node, "epsilon", 1e-5),
+        activation=gated.get(producer, producer if not norm and producer != "identity" else ""),
+        gated=producer in gated,
+        f32_output=wanted[0],
+        quantize="token" if quantize else "",
+        bits=attr(node, "bits", 8),
+    )
+    lead = shape[:-1]
+    m = ctx.dims.product(lead)
+    outputs = []
+    if wanted[0]:
+        outputs.append(([m, width], "float32"))
+    if quantize:
+        outputs += [([m, width], "uint8"), ([m], "float32")]
+    operands = [rows(ctx, x), *(v for v in (gamma, beta) if v is not None)]
+    made = call(ctx, kernel, lambda: kernel.build(ctx.target), f"{producer}_{width}", operands, outputs)
+    calls(ctx).uses[f"row-wise {producer}"] += 1
+    y = shaped(ctx, made.pop(0), lead, width) if wanted[0] else None
+    if not quantize:
+        return [y, None, None]
+    codes, scale = made
+    view = ctx.reshape(scale, [*lead, 1])
+    calls(ctx).matrices[view] = scale
+    return [y, shaped(ctx, codes, lead, width), view]

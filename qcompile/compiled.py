@@ -1,0 +1,154 @@
+"""A compiled model: the artifact on disk and its program in memory."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import weakref
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qcompile import artifact as artifacts
+from qcompile import tensors
+from qcompile.errors import ArtifactError, TargetError
+from qcompile.report import Report
+from qcompile.runtime import Program, TensorSpec
+
+
+class CompiledModel:
+    """An artifact, loaded on first use. Call it with numpy arrays or torch tensors, by position or by name."""
+
+    def __init__(self, artifact: artifacts.Artifact) -> None:
+        self._artifact = artifact
+        self._program: Program | None = None
+        self.report: Report | dict[str, Any] | None = None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the program; see `qcompile.runtime.Program`."""
+        return self.program(*args, **kwargs)
+
+    def run(self, feeds: Mapping[str, Any]) -> dict[str, np.ndarray]:
+        """Run with inputs by name; returns every output by name."""
+        return self.program.run(feeds)
+
+    @property
+    def program(self) -> Program:
+        """The loaded program.
+
+        Raises:
+            TargetError: it was compiled for another kind of machine.
+        """
+        if self._program is None:
+            self._program = load_program(self.path, self._artifact.manifest["target"])
+        return self._program
+
+    @property
+    def path(self) -> Path:
+        """The artifact directory."""
+        return self._artifact.path
+
+    @property
+    def onnx_path(self) -> Path:
+        """The quantized model for ONNX Runtime."""
+        return self._artifact.file("model.onnx")
+
+    @property
+    def manifest(self) -> dict[str, Any]:
+        """What was compiled from what, and how."""
+        return self._artifact.manifest
+
+    @property
+    def size(self) -> int:
+        """Bytes of the whole artifact."""
+        return self._artifact.size
+
+    @property
+    def inputs(self) -> tuple[TensorSpec, ...]:
+        """What the program takes."""
+        return _specs(self._artifact.file("program.json"), "inputs")
+
+    @property
+    def outputs(self) -> tuple[TensorSpec, ...]:
+        """What the program returns."""
+        return _specs(self._artifact.file("program.json"), "outputs")
+
+    def save(self, directory: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
+        """Copy the artifact to ``directory``, complete or not at all.
+
+        Raises:
+            ArtifactError: the directory exists or cannot be written.
+        """
+        with artifacts.staged(directory, overwrite=overwrite) as folder:
+            shutil.copytree(self.path, folder, dirs_exist_ok=True)
+        return Path(directory)
+
+    def keep_alive(self, temporary: str | None) -> None:
+        """Remove ``temporary``, which holds the artifact, when this object goes away."""
+        if temporary is not None:
+            weakref.finalize(self, shutil.rmtree, temporary, True)
+
+    def __repr__(self) -> str:
+        return f"CompiledModel({str(self.path)!r}, {', '.join(map(str, self.inputs))})"
+
+
+def load(path: str | os.PathLike[str], *, verify: bool = True) -> CompiledModel:
+    """Open an artifact directory.
+
+    Args:
+        path: the directory.
+        verify: check the hash of every file.
+
+    Raises:
+        ArtifactError: it is incomplete, was altered, or names files outside itself.
+    """
+    model = CompiledModel(artifacts.open_artifact(path, verify=verify))
+    if "report.json" in model.manifest["files"]:
+        model.report = json.loads(model._artifact.file("report.json").read_text(encoding="utf-8"))
+    return model
+
+
+def load_program(folder: Path, target: Mapping[str, Any] | None = None) -> Program:
+    """Load library and weights from an artifact directory, complete or being written.
+
+    Raises:
+        TargetError: this machine cannot run it.
+        ArtifactError: a weight is missing.
+    """
+    content = json.loads((folder / "program.json").read_text(encoding="utf-8"))
+    check_machine(content["target"] if target is None else target)
+    arrays = tensors.load(folder / "weights.safetensors")
+    if missing := [n for n in content["parameters"] if n not in arrays]:
+        raise ArtifactError(f"{folder / 'weights.safetensors'} lacks the tensor {missing[0]!r}")
+    return Program(
+        folder / "lib" / "model.so",
+        [arrays[n] for n in content["parameters"]],
+        _specs(folder / "program.json", "inputs"),
+        _specs(folder / "program.json", "outputs"),
+    )
+
+
+def check_machine(target: Mapping[str, Any]) -> None:
+    """Fail if this machine lacks an instruction-set feature the program uses.
+
+    Raises:
+        TargetError: naming the target, what is missing, and what to do.
+    """
+    if target["kind"] == "x86":
+        from qcompile.targets.x86 import host_features
+
+        if missing := sorted(set(target["features"]) - host_features()):
+            raise TargetError(
+                f"the program was compiled for {target['kind']}/{target['cpu']}; this machine lacks {', '.join(missing)}: "
+                "compile again with --target native, or with --target x86-64-v3 for any x86 machine with AVX2"
+            )
+    else:
+        raise TargetError(f"the program was compiled for {target['kind']}/{target['cpu']}, not for this machine")
+
+
+def _specs(path: Path, key: str) -> tuple[TensorSpec, ...]:
+    content = json.loads(path.read_text(encoding="utf-8"))
+    return tuple(TensorSpec(s["name"], s["dtype"], tuple(s["shape"])) for s in content[key])

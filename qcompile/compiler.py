@@ -1,0 +1,303 @@
+"""`compile`: the whole pipeline, from a float model to an artifact."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import os
+import platform
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from qcompile import artifact as artifacts
+from qcompile import ort, tensors
+from qcompile.calibration import Feed, collect, input_specs, load_feeds
+from qcompile.compiled import CompiledModel, load
+from qcompile.errors import CalibrationError, TargetError
+from qcompile.passes.sites import linear_sites
+from qcompile.progress import Progress
+from qcompile.quantization import quantize_model, sites_with_hessian
+from qcompile.recipes import Recipe, get_recipe
+from qcompile.report import Report
+from qcompile.transforms import TransformContext, apply_transforms
+
+MAX_CHECK_SAMPLES = 8
+
+
+@dataclass
+class Stages:
+    """Saves the model after every stage, if a folder is given."""
+
+    folder: Path | None
+    saved: list[str] = field(default_factory=list)
+
+    def save(self, name: str, model: ir.Model) -> None:
+        """Write ``NN-name.onnx`` with its weights beside it."""
+        if self.folder is None:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.saved.append(name)
+        stem = f"{len(self.saved):02d}-{name}"
+        ir.save(model.clone(), self.folder / f"{stem}.onnx", external_data=f"{stem}.data")
+
+
+def compile(
+    model: Any,
+    *,
+    target: Any = "native",
+    recipe: str | Path | Recipe = "w8a8",
+    calibration: Any = None,
+    tokenizer: str | os.PathLike[str] | None = None,
+    output: str | os.PathLike[str] | None = None,
+    overwrite: bool = False,
+    keep_stages: str | os.PathLike[str] | None = None,
+    max_tokens: int = 512,
+    max_samples: int = 256,
+    capture_options: Mapping[str, Any] | None = None,
+    progress: bool | None = None,
+    **changes: Any,
+) -> CompiledModel:
+    """Compile a float model to a low-bit program.
+
+    Args:
+        model: an ONNX file, a Hugging Face directory, ``package:attribute``, a torch module or exported program, an
+            ``onnx.ModelProto`` or an ``onnx_ir.Model``; see `qcompile.capture.capture`.
+        target: a target name (``qcompile targets``) or `Target`; ``native`` is this machine.
+        recipe: a recipe's name, a ``.toml`` file, or a `Recipe`.
+        calibration: path of a ``.npz``, ``.txt`` or ``.jsonl``, or an iterable; None for data-free compilation.
+        tokenizer: path of ``tokenizer.json`` for texts; found by itself in a Hugging Face directory.
+        output: directory of the artifact; a temporary one if None.
+        overwrite: replace an artifact that is there already.
+        keep_stages: folder that receives the model after every stage.
+        max_tokens, max_samples: length and number of calibration samples used.
+        capture_options: passed on to capture (``example_inputs``, ``dynamic``, ``task``, ``kv_cache`` ...).
+        progress: show bars; by default on a terminal.
+        **changes: fields of the recipe to change: ``weight="int4/g64"``, ``activation="none"``, ``solver="rtn"`` ...
+
+    Returns:
+        The loaded artifact, callable.
+
+    Raises:
+        QcompileError: one of its subclasses, with a message that names the file, tensor or node.
+    """
+    from qcompile.capture import capture
+    from qcompile.passes.lower import lower
+    from qcompile.passes.recognise import recognise
+
+    chosen = get_recipe(recipe, **changes)
+    machine = resolve_target(target)
+    temporary = None
+    if output is None:
+        temporary = tempfile.mkdtemp(prefix="qcompile-")
+        output = Path(temporary) / "artifact"
+    try:
+        with Progress(progress) as bars, artifacts.staged(output, overwrite=overwrite) as folder:
+            stages = Stages(Path(keep_stages) if keep_stages else None)
+            with bars.stage("capture"):
+                captured = capture(model, **(capture_options or {}))
+                stages.save("captured", captured.model)
+            with bars.stage("recognise"):
+                graph, recognised = recognise(captured.model)
+                stages.save("recognised", graph)
+            report = Report(str(captured.source.get("name") or captured.source.get("path") or "model"), str(machine), chosen.name)
+            report.recognised = recognised.counts()
+            feeds = _feeds(calibration, graph, tokenizer or captured.tokenizer, max_tokens, max_samples)
+            reference = graph
+            before = _statistics(graph, chosen, feeds, bars, hessian=False)
+            if chosen.transforms:
+                with bars.stage("transform", total=None) as advance:
+                    graph = apply_transforms(graph.clone(), TransformContext(chosen, feeds, report, advance))
+                stages.save("transformed", graph)
+            else:
+                graph = graph.clone()
+            after = _statistics(graph, chosen, feeds, bars, hessian=True)
+            site_inputs = {s.name: s.x.name or "" for s in linear_sites(graph)}
+            with bars.stage("quantize", total=max(len(site_inputs), 1)) as advance:
+                quantized = quantize_model(graph, chosen, after, report, lambda name: advance())
+            _channel_ranges(report, site_inputs, before, after)
+            stages.save("quantized", quantized)
+            with bars.stage("lower"):
+                lowered = lower(quantized)
+                if stages.folder is not None:
+                    stages.save("lowered", lowered)
+            with bars.stage("generate code"):
+                _emit(folder, lowered, quantized, machine, report)
+            with bars.stage("check against float"):
+                samples = feeds[:MAX_CHECK_SAMPLES] or _example(captured.example_inputs)
+                _check(folder, reference, samples, report)
+            _write(folder, report, chosen, machine, captured.source)
+        result = load(output, verify=False)
+        result.report = report
+        result.keep_alive(temporary)
+        temporary = None
+        return result
+    finally:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def resolve_target(target: Any) -> Any:
+    """Return a `Target` from a name.
+
+    Raises:
+        TargetError: the name is unknown.
+    """
+    from qcompile.targets import get_target
+    from qcompile.targets.target import Target
+
+    if isinstance(target, Target):
+        return target
+    found = get_target(str(target))
+    if found.kind not in ("x86", "arm"):
+        raise TargetError(f"target {target!r} cannot be compiled for yet; `qcompile targets` lists those that can")
+    return found
+
+
+def _feeds(calibration: Any, graph: ir.Model, tokenizer: Any, max_tokens: int, max_samples: int) -> list[Feed]:
+    if calibration is None:
+        return []
+    feeds = load_feeds(calibration, input_specs(graph), tokenizer=tokenizer, max_tokens=max_tokens)
+    if len(feeds) > max_samples:
+        # Spread over the whole file: neighbours are often alike.
+        feeds = [feeds[i] for i in np.linspace(0, len(feeds) - 1, max_samples).astype(int)]
+    return feeds
+
+
+def _statistics(graph: ir.Model, recipe: Recipe, feeds: Sequence[Feed], bars: Progress, *, hessian: bool) -> dict[str, Any]:
+    sites = [s for s in linear_sites(graph) if recipe.weight_format(s.name) is not None]
+    static = any(recipe.activation_format(s.name).granularity == "tensor" for s in sites if recipe.activation_format(s.name).bits)
+    if not feeds:
+        if static:
+            raise CalibrationError(f"recipe {recipe.name!r} has static activations and needs calibration data")
+        return {}
+    values = list(dict.fromkeys(s.x.name or "" for s in sites))
+    if not values:
+        return {}
+    wanted = sites_with_hessian(graph, recipe) if hessian else set()
+    with bars.stage("calibrate" if hessian else "observe", total=len(feeds)) as advance:
+        return collect(graph, feeds, values, hessian=sorted(wanted), progress=advance)
+
+
+def _channel_ranges(report: Report, inputs: Mapping[str, str], before: Mapping[str, Any], after: Mapping[str, Any]) -> None:
+    for layer in report.layers:
+        name = inputs.get(layer.name, "")
+        if name in before:
+            layer.before = [float(v) for v in before[name].absmax]
+        if name in after:
+            layer.after = [float(v) for v in after[name].absmax]
+
+
+def _emit(folder: Path, lowered: ir.Model, quantized: ir.Model, machine: Any, report: Report) -> None:
+    """Write library, weights and model.onnx."""
+    from qcompile.codegen.program import build_program
+
+    program = build_program(lowered, machine)
+    (folder / "lib").mkdir()
+    program.export(folder / "lib" / "model.so")
+    places = tensors.save(folder / "weights.safetensors", program.params)
+    report.tensors = {name: place.length for name, place in places.items()}
+
+    def external(name: str) -> ir.ExternalTensor:
+        array, place = program.params[name], places[name]
+        return ir.ExternalTensor(
+            "weights.safetensors",
+            place.offset,
+            place.length,
+            ir.DataType.from_numpy(array.dtype),
+            shape=ir.Shape(array.shape),
+            name=f"packed.{name}",
+            base_dir=folder,
+        )
+
+    emitted = program.share_weights(quantized, external)
+    ir.save(emitted, folder / "model.onnx")
+    manifest = {
+        "inputs": [dataclasses.asdict(s) for s in program.inputs],
+        "outputs": [dataclasses.asdict(s) for s in program.outputs],
+        "parameters": list(program.params),
+        "target": {"kind": machine.kind, "cpu": machine.cpu, "features": sorted(machine.features)},
+    }
+    (folder / "program.json").write_text(_json(manifest), encoding="utf-8")
+    _describe(report, program)
+
+
+def _describe(report: Report, program: Any) -> None:
+    """Enter the kernels chosen, and those refused, into the report's layers."""
+    layers = {layer.name: layer for layer in report.layers}
+    for use in program.linears:
+        report.kernels[use.family.name] = report.kernels.get(use.family.name, 0) + 1
+        for name in use.sites:
+            if (layer := layers.get(name)) is not None:
+                layer.kernel, layer.kernel_reason, layer.refused = use.family.name, use.reason, dict(use.refused)
+    for name, count in program.kernels.items():
+        report.kernels[name] = report.kernels.get(name, 0) + count
+    for what, where, reason in program.refusals:
+        report.refuse(what, where, reason)
+
+
+def _check(folder: Path, reference: ir.Model, samples: Sequence[Feed], report: Report) -> None:
+    """Compare the compiled program, if this machine can run it, and ``model.onnx`` with the float model."""
+    from qcompile.compiled import load_program
+
+    if not samples:
+        report.refuse("compare with the float model", "whole model", "no calibration data and no example inputs")
+        return
+    float_session = ort.session(reference)
+    onnx_session = ort.session(folder / "model.onnx")
+    try:
+        program = load_program(folder)
+    except TargetError as error:
+        report.refuse("run the program", "this machine", str(error))
+        program = None
+    sums: dict[str, list[float]] = {}
+
+    def compare(key: str, have: Mapping[str, np.ndarray], want: Mapping[str, np.ndarray]) -> None:
+        a = np.concatenate([np.ravel(v) for v in have.values()]).astype(np.float64)
+        b = np.concatenate([np.ravel(v) for v in want.values()]).astype(np.float64)
+        sums.setdefault(f"{key}_cosine", []).append(float(a @ b / (np.linalg.norm(a) * np.linalg.norm(b) or 1)))
+        sums.setdefault(f"{key}_error", []).append(float(np.linalg.norm(a - b) / (np.linalg.norm(b) or 1)))
+
+    for feed in samples:
+        exact = ort.run(float_session, feed)
+        emitted = ort.run(onnx_session, feed)
+        compare("onnx_to_float", emitted, exact)
+        if program is not None:
+            got = program.run({s.name: feed[s.name] for s in program.inputs})
+            compare("program_to_float", got, exact)
+            compare("program_to_onnx", got, emitted)
+    report.quality = {key: float(np.mean(values)) for key, values in sums.items()} | {"samples": float(len(samples))}
+
+
+def _example(example: Mapping[str, np.ndarray] | None) -> list[Feed]:
+    return [dict(example)] if example else []
+
+
+def _write(folder: Path, report: Report, recipe: Recipe, machine: Any, source: Mapping[str, Any]) -> None:
+    from qcompile.report.html import write_html
+
+    report.size = {p.relative_to(folder).as_posix(): p.stat().st_size for p in sorted(folder.rglob("*")) if p.is_file()}
+    write_html(folder / "report.html", report)
+    (folder / "report.json").write_text(_json(report.to_dict()), encoding="utf-8")
+    versions = {p: importlib.metadata.version(p) for p in ("qcompile", "apache-tvm", "apache-tvm-ffi", "onnx", "onnxruntime", "numpy")}
+    artifacts.write_manifest(
+        folder,
+        {
+            "source": dict(source),
+            "recipe": recipe.to_dict(),
+            "target": {"kind": machine.kind, "cpu": machine.cpu, "features": sorted(machine.features), "cores": machine.cores},
+            "versions": {**versions, "python": platform.python_version()},
+        },
+    )
+
+
+def _json(value: Any) -> str:
+    import json
+
+    return json.dumps(value, indent=1, allow_nan=False) + "\n"

@@ -8,6 +8,7 @@ import onnx_ir as ir
 import onnx_ir.passes.common as common_passes
 
 from qcompile.passes.graph import is_op, remove_unused_initializers
+from qcompile.passes.opset import convert_opset
 from qcompile.passes.recognise import linear, simplify, symbols
 from qcompile.passes.recognise.activations import GeluRule, SwishRule
 from qcompile.passes.recognise.batch_norm import FoldBatchNorm
@@ -55,10 +56,7 @@ def prepare(model: ir.Model) -> None:
     common_passes.InlinePass()(model)
     common_passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     common_passes.RemoveInitializersFromInputsPass()(model)
-    if model.opset_imports.get("", 0) < OPSET:
-        model.opset_imports[""] = OPSET
-        model.graph.opset_imports[""] = OPSET
-    model.ir_version = max(model.ir_version or 0, 10)
+    convert_opset(model, OPSET)
     common_passes.CommonSubexpressionEliminationPass()(model)
 
 

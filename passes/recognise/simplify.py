@@ -14,7 +14,7 @@ from qcompile.passes.graph import attribute
 from qcompile.passes.recognise import symbols
 from qcompile.passes.recognise.pattern import small_constant
 from qcompile.passes.recognise.result import Found
-from qcompile.passes.recognise.rule import Rule, emit, emit_constant, substitute
+from qcompile.passes.recognise.rule import Rule, emit, emit_constant, remove_dead, substitute
 
 
 class RemoveNoOp(Rule):
@@ -125,6 +125,25 @@ class ConstantContents(Rule):
         return self.found(node)
 
 
+class ConstantFill(Rule):
+    """ConstantOfShape of a small known shape -> a constant."""
+
+    kind = "constant shape"
+    anchors = ("ConstantOfShape",)
+
+    def apply(self, node: ir.Node) -> Found | None:
+        shape = symbols.contents(node.inputs[0])
+        if shape is None or node.outputs[0].is_graph_output() or any(isinstance(d, str) for d in shape):
+            return None
+        size = [int(d) for d in shape]
+        if any(d < 0 for d in size) or int(np.prod(size, dtype=np.int64)) > 64:
+            return None
+        fill = attribute(node, "value")
+        element = fill.numpy().reshape(()) if isinstance(fill, ir.TensorProtocol) else np.float32(0)
+        substitute(node.outputs[0], emit_constant(node, np.full(size, element), f"{node.outputs[0].name}.constant"))
+        return self.found(node)
+
+
 class ConstantReshape(Rule):
     """Reshape by a computed shape -> Reshape by a constant one, if all but one dimension are fixed or kept."""
 
@@ -180,8 +199,6 @@ def set_constant_shape(node: ir.Node, target: list[int]) -> None:
     node.replace_input_with(1, shape)
     producer = old.producer() if old is not None else None
     if producer is not None:
-        from qcompile.passes.recognise.rule import remove_dead
-
         remove_dead([producer])
 
 
@@ -297,6 +314,7 @@ class MergeReshapes(Rule):
 RULES: tuple[Rule, ...] = (
     RemoveNoOp(),
     ConstantContents(),
+    ConstantFill(),
     ExpandShapeGuard(),
     ConstantReshape(),
     ConstantExpand(),

@@ -32,7 +32,9 @@ def convert_opset(model: ir.Model, target: int) -> None:
     if version < OLDEST:
         raise ModelError(f"opset {version} is older than {OLDEST}; export the model again with opset {OLDEST} or later")
     if version > NEWEST:
-        raise ModelError(f"opset {version} is newer than {NEWEST}; export the model again with opset {NEWEST} or earlier")
+        raise ModelError(
+            f"opset {version} is newer than {NEWEST}; export the model again with opset {NEWEST} or earlier"
+        )
     for node in list(model.graph.all_nodes()):
         if node.domain in ("", "ai.onnx"):
             node.domain = ""

@@ -11,10 +11,14 @@ from qcompile.passes.graph import is_op, remove_unused_initializers
 from qcompile.passes.opset import convert_opset
 from qcompile.passes.recognise import linear, simplify, symbols
 from qcompile.passes.recognise.activations import GeluRule, SwishRule
+from qcompile.passes.recognise.attention import AttentionRule
 from qcompile.passes.recognise.batch_norm import FoldBatchNorm
+from qcompile.passes.recognise.broadcast import expand_masks, expand_tables
 from qcompile.passes.recognise.layer_norm import LayerNormRule
+from qcompile.passes.recognise.masks import CausalMaskRule, PaddingMaskRule
 from qcompile.passes.recognise.result import COMPOSITES, Recognised
 from qcompile.passes.recognise.rms_norm import RmsNormRule
+from qcompile.passes.recognise.rotary import PartialRotaryRule, RotaryRule
 from qcompile.passes.recognise.rule import Rule, apply_rules
 
 OPSET = 24
@@ -24,6 +28,11 @@ COMPOSITE_RULES: tuple[Rule, ...] = (
     RmsNormRule(),
     GeluRule(),
     SwishRule(),
+    RotaryRule(),
+    PartialRotaryRule(),
+    PaddingMaskRule(),
+    AttentionRule(),
+    CausalMaskRule(),
 )
 
 
@@ -70,7 +79,9 @@ def fold_constants(model: ir.Model) -> None:
 
 
 def finish(model: ir.Model) -> None:
-    """Merge equal subexpressions, drop what nothing reads, sort, give every value a name and a shape."""
+    """Spell out broadcasting, merge equal subexpressions, drop what nothing reads, sort, give every value a name and a shape."""
+    expand_tables(model.graph)
+    expand_masks(model.graph)
     common_passes.CommonSubexpressionEliminationPass()(model)
     common_passes.RemoveUnusedNodesPass()(model)
     remove_unused_initializers(model.graph)

@@ -23,6 +23,7 @@ import onnx_ir as ir
 import onnx_ir.passes.common as common_passes
 
 from qcompile.errors import ModelError, UnsupportedOperatorError
+from qcompile.passes.recognise.broadcast import expand_tables
 
 MODULE_KEY = "namespace"
 CLASS_KEY = "qcompile.class"
@@ -73,7 +74,7 @@ def export_torch(
     parameters = program.state_dict
     restore_weight_names(model, parameters if is_program else parameters(), strip_prefix)
     clean_metadata(model, strip_prefix)
-    expand_rotary_tables(model)
+    expand_tables(model.graph)
     common_passes.CommonSubexpressionEliminationPass()(model)
     common_passes.RemoveUnusedNodesPass()(model)
     return model
@@ -181,58 +182,3 @@ def _literal_list(text: str | None) -> list[str]:
     except (ValueError, SyntaxError):
         return []
     return [str(item) for item in value] if isinstance(value, list) else []
-
-
-def expand_rotary_tables(model: ir.Model) -> int:
-    """Expand cos and sin of every RotaryEmbedding to the batch of its input; return how many operators were changed.
-
-    Without position ids the operator takes tables ``(batch, sequence, half)``; a model that counts positions from 0
-    computes them with batch 1.
-    """
-    changed = 0
-    graph = model.graph
-    expanded: dict[tuple[ir.Value, ir.Value], ir.Value] = {}
-    for node in list(graph):
-        if node.op_type != "RotaryEmbedding" or node.domain or (len(node.inputs) > 3 and node.inputs[3] is not None):
-            continue
-        data = node.inputs[0]
-        if data is None or _same_batch(data, node.inputs[1]):
-            continue
-        like = _input_with_batch_of(graph, data)
-        for index in (1, 2):
-            table = node.inputs[index]
-            if table is None:
-                continue
-            if (table, like) not in expanded or like is data:
-                batch = ir.node("Shape", [like], attributes={"start": 0, "end": 1})
-                ones = ir.node("Constant", [], attributes={"value": ir.tensor(np.array([1, 1], np.int64))})
-                shape = ir.node("Concat", [batch.outputs[0], ones.outputs[0]], attributes={"axis": 0})
-                expand = ir.node("Expand", [table, shape.outputs[0]])
-                if table.type is not None:
-                    expand.outputs[0].type = table.type
-                for new in (batch, ones, shape, expand):
-                    new.metadata_props.update(node.metadata_props)
-                graph.insert_before(node, [batch, ones, shape, expand])
-                expanded[table, like] = expand.outputs[0]
-            node.replace_input_with(index, expanded[table, like])
-        changed += 1
-    return changed
-
-
-def _same_batch(data: ir.Value, table: ir.Value | None) -> bool:
-    if data.shape is None or table is None or table.shape is None:
-        return False
-    first, second = data.shape[0], table.shape[0]
-    if isinstance(first, ir.SymbolicDim) and isinstance(second, ir.SymbolicDim):
-        return first.value is not None and first.value == second.value
-    return isinstance(first, int) and first == second
-
-
-def _input_with_batch_of(graph: ir.Graph, data: ir.Value) -> ir.Value:
-    """A graph input whose first dimension is that of ``data``, so that all layers share one Shape; else ``data``."""
-    batch = data.shape[0] if data.shape is not None and len(data.shape) else None
-    if isinstance(batch, ir.SymbolicDim) and batch.value is not None:
-        for value in graph.inputs:
-            if value.shape is not None and len(value.shape) and value.shape[0] == batch:
-                return value
-    return data

@@ -53,8 +53,8 @@ class AttentionRule(Rule):
         if problem is not None:
             return self.refused(node, problem) if problem else None
         product = core.nodes[-1]
-        queries, scale_q, nodes_q = _unscaled(product.inputs[0])
-        keys, scale_k, nodes_k = _unscaled(product.inputs[1])
+        queries, scale_q = _unscaled(product.inputs[0])
+        keys, scale_k = _unscaled(product.inputs[1])
         core.scale *= scale_q * scale_k
         shapes = [symbols.dims(v) for v in (queries, keys, values)]
         if any(shape is None for shape in shapes):
@@ -218,10 +218,10 @@ def _leads_to_matmul(value: ir.Value | None) -> bool:
     return False
 
 
-def _unscaled(value: ir.Value | None) -> tuple[ir.Value, float, list[ir.Node]]:
-    """Take constant factors off Q or K; return what is inside, the factor and the nodes."""
+def _unscaled(value: ir.Value | None) -> tuple[ir.Value, float]:
+    """Take constant factors off Q or K; return what is inside and the factor."""
     assert value is not None
-    scale, nodes = 1.0, []
+    scale = 1.0
     while (node := _producer(value, "Mul", "Div")) is not None:
         inner, number = node.inputs[0], small_constant(node.inputs[1])
         if number is None and node.op_type == "Mul":
@@ -229,9 +229,8 @@ def _unscaled(value: ir.Value | None) -> tuple[ir.Value, float, list[ir.Node]]:
         if number is None or number.size != 1 or inner is None or sole_use(value) is None:
             break
         scale = scale * float(number.reshape(())) if node.op_type == "Mul" else scale / float(number.reshape(()))
-        nodes.append(node)
         value = inner
-    return value, scale, nodes
+    return value, scale
 
 
 def _is_masking(fill: ir.Value) -> bool:

@@ -55,7 +55,7 @@ def recognise(model: ir.Model) -> tuple[ir.Model, Recognised]:
         if not changes:
             break
         report.refused.clear()
-    finish(model)
+    finish(model, report)
     count(model, report)
     return model, report
 
@@ -78,12 +78,16 @@ def fold_constants(model: ir.Model) -> None:
     common_passes.RemoveUnusedNodesPass()(model)
 
 
-def finish(model: ir.Model) -> None:
+def finish(model: ir.Model, report: Recognised) -> None:
     """Spell out broadcasting, merge equal subexpressions, drop what nothing reads, sort, give every value a name and a shape."""
     expand_tables(model.graph)
     expand_masks(model.graph)
-    common_passes.CommonSubexpressionEliminationPass()(model)
-    common_passes.RemoveUnusedNodesPass()(model)
+    for _ in range(2):
+        common_passes.DeduplicateInitializersPass(size_limit=16)(model)
+        common_passes.CommonSubexpressionEliminationPass()(model)
+        common_passes.RemoveUnusedNodesPass()(model)
+        symbols.infer(model)
+        apply_rules(model, simplify.RULES, report)
     remove_unused_initializers(model.graph)
     common_passes.TopologicalSortPass()(model)
     common_passes.NameFixPass()(model)

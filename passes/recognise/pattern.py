@@ -73,9 +73,10 @@ class Const(Pattern):
         array = small_constant(value)
         if array is None:
             return
-        if self.near is not None:
-            if array.size != 1 or not np.isclose(float(array.reshape(())), self.near, rtol=self.tolerance, atol=0):
-                return
+        if self.near is not None and not (
+            array.size == 1 and np.isclose(float(array.reshape(())), self.near, rtol=self.tolerance, atol=0)
+        ):
+            return
         if not self.name:
             yield match
             return

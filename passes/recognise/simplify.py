@@ -242,6 +242,23 @@ class ExpandShapeGuard(Rule):
         return self.found(node)
 
 
+class SqueezeOfUnsqueeze(Rule):
+    """``Squeeze(Unsqueeze(x, a), a)`` -> ``x``."""
+
+    kind = "no-op"
+    anchors = ("Squeeze",)
+
+    def apply(self, node: ir.Node) -> Found | None:
+        inner = node.inputs[0].producer() if node.inputs[0] is not None else None
+        if inner is None or inner.op_type not in ("Unsqueeze", "Reshape", "Squeeze") or inner.inputs[0] is None:
+            return None
+        before, after = symbols.dims(inner.inputs[0]), symbols.dims(node.outputs[0])
+        if before is None or before != after or inner.inputs[0].producer() is None:
+            return None
+        substitute(node.outputs[0], inner.inputs[0])
+        return self.found(node)
+
+
 class MergeTransposes(Rule):
     """``Transpose(Transpose(x, p), q)`` -> ``Transpose(x, p[q])``."""
 
@@ -318,6 +335,7 @@ RULES: tuple[Rule, ...] = (
     ExpandShapeGuard(),
     ConstantReshape(),
     ConstantExpand(),
+    SqueezeOfUnsqueeze(),
     MergeTransposes(),
     TransposeThroughReshape(),
     MergeReshapes(),

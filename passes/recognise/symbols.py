@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 
 import onnx_ir as ir
 from onnx_shape_inference import SYM_DATA_KEY, infer_symbolic_shapes
@@ -15,10 +16,19 @@ from onnx_shape_inference import SYM_DATA_KEY, infer_symbolic_shapes
 from qcompile.passes.recognise.pattern import small_constant
 
 Dim = int | str
+_ANONYMOUS = re.compile(r"\b_d\d+\b")
 
 
 def infer(model: ir.Model) -> None:
-    """Infer all shapes and types of ``model`` in place; what cannot be inferred stays unknown."""
+    """Infer all shapes and types of ``model`` in place; what cannot be inferred stays unknown.
+
+    Dimensions that an earlier inference could only number (``_d0``) are inferred anew.
+    """
+    for node in model.graph.all_nodes():
+        for value in node.outputs:
+            value.metadata_props.pop(SYM_DATA_KEY, None)
+            if value.shape is not None and not value.is_graph_output() and any(map(_anonymous, value.shape)):
+                value.shape = None
     logger = logging.getLogger("onnx_shape_inference")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -26,6 +36,10 @@ def infer(model: ir.Model) -> None:
         infer_symbolic_shapes(model, warn_on_missing=False)
     finally:
         logger.setLevel(level)
+
+
+def _anonymous(dim: int | ir.SymbolicDim) -> bool:
+    return isinstance(dim, ir.SymbolicDim) and (dim.value is None or _ANONYMOUS.search(dim.value) is not None)
 
 
 def clear(model: ir.Model) -> None:
@@ -46,7 +60,7 @@ def dims(value: ir.Value | None) -> tuple[Dim, ...] | None:
         if isinstance(dim, int):
             result.append(dim)
         elif dim.value is not None:
-            result.append(str(dim.value))
+            result.append(int(dim.value) if dim.value.isdigit() else dim.value)
         else:
             return None
     return tuple(result)

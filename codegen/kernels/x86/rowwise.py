@@ -32,6 +32,7 @@ from tvm.tirx.script.builder import ir as B
 
 from qcompile.codegen.kernels.base import ACTIVATIONS
 from qcompile.codegen.kernels.x86 import vector as v
+from qcompile.codegen.kernels.x86 import vmath
 from qcompile.errors import TargetError
 from qcompile.targets.target import Target
 
@@ -122,8 +123,9 @@ class Rowwise:
 
     @property
     def code_range(self) -> tuple[int, int]:
-        """Smallest and largest code the static quantizer saturates to."""
-        return -(1 << (self.bits - 1)), (1 << (self.bits - 1)) - 1
+        """Smallest and largest signed code; the per-token grid is symmetric."""
+        top = (1 << (self.bits - 1)) - 1
+        return -top - (self.quantize == "tensor"), top
 
     def build(self, target: Target, name: str = "rowwise") -> Any:
         """Return the ``tirx.PrimFunc`` with global symbol ``name``."""
@@ -159,7 +161,7 @@ class Rowwise:
                     return _magnitude(a, n)
 
                 if self.quantize == "token" and not self.hadamard:
-                    absmax = v.sweep_reduce(d, lanes, keep, T.max, dtype="int32")
+                    absmax = v.sweep_reduce(d, lanes, keep, T.max, dtype="uint32")
                 else:
                     v.sweep(d, lanes, lambda s, n, _: keep(s, n))
                 if self.hadamard:
@@ -169,7 +171,7 @@ class Rowwise:
                 value = lambda s, n: v.load(y, at_y(s), n)  # noqa: E731
             if self.quantize == "token":
                 if absmax is None:
-                    absmax = v.sweep_reduce(d, lanes, lambda s, n: _magnitude(value(s, n), n), T.max, dtype="int32")
+                    absmax = v.sweep_reduce(d, lanes, lambda s, n: _magnitude(value(s, n), n), T.max, dtype="uint32")
                 step = v.let(T.reinterpret(absmax, dtype="float32") / T.float32((1 << (self.bits - 1)) - 1))
                 step = v.let(T.Select(step == T.float32(0), T.float32(1), step))
             elif self.quantize == "tensor":
@@ -231,24 +233,20 @@ class Rowwise:
     def _activated(self, value: Load, i: Any, names: dict[str, Any]) -> Load:
         if not (self.activation or self.gated):
             return value
-        from qcompile.codegen.kernels.x86.vmath import activate
-
-        def activated(s: Any, n: int) -> Any:
-            return activate(self.activation, v.let(value(s, n)), n)
-
+        act = vmath.ACTIVATIONS[self.activation]
         if not self.gated:
-            return activated
-        return lambda s, n: activated(s, n) * v.load(names["x"], [i, s + self.width], n)
+            return lambda s, n: act(value(s, n))
+        return lambda s, n: act(value(s, n)) * v.load(names["x"], [i, s + self.width], n)
 
     def _quantize(self, value: Load, step: Any, codes: Any, i: Any, lanes: int) -> None:
-        low, high = (bound - self.zero_point for bound in self.code_range)
         clamp = self.quantize == "tensor"
+        low, high = (bound - (self.zero_point if clamp else 0) for bound in self.code_range)
         inverse = v.let(T.float32(1) / step)
         # The sum of a code and 128 + zero point, modulo 256, as the stored byte.
         offset = (128 + (self.zero_point if clamp else 0)) % 256
 
         def clip(t: Any, n: int) -> Any:
-            return T.min(T.max(t, v.const(low, n)), v.const(high, n)) if clamp else t
+            return T.min(T.max(t, v.const(low, n)), v.const(high, n))
 
         def fast(s: Any, n: int) -> Any:
             magic = v.const(_MAGIC, n)
@@ -269,13 +267,16 @@ class Rowwise:
             byte = v.cast(v.cast(quotient, "int32", n), "uint8", n) + v.const(offset, n, "uint8")
             v.store(codes, [i, s], byte, n)
 
-        worst = T.reinterpret(v.sweep_reduce(self.width, lanes, fast, T.max, dtype="int32"), dtype="float32")
+        worst = T.reinterpret(v.sweep_reduce(self.width, lanes, fast, T.max, dtype="uint32"), dtype="float32")
         # Written so that a NaN takes the exact path.
         with T.If(T.Not(T.And(worst < T.float32(_NEAR_TIE), step > T.float32(_TINY)))), T.Then():
             v.sweep(self.width, lanes, exact)
 
     def reference(self, *inputs: np.ndarray) -> dict[str, np.ndarray]:
-        """The outputs by name, in numpy; sums and norms in float64, the quantizer in float32 as the kernel does it."""
+        """``sum``, ``y``, ``codes`` and ``scale`` in numpy, whether they are outputs or not.
+
+        Sums and norms are computed in float64, the quantizer in float32 as the kernel does it.
+        """
         given = dict(zip([p.name for p in self.params if not p.output], inputs, strict=True))
         d = self.width
         out: dict[str, np.ndarray] = {}
@@ -297,7 +298,7 @@ class Rowwise:
         out["y"] = a.astype(np.float32)
         if self.quantize:
             out["codes"], out["scale"] = self.quantized(out["y"], given.get("static_scale"))
-        return {p.name: out[p.name] for p in self.params if p.output}
+        return out
 
     def quantized(self, y: np.ndarray, static_scale: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Codes (uint8, signed code + 128) and scale ``(M,)`` of float32 rows ``y``, exactly as the kernel returns them."""
@@ -308,10 +309,11 @@ class Rowwise:
         else:
             scale = np.abs(y).max(1) / np.float32((1 << (self.bits - 1)) - 1)
             scale = np.where(scale == 0, np.float32(1), scale).astype(np.float32)
-            codes = np.rint(y / scale[:, None])
+            # Clipping matters only where the scale is so small that it was rounded to a subnormal number.
+            codes = np.clip(np.rint(y / scale[:, None]), *self.code_range)
         return (codes + 128).astype(np.uint8), scale
 
 
 def _magnitude(value: Any, lanes: int) -> Any:
-    """The bits of ``|value|`` as int32. They order like the numbers, and a NaN comes out as the largest of all."""
-    return T.bitwise_and(v.bits_of(value, "int32", lanes), v.const(0x7FFFFFFF, lanes, "int32"))
+    """The bits of ``|value|`` as uint32. They order like the numbers, and a NaN comes out as the largest of all."""
+    return T.bitwise_and(v.bits_of(value, "uint32", lanes), v.const(0x7FFFFFFF, lanes, "uint32"))

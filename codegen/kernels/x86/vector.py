@@ -68,8 +68,17 @@ def bits_of(value: Any, dtype: str, lanes: int) -> Any:
 
 
 def let(value: Any) -> Any:
-    """Evaluate once and give it a name."""
-    return B.Bind(value)
+    """Evaluate once and give it a name.
+
+    TVM's simplifier substitutes integer bindings back into their uses, which makes a chain of reductions grow
+    exponentially. Integers are therefore kept in a small buffer, which LLVM turns back into a register.
+    """
+    dtype = value.ty.dtype
+    if not str(dtype).startswith(("int", "uint")):
+        return B.Bind(value)
+    home = B.alloc_buffer((dtype.lanes,), str(dtype).partition("x")[0])
+    store(home, [0], value, dtype.lanes)
+    return load(home, [0], dtype.lanes)
 
 
 def load(buffer: Any, index: Sequence[Any], lanes: int) -> Any:

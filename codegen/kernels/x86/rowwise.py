@@ -1,8 +1,8 @@
 """Kernels over the rows of a matrix: residual add, normalisation, activation, and the per-token quantizer, in one pass.
 
     s = x + residual                                       if `residual`
-    n = (s - mean(s)) / sqrt(var(s) + eps) * gamma + beta  if `norm` is "layer"
-        s / sqrt(mean(s^2) + eps) * gamma                  if `norm` is "rms"
+    n = (s - mean(s)) / sqrt(var(s) + epsilon) * gamma + beta  if `norm` is "layer"
+        s / sqrt(mean(s^2) + epsilon) * gamma                  if `norm` is "rms"
     a = activation(n), or activation(n[:D]) * n[D:]        the latter if `gated`
     y = a @ H(D)                                           if `hadamard`, the orthonormal Walsh-Hadamard transform
     codes, scale = quantize(y)                             if `quantize`
@@ -71,7 +71,7 @@ class Rowwise:
     norm: str = ""
     gamma: bool = True
     beta: bool = True
-    eps: float = 1e-5
+    epsilon: float = 1e-5
     activation: str = ""
     gated: bool = False
     hadamard: bool = False
@@ -215,7 +215,7 @@ class Rowwise:
             square = v.sweep_reduce(d, lanes, lambda s, n: squared(again(s, n) - v.splat(mean, n)), v.add)
         else:
             square = v.sweep_reduce(d, lanes, lambda s, n: squared(value(s, n)), v.add)
-        factor = v.let(T.float32(1) / T.sqrt(square * inverse + T.float32(self.eps)))
+        factor = v.let(T.float32(1) / T.sqrt(square * inverse + T.float32(self.epsilon)))
 
         def normalised(s: Any, n: int) -> Any:
             a = again(s, n)
@@ -287,7 +287,7 @@ class Rowwise:
         if self.norm == "layer":
             a = a - a.mean(1, keepdims=True)
         if self.norm:
-            a = a / np.sqrt((a * a).mean(1, keepdims=True) + self.eps)
+            a = a / np.sqrt((a * a).mean(1, keepdims=True) + self.epsilon)
             a = a * given.get("gamma", 1.0) + given.get("beta", 0.0)
         with np.errstate(over="ignore"):
             a = ACTIVATIONS[self.activation](a[:, :d]) * (a[:, d:] if self.gated else 1.0)

@@ -1,0 +1,145 @@
+"""Run an ``onnx_ir`` graph with torch tensors, in any float type, with gradients if the tensors ask for them.
+
+ONNX Runtime is the reference for what a model computes in float32. It has few kernels for float64 and none that can be
+differentiated; the proofs (`qcompile.passes.spaces.prove`) and the learned transformations need both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from qcompile.errors import UnsupportedOperatorError
+
+Tensor = Any
+"""torch.Tensor; torch is imported when an interpreter runs, so that importing this module stays cheap."""
+
+
+def run(
+    model: ir.Model,
+    inputs: Mapping[str, np.ndarray | Tensor],
+    outputs: list[str] | None = None,
+    *,
+    dtype: str = "float64",
+    constants: Mapping[str, Tensor] | None = None,
+) -> dict[str, Tensor]:
+    """Execute ``model``.
+
+    Args:
+        model: the graph; nodes must be in topological order.
+        inputs: value per graph input name.
+        outputs: names of the values to return (any value of the graph); the graph's outputs by default.
+        dtype: torch name of the type that replaces all floating point types.
+        constants: tensors that replace initializers, such as parameters to learn.
+
+    Raises:
+        UnsupportedOperatorError: an operator is not implemented here.
+    """
+    import torch
+
+    float_type = getattr(torch, dtype)
+    wanted = [v.name or "" for v in model.graph.outputs] if outputs is None else outputs
+    env: dict[str, Tensor] = {}
+    for name, array in inputs.items():
+        env[name] = _tensor(array, float_type)
+    given = constants or {}
+    initializers = model.graph.initializers
+
+    def lookup(value: ir.Value | None) -> Tensor | None:
+        if value is None:
+            return None
+        name = value.name or ""
+        if name in env:
+            return env[name]
+        if name in given:
+            return given[name]
+        if name in initializers:
+            # Not kept: a large model's weights need not be in memory together.
+            return _tensor(initializers[name].const_value.numpy(), float_type)
+        raise KeyError(f"value {name!r} has not been computed")
+
+    last_use: dict[str, int] = {}
+    for k, node in enumerate(model.graph):
+        for v in node.inputs:
+            if v is not None and v.name:
+                last_use[v.name] = k
+    keep = set(wanted)
+    _execute(model, list(model.graph), lookup, env, float_type, last_use, keep)
+    return {name: env[name] if name in env else lookup(initializers[name]) for name in wanted}
+
+
+def _execute(model, nodes, lookup, env, float_type, last_use, keep) -> None:
+    from qcompile.passes.execute.operators import OPERATORS
+
+    for k, node in enumerate(nodes):
+        domain = "" if node.domain == "ai.onnx" else node.domain
+        args = [lookup(v) for v in node.inputs]
+        function = model.functions.get((node.domain, node.op_type, node.overload)) if domain else None
+        if function is not None:
+            results = _call(model, function, node, args, float_type)
+        else:
+            implementation = OPERATORS.get(node.op_type) if not domain else None
+            if implementation is None:
+                raise UnsupportedOperatorError(
+                    f"node {node.name!r}: operator {domain or 'ai.onnx'}::{node.op_type} cannot be executed in float64"
+                )
+            results = implementation(node, float_type, *args)
+        results = results if isinstance(results, (tuple, list)) else (results,)
+        for value, result in zip(node.outputs, results):
+            if value.name:
+                env[value.name] = result
+        for v in node.inputs:
+            if v is not None and last_use.get(v.name or "", -1) == k and v.name not in keep:
+                env.pop(v.name or "", None)
+
+
+def _call(model: ir.Model, function: ir.Function, node: ir.Node, args: list, float_type) -> list:
+    """Run a function's body; attribute references take the caller's values or the declared defaults."""
+    import copy
+
+    env = {formal.name: actual for formal, actual in zip(function.inputs, args)}
+    values = {name: attr for name, attr in function.attributes.items() if attr.value is not None}
+    values |= dict(node.attributes)
+    body = []
+    for inner in function:
+        if any(a.is_ref() for a in inner.attributes.values()):
+            inner = copy.copy(inner)
+            resolved = {}
+            for name, attr in inner.attributes.items():
+                if not attr.is_ref():
+                    resolved[name] = attr
+                elif attr.ref_attr_name in values:
+                    resolved[name] = ir.Attr(name, attr.type, values[attr.ref_attr_name].value)
+            body.append(_Resolved(inner, resolved))
+        else:
+            body.append(inner)
+    lookup = lambda v: None if v is None else env.get(v.name)  # noqa: E731
+    _execute(model, body, lookup, env, float_type, {}, set(env))
+    return [env[v.name] for v in function.outputs]
+
+
+class _Resolved:
+    """A node of a function body with its attribute references filled in."""
+
+    def __init__(self, node: ir.Node, attributes: dict[str, ir.Attr]) -> None:
+        self.name, self.op_type, self.domain, self.overload = node.name, node.op_type, node.domain, node.overload
+        self.inputs, self.outputs, self.attributes = node.inputs, node.outputs, attributes
+
+
+def _tensor(array: Any, float_type: Any) -> Tensor:
+    import torch
+
+    if isinstance(array, torch.Tensor):
+        return array.to(float_type) if array.is_floating_point() else array
+    array = np.asarray(array)
+    if array.dtype.kind == "V" or array.dtype.name in ("bfloat16", "float16"):
+        array = array.astype(np.float32)
+    if array.dtype in (np.uint16, np.uint32, np.uint64):
+        array = array.astype(np.int64)
+    if array.dtype.name in ("int4", "uint4", "int2", "uint2"):
+        array = array.astype(np.int8)
+    tensor = torch.from_numpy(np.array(array, order="C"))
+    return tensor.to(float_type) if tensor.is_floating_point() else tensor

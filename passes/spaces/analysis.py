@@ -1,0 +1,306 @@
+"""`analyse`: the channel spaces of a model, as objects that can be printed, asked and folded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+import onnx_ir as ir
+
+from qcompile.passes.spaces.element import Element
+from qcompile.passes.spaces.groups import BlockGroup, Limit
+from qcompile.passes.spaces.index_map import IndexMap
+from qcompile.passes.spaces.prepare import prepare
+from qcompile.passes.spaces.relations import Constraints
+from qcompile.passes.spaces.solve import Solution, solve
+from qcompile.passes.spaces.walk import Walk
+
+
+@dataclass(frozen=True)
+class Member:
+    """A constant some of whose channels belong to a space.
+
+    Attributes:
+        name: the initializer.
+        axes: its axes along which the space runs.
+        role: "writer" (the space's channels are produced), "reader" (summed over) or "parameter" (a vector).
+    """
+
+    name: str
+    axes: tuple[int, ...]
+    role: str
+
+
+@dataclass(frozen=True)
+class Reader:
+    """A linear operator that sums over channels of a space: ``activation @ weight``.
+
+    Attributes:
+        node: name of the node.
+        activation: name of its non-constant operand.
+        weight: name of its constant operand.
+        channels: for each channel of the activation's summed axis, its index in the space (-1: another space).
+    """
+
+    node: str
+    activation: str
+    weight: str
+    channels: np.ndarray
+
+
+@dataclass
+class Space:
+    """Channels that share one basis everywhere.
+
+    Attributes:
+        index: number of the space.
+        family: family in the solution; spaces of one family share one permutation.
+        column: column of the family.
+        classes: ``(n,)``, the solver's classes in index order.
+        cells: ``(n,)``, block each channel mixes in, numbered from 0; every channel its own if nothing mixes.
+        limit: restrictions on a block.
+        scalable: whether a free positive diagonal acts on single channels.
+        signed: whether single channels may change sign.
+        permutable: whether some channels may trade places.
+        leader: index of the space that this one follows through a peeled scaling, or None.
+        follows: name of that scaling's node.
+        members: constants.
+        values: activations, ``(name, axes)``.
+        reasons: what restricts it, in words.
+    """
+
+    index: int
+    family: int
+    column: int
+    classes: np.ndarray
+    cells: np.ndarray
+    limit: Limit
+    scalable: bool
+    signed: bool
+    permutable: bool
+    leader: int | None = None
+    follows: str = ""
+    members: list[Member] = field(default_factory=list)
+    values: list[tuple[str, tuple[int, ...]]] = field(default_factory=list)
+    reasons: list[str] = field(default_factory=list)
+
+    @property
+    def size(self) -> int:
+        """Number of channels."""
+        return len(self.classes)
+
+    @property
+    def blocks(self) -> list[tuple[int, BlockGroup]]:
+        """How many cells of which group."""
+        sizes, counts = np.unique(np.bincount(self.cells), return_counts=True)
+        return [(int(c), BlockGroup(int(k), self.limit)) for k, c in zip(sizes, counts)]
+
+    @property
+    def pinned(self) -> bool:
+        """Whether only the identity acts."""
+        return not (self.scalable or self.signed or self.permutable or self.leader is not None) and not any(
+            g.mixes or g.scalable for _, g in self.blocks
+        )
+
+    @property
+    def group(self) -> str:
+        """The group in words: ``O(4096)``, ``GL(128)^8``, ``R*^11008 x S``, ``R*^4096 . O(4096)(3)``, ``1``."""
+        parts = []
+        if self.leader is not None:
+            parts.append(_power("R*" if self.signed else "R+", self.size) if self.scalable else "1")
+            parts.append(f"follows #{self.leader}")
+        else:
+            for count, group in self.blocks:
+                if group.size == 1:
+                    text = (
+                        "R*"
+                        if self.scalable and self.signed
+                        else "R+"
+                        if self.scalable
+                        else "±1"
+                        if self.signed
+                        else ""
+                    )
+                else:
+                    text = str(group)
+                if text and text != "1":
+                    parts.append(_power(text, count))
+        if self.permutable:
+            parts.append("S")
+        return " x ".join(parts) or "1"
+
+
+def _power(text: str, count: int) -> str:
+    return text if count == 1 else f"{text}^{count}"
+
+
+@dataclass
+class Spaces:
+    """Result of the analysis.
+
+    Attributes:
+        model: the prepared model that names and folds refer to.
+        spaces: all spaces, in the order in which the graph reaches them.
+        solution: the solver's result.
+        layouts: index maps of activations, by value name.
+        constants: index maps of constants, by initializer name.
+    """
+
+    model: ir.Model
+    spaces: list[Space]
+    solution: Solution
+    layouts: dict[str, tuple[IndexMap, ...]]
+    constants: dict[str, tuple[IndexMap, ...]]
+    space_of_class: np.ndarray
+
+    def __iter__(self) -> Iterator[Space]:
+        return iter(self.spaces)
+
+    def __len__(self) -> int:
+        return len(self.spaces)
+
+    def __getitem__(self, index: int) -> Space:
+        return self.spaces[index]
+
+    def of(self, name: str, axis: int = -1) -> Space:
+        """The space of a value or constant along ``axis``.
+
+        Raises:
+            KeyError: the value belongs to no space there, or to several.
+        """
+        found = set()
+        for m in (*self.layouts.get(name, ()), *self.constants.get(name, ())):
+            if m.along(axis):
+                found |= set(self.space_of_class[self.solution.class_of[m.flat]].tolist())
+        if len(found) != 1:
+            raise KeyError(f"{name!r} lies in {len(found)} spaces along axis {axis}")
+        return self.spaces[found.pop()]
+
+    def spaces_of(self, name: str, axis: int = -1) -> list[Space]:
+        """All spaces of a value or constant along ``axis``."""
+        found: dict[int, None] = {}
+        for m in (*self.layouts.get(name, ()), *self.constants.get(name, ())):
+            if m.along(axis):
+                found.update(dict.fromkeys(self.space_of_class[self.solution.class_of[m.flat]].tolist()))
+        return [self.spaces[i] for i in found]
+
+    def index_in_space(self, coordinates: np.ndarray, space: Space) -> np.ndarray:
+        """Index of each coordinate in ``space``, -1 if it belongs to another."""
+        classes = self.solution.class_of[coordinates]
+        place = np.full(len(self.space_of_class), -1)
+        place[space.classes] = np.arange(space.size)
+        return place[classes]
+
+    def readers(self, space: Space) -> list[Reader]:
+        """Linear operators that sum over channels of ``space``."""
+        found = []
+        for node in self.model.graph:
+            if node.op_type not in ("MatMul", "Gemm", "Conv") or len(node.inputs) < 2:
+                continue
+            x, w = node.inputs[0], node.inputs[1]
+            if x is None or w is None or w.name not in self.constants or x.name not in self.layouts:
+                continue
+            axis = 1 if node.op_type == "Conv" else -1
+            for m in self.layouts[x.name]:
+                if m.along(axis):
+                    channels = self.index_in_space(m.flat, space)
+                    if (channels >= 0).any():
+                        found.append(Reader(node.name or "", x.name, w.name, channels))
+        return found
+
+    def identity(self) -> Element:
+        """The element that changes nothing."""
+        return Element.identity(self.solution)
+
+    def __str__(self) -> str:
+        from qcompile.passes.spaces.explain import table
+
+        return table(self)
+
+    def to_json(self) -> dict:
+        """A plain description for tools."""
+        from qcompile.passes.spaces.explain import to_json
+
+        return to_json(self)
+
+
+def analyse(model: ir.Model) -> Spaces:
+    """Find the channel spaces of ``model``. No weight is read, apart from vectors that sit between two spaces."""
+    prepared = prepare(model)
+    walk = Walk(prepared)
+    walk.run()
+    solution = solve(walk.constraints)
+    layouts = {v.name: maps for v, maps in walk.layouts.items() if v.name and maps}
+    constants = {v.name: maps for v, maps in walk.constants.items() if v.name and v.is_initializer()}
+    layouts |= {v.name: maps for v, maps in walk.constants.items() if v.name and not v.is_initializer()}
+    spaces, space_of_class = _spaces(solution)
+    result = Spaces(prepared, spaces, solution, layouts, constants, space_of_class)
+    _describe(result, walk.constraints)
+    return result
+
+
+def _spaces(s: Solution) -> tuple[list[Space], np.ndarray]:
+    found = []
+    for number, family in enumerate(s.families):
+        for column in range(family.classes.shape[1]):
+            classes = np.sort(family.classes[:, column])
+            first = classes[0]
+            limit = Limit(int(s.limit_of[first]))
+            following = s.leader[first] >= 0
+            order = np.argsort(classes)
+            _, cells = np.unique(s.cell_of[classes], return_inverse=True)
+            mixes = not following and s.cell_of[classes[0]] in s.cells
+            if not mixes:
+                cells = np.arange(len(classes))
+            found.append(
+                Space(
+                    0,
+                    number,
+                    column,
+                    classes[order],
+                    cells,
+                    limit,
+                    scalable=bool((family.logs[column] != 0).any()),
+                    signed=bool(family.signs[column].any()),
+                    permutable=bool((family.orbit >= 0).any()),
+                )
+            )
+    # Graph order: coordinates are born in it.
+    birth = np.full(len(s.cell_of), np.iinfo(np.int64).max)
+    np.minimum.at(birth, s.class_of, np.arange(len(s.class_of)))
+    found.sort(key=lambda space: int(birth[space.classes].min()))
+    space_of_class = np.full(len(s.cell_of), -1)
+    for i, space in enumerate(found):
+        space.index = i
+        space_of_class[space.classes] = i
+    for space in found:
+        number = s.leader[space.classes[0]]
+        if number >= 0:
+            peel = s.peels[int(number)]
+            partner = dict(zip(peel.follower.tolist(), peel.leader.tolist()))
+            space.leader = int(space_of_class[partner[int(space.classes[0])]])
+            space.follows = peel.scaling.node
+    return found, space_of_class
+
+
+def _describe(result: Spaces, constraints: Constraints) -> None:
+    s = result.solution
+    for name, maps in result.constants.items():
+        for m in maps:
+            ids = np.unique(result.space_of_class[s.class_of[m.flat]])
+            vector = len(maps) == 1
+            for i in ids:
+                summed = bool((s.parity[m.flat] < 0).all())
+                role = "parameter" if vector else "reader" if summed else "writer"
+                result.spaces[i].members.append(Member(name, m.axes, role))
+    for name, maps in result.layouts.items():
+        for m in maps:
+            for i in np.unique(result.space_of_class[s.class_of[m.flat]]):
+                result.spaces[i].values.append((name, m.axes))
+    for use in constraints.uses:
+        if use.reason:
+            for i in np.unique(result.space_of_class[s.class_of[use.coordinates]]):
+                text = f"{use.op} {use.node!r}: {use.reason}" if use.op != "output" else use.reason
+                if text not in result.spaces[i].reasons:
+                    result.spaces[i].reasons.append(text)

@@ -1,0 +1,199 @@
+"""The constraint system that the rules write and the solver reads.
+
+Unknown: an invertible action on every coordinate of the model. Facts about it:
+
+    same(a, b)        channels a_i and b_i have one basis:            A_a = A_b
+    dual(a, b)        a_i and b_i are summed over:                    A_a = A_b^-T
+    use(a, ...)       an operator reads or writes ``a`` and restricts its blocks (see `groups.py`)
+    product(o, terms) o_i = prod_j t_ji ^ p_j element by element:     log d_o = sum_j p_j log d_tj, one permutation
+    scaled(y, x, g)   y_i = g_i x_i with a constant g:                A_y G = G' A_x, solved by a diagonal or by peeling
+    link(a, b)        index i of a and of b are permuted together
+    unit_link(a, b)   the unit (head, group, expert) of a_i moves together with that of b_i
+    pin(a, reason)    only the identity
+    alias(node, a)    the operator's own attribute (epsilon) follows the scale of ``a``
+
+Nothing here knows what an operator is: rules translate operators into these facts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from qcompile.passes.spaces.groups import FIXED, GL, Limit
+
+
+@dataclass(frozen=True)
+class Birth:
+    """A block of coordinates that came to life together.
+
+    Attributes:
+        start: first coordinate.
+        count: how many.
+        name: the constant or value they are channels of.
+        axes: the axes of that constant or value that they run along.
+        reader: whether they are the summed axis of a weight, which transforms contragrediently.
+        constant: whether ``name`` is a constant.
+    """
+
+    start: int
+    count: int
+    name: str
+    axes: tuple[int, ...]
+    reader: bool = False
+    constant: bool = True
+
+
+@dataclass(frozen=True)
+class Use:
+    """One operator's view of some coordinates.
+
+    Attributes:
+        node: name of the node, for messages.
+        op: its operator type.
+        role: what the coordinates are to it ("input", "output", "key" ...).
+        coordinates: flat int64.
+        limit: restriction on each block.
+        mix: equal entries may be mixed with each other.
+        unit: equal entries form a unit that permutations map to another unit as a whole.
+        color: entries of different color are not interchangeable.
+        reason: why the coordinates are restricted, if worth telling.
+    """
+
+    node: str
+    op: str
+    role: str
+    coordinates: np.ndarray
+    limit: Limit
+    mix: np.ndarray | None = None
+    unit: np.ndarray | None = None
+    color: np.ndarray | None = None
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Product:
+    """``out_i = prod_j terms[j]_i ** power_j``; ``parity[j]`` is 1 if the sign of term j reaches the output."""
+
+    node: str
+    out: np.ndarray
+    terms: tuple[np.ndarray, ...]
+    powers: tuple[float, ...]
+    parity: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Scaled:
+    """``y_i = gamma_i x_i``, with ``x`` divided by its quadratic mean first if ``normalised``.
+
+    ``gamma`` is None if the operator has no such parameter. All arrays are flat and aligned.
+    """
+
+    node: str
+    y: np.ndarray
+    x: np.ndarray
+    gamma: np.ndarray | None
+    normalised: bool
+
+
+@dataclass(frozen=True)
+class Alias:
+    """The attribute or scalar input ``epsilon`` of a node, which scales with the square of its channels."""
+
+    node: str
+    coordinates: np.ndarray
+
+
+@dataclass
+class Constraints:
+    """All facts about one model. Coordinates are the integers ``0 .. count - 1``."""
+
+    count: int = 0
+    births: list[Birth] = field(default_factory=list)
+    edges: list[tuple[np.ndarray, np.ndarray, bool]] = field(default_factory=list)
+    uses: list[Use] = field(default_factory=list)
+    products: list[Product] = field(default_factory=list)
+    scalings: list[Scaled] = field(default_factory=list)
+    links: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)
+    unit_links: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)
+    aliases: list[Alias] = field(default_factory=list)
+
+    def fresh(
+        self, count: int, name: str, axes: Sequence[int], *, reader: bool = False, constant: bool = True
+    ) -> np.ndarray:
+        """Return ``count`` new coordinates."""
+        self.births.append(Birth(self.count, count, name, tuple(axes), reader, constant))
+        new = np.arange(self.count, self.count + count)
+        self.count += count
+        return new
+
+    def same(self, a: np.ndarray, b: np.ndarray) -> None:
+        """Channels ``a`` and ``b`` (broadcast against each other) have one basis."""
+        self._edge(a, b, False)
+
+    def dual(self, a: np.ndarray, b: np.ndarray) -> None:
+        """Channels ``a`` are summed over together with ``b``."""
+        self._edge(a, b, True)
+
+    def _edge(self, a: np.ndarray, b: np.ndarray, dual: bool) -> None:
+        a, b = np.broadcast_arrays(a, b)
+        if dual or a is not b:
+            self.edges.append((a.reshape(-1), b.reshape(-1), dual))
+
+    def use(
+        self,
+        node: str,
+        op: str,
+        role: str,
+        coordinates: np.ndarray,
+        limit: Limit = GL,
+        *,
+        mix: np.ndarray | None = None,
+        unit: np.ndarray | None = None,
+        color: np.ndarray | None = None,
+        single: bool = False,
+        reason: str = "",
+    ) -> None:
+        """Record how an operator sees ``coordinates``; keys are broadcast to their shape. ``single`` forbids mixing."""
+        shape = coordinates.shape
+        keys = [None if k is None else np.broadcast_to(k, shape).reshape(-1) for k in (mix, unit, color)]
+        if single:
+            keys[0] = np.arange(coordinates.size)
+        self.uses.append(Use(node, op, role, coordinates.reshape(-1), limit, *keys, reason=reason))
+
+    def pin(self, node: str, op: str, role: str, coordinates: np.ndarray, reason: str) -> None:
+        """Only the identity may act on ``coordinates``."""
+        index = np.arange(coordinates.size)
+        self.use(node, op, role, coordinates.reshape(-1), FIXED, mix=index, color=index, reason=reason)
+
+    def product(
+        self,
+        node: str,
+        out: np.ndarray,
+        terms: Sequence[np.ndarray],
+        powers: Sequence[float],
+        parity: Sequence[int] | None = None,
+    ) -> None:
+        """``out = prod terms ** powers``, index by index."""
+        flat = [np.broadcast_to(t, out.shape).reshape(-1) for t in terms]
+        signs = tuple(int(p) % 2 for p in powers) if parity is None else tuple(parity)
+        self.products.append(Product(node, out.reshape(-1), tuple(flat), tuple(powers), signs))
+
+    def scaled(
+        self, node: str, y: np.ndarray, x: np.ndarray, gamma: np.ndarray | None, *, normalised: bool = False
+    ) -> None:
+        """``y = gamma * x`` with a constant gamma (broadcast)."""
+        g = None if gamma is None else np.broadcast_to(gamma, y.shape).reshape(-1)
+        self.scalings.append(Scaled(node, y.reshape(-1), np.broadcast_to(x, y.shape).reshape(-1), g, normalised))
+
+    def link(self, a: np.ndarray, b: np.ndarray) -> None:
+        """Permute ``a`` and ``b`` together."""
+        a, b = np.broadcast_arrays(a, b)
+        self.links.append((a.reshape(-1), b.reshape(-1)))
+
+    def unit_link(self, a: np.ndarray, b: np.ndarray) -> None:
+        """Permute the units of ``a`` and ``b`` together."""
+        a, b = np.broadcast_arrays(a, b)
+        self.unit_links.append((a.reshape(-1), b.reshape(-1)))

@@ -1,0 +1,303 @@
+"""Operators that act on each channel by itself, and the arithmetic of two tensors.
+
+For a function f applied per channel, f(A x) = B f(x) forces A to be a permutation times a diagonal D with
+f(d t) = d' f(t): which d are possible is the degree of homogeneity of f.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from qcompile.passes.spaces.groups import FIXED, GL, ORTHOGONAL, POSITIVE, Limit
+from qcompile.passes.spaces.index_map import IndexMap
+from qcompile.passes.spaces.rules.registry import rule
+from qcompile.passes.spaces.walk import Layout, NodeView
+
+
+def per_channel(n: NodeView, limit: Limit, i: int = 0) -> None:
+    """Input ``i`` and the output share their channels, which do not mix."""
+    for index_map in n.maps(i):
+        n.use(index_map.table, "input", limit, single=True)
+    n.set(n.maps(i))
+
+
+@rule("Identity", "Neg", "Cast", "CastLike", "Dropout")
+def linear_per_tensor(n: NodeView) -> None:
+    """f(x) = c x: B = A for every matrix. A cast to integers is a rounding, which nothing survives."""
+    if n.op == "Cast" and n.attr("to") not in (1, 10, 11, 16):
+        n.pin_inputs("cast to integers")
+        return
+    n.set(n.maps(0))
+
+
+@rule("Relu", "LeakyRelu", "ThresholdedRelu")
+def homogeneous(n: NodeView) -> None:
+    """f(d t) = d f(t) for d > 0: permutation x R+."""
+    if n.op == "ThresholdedRelu":
+        per_channel(n, FIXED)
+    else:
+        per_channel(n, POSITIVE)
+
+
+@rule("Tanh", "Erf", "Asinh", "Atan", "Sin", "Asin", "Sinh", "Tan", "Sign", "Round", "Atanh")
+def odd(n: NodeView) -> None:
+    """f(-t) = -f(t): signed permutations."""
+    per_channel(n, ORTHOGONAL)
+
+
+@rule(
+    "Sigmoid",
+    "Gelu",
+    "Swish",
+    "Silu",
+    "Softplus",
+    "Softsign",
+    "Exp",
+    "Log",
+    "Sqrt",
+    "Cos",
+    "Cosh",
+    "Elu",
+    "Celu",
+    "Selu",
+)
+@rule("HardSigmoid", "HardSwish", "Mish", "Floor", "Ceil", "Acos", "Acosh", "Shrink", "Erfc")
+def nonlinear(n: NodeView) -> None:
+    """No homogeneity: permutations only. (An operator f(s x) with per-channel s would admit scales.)"""
+    per_channel(n, FIXED)
+
+
+@rule("Abs", "Reciprocal")
+def power_of_magnitude(n: NodeView) -> None:
+    """|d t| = |d| |t|; 1 / (d t) = (1 / d)(1 / t)."""
+    out = []
+    for index_map in n.maps(0):
+        y = n.fresh_like(index_map)
+        absolute = n.op == "Abs"
+        n.c.product(n.name, y.table, [index_map.table], [1.0 if absolute else -1.0], [0 if absolute else 1])
+        out.append(y)
+    n.set(out)
+
+
+@rule("Clip")
+def clip(n: NodeView) -> None:
+    """min(max(t, a), b) with scalar bounds: permutations only, unless the bounds are 0 or absent (then as ReLU)."""
+    bounds = [n.array(i) for i in (1, 2) if n.has(i)]
+    one_sided = len(bounds) == 1 and bounds[0] is not None and not np.any(bounds[0])
+    per_channel(n, POSITIVE if one_sided else FIXED)
+
+
+@rule("Max", "Min")
+def extremum(n: NodeView) -> None:
+    """max(d a, d b) = d max(a, b): all operands share permutation x R+; a per-channel constant is a member.
+
+    A scalar bound other than 0 leaves permutations only.
+    """
+    limit = POSITIVE
+    for i in range(len(n.node.inputs)):
+        array = n.array(i) if n.is_constant(i) and not n.maps(i) and _elements(n, i) == 1 else None
+        if array is not None and np.any(array):
+            limit = FIXED
+    out = _additive(n, list(range(len(n.node.inputs))))
+    for index_map in out:
+        n.use(index_map.table, "operand", limit, single=True)
+    n.set(out)
+
+
+@rule("PRelu")
+def prelu(n: NodeView) -> None:
+    """As ReLU; the slopes are permuted and not scaled."""
+    per_channel(n, POSITIVE)
+    for x, slope in operands(n, 0, 1):
+        if isinstance(slope, IndexMap):
+            n.use(slope.table, "slope", FIXED, single=True)
+            n.c.link(x.table, np.broadcast_to(slope.table, x.table.shape))
+
+
+@rule("Pow")
+def power(n: NodeView) -> None:
+    """(d t)^k = d^k t^k for a constant exponent k; integer k keep track of the sign, others admit d > 0 only."""
+    exponent = n.array(1)
+    if exponent is None or exponent.size != 1 or n.maps(1):
+        n.pin_inputs("exponent is not a constant scalar")
+        return
+    k = float(exponent.reshape(-1)[0])
+    out = []
+    for index_map in n.maps(0):
+        y = n.fresh_like(index_map)
+        if not k.is_integer():
+            n.use(index_map.table, "input", POSITIVE, single=True)
+        n.c.product(n.name, y.table, [index_map.table], [k], [int(k) % 2 if k.is_integer() else 0])
+        out.append(y)
+    n.set(out)
+
+
+@rule("Add", "Sub", "Sum", "Mean")
+def addition(n: NodeView) -> None:
+    """A (a + b) = A a + A b: one element on all operands (residual stream, bias, positional table).
+
+    A number added to all channels alike is only preserved by permutations.
+    """
+    n.set(_additive(n, list(range(len(n.node.inputs)))))
+
+
+@rule("Where")
+def selection(n: NodeView) -> None:
+    """A choice per position between two tensors is linear in both; a choice per channel pins the channels."""
+    out = _additive(n, [1, 2])
+    shape = n.shape(0)
+    for index_map in out:
+        for axis in index_map.axes:
+            size = shape[axis - index_map.rank] if shape is not None and len(shape) >= index_map.rank - axis else 1
+            if size != 1:
+                n.pin(index_map.table, "choice", "a condition chooses per channel")
+                break
+    n.set(out)
+
+
+@rule("Mul")
+def multiplication(n: NodeView) -> None:
+    """(D a)(D' b) = (D D')(a b): one permutation, log d_out = log d_a + log d_b; x * x has d_out = d^2.
+
+    A factor that is the same for all channels of a block commutes with every matrix on that block.
+    A constant factor is absorbed: y = G x, A_y G = G' A_x.
+    """
+    x, y = (1, 0) if (n.is_constant(0), len(n.maps(0))) > (n.is_constant(1), len(n.maps(1))) else (0, 1)
+    if not n.maps(x) and n.maps(y) and not n.is_constant(y):
+        x, y = y, x
+    # A constant that also varies along positions cannot be peeled: it stays an ordinary factor.
+    constant = n.is_constant(y) and not n.is_constant(x) and sum(d != 1 for d in n.shape(y) or ()) <= 1
+    n.set(_with_leftovers(n, x, y, [_product(n, a, b, 1.0, constant) for a, b in operands(n, x, y)]))
+
+
+@rule("Div")
+def division(n: NodeView) -> None:
+    """As multiplication, with the exponent -1 for the divisor."""
+    if not n.maps(0) and n.maps(1):
+        n.pin_inputs("a number that is not transformed is divided by its channels")
+        return
+    n.set(_with_leftovers(n, 0, 1, [_product(n, a, b, -1.0, False) for a, b in operands(n, 0, 1)]))
+
+
+def _product(n: NodeView, a: IndexMap, b: Counterpart, power: float, constant: bool) -> IndexMap:
+    if b is None:
+        return a
+    if b == UNTRANSFORMED:
+        # D commutes with the other diagonal, but channels may not trade places.
+        n.use(a.table, "factor", GL, single=True, color=np.arange(a.size).reshape(a.table.shape))
+        return a
+    assert isinstance(b, IndexMap)
+    if set(a.axes) - set(b.axes) and not constant:
+        # b varies over the blocks of a only: it multiplies each block by a number.
+        blocks = np.arange(b.size).reshape(b.table.shape)
+        n.use(a.table, "scaled blocks", GL, mix=blocks, unit=blocks)
+        n.use(b.table, "block factor", FIXED, single=True)
+        n.c.unit_link(a.table, np.broadcast_to(b.table, a.table.shape))
+        return a
+    y = n.fresh_like(a)
+    factor = np.broadcast_to(b.table, a.table.shape)
+    if constant and power == 1.0:
+        n.c.scaled(n.name, y.table, a.table, factor)
+    else:
+        n.c.product(n.name, y.table, [a.table, factor], [1.0, power])
+    return y
+
+
+UNTRANSFORMED = "untransformed"
+"""Stands for channels that exist in an operand but belong to no space (they come from a graph input, say)."""
+Counterpart = IndexMap | str | None
+
+
+def operands(n: NodeView, i: int, j: int) -> list[tuple[IndexMap, Counterpart]]:
+    """Pair the factors of two broadcast operands, in the output's rank.
+
+    Each factor of ``i`` comes with the factor of ``j`` on the same channels (or on a part of its axes), with None if
+    ``j`` is the same for all those channels, or with UNTRANSFORMED. A constant ``j`` is claimed in the image of ``i``.
+    """
+    left, right = n.shape(i), n.shape(j)
+    if left is None or right is None:
+        n.pin_inputs("rank of an operand is unknown")
+        return []
+    rank = max(len(left), len(right))
+    pairs: list[tuple[IndexMap, Counterpart]] = []
+    for a in n.maps(i):
+        a = a.pad_rank(rank)
+        axes = [x for x in a.axes if x - rank + len(right) >= 0 and right[x - rank + len(right)] != 1]
+        pairs.append((a, _counterpart(n, j, rank, len(right), axes) if axes else None))
+    return pairs
+
+
+def _counterpart(n: NodeView, j: int, rank: int, own: int, axes: list[int]) -> Counterpart:
+    for b in n.maps(j):
+        if set(b.pad_rank(rank).axes) == set(axes):
+            return b.pad_rank(rank)
+    if n.is_constant(j):
+        claimed = n.claim(j, [x - rank + own for x in axes])
+        if claimed is not None:
+            return claimed.pad_rank(rank)
+    for b in n.maps(j):
+        if set(b.pad_rank(rank).axes) & set(axes):
+            n.pin(b.table, f"input {j}", "its channels meet others in a way that is not elementwise")
+    return UNTRANSFORMED
+
+
+def _with_leftovers(n: NodeView, i: int, j: int, out: list[IndexMap]) -> Layout:
+    """Factors of ``j`` on axes where ``i`` has none pass on, as in an outer product."""
+    left, right = n.shape(i), n.shape(j)
+    if left is None or right is None:
+        return ()
+    taken = {a for m in out for a in m.axes}
+    rank = max(len(left), len(right))
+    for b in n.maps(j):
+        b = b.pad_rank(rank)
+        if set(b.axes) & taken:
+            continue
+        if any(left[x - rank + len(left)] != 1 for x in b.axes if x - rank + len(left) >= 0):
+            n.use(b.table, "factor", GL, single=True, color=np.arange(b.size).reshape(b.table.shape))
+        out.append(b)
+    return tuple(out)
+
+
+def _elements(n: NodeView, i: int) -> int:
+    shape = n.shape(i)
+    return 1 if not shape else int(np.prod([d if isinstance(d, int) else 2 for d in shape]))
+
+
+def _additive(n: NodeView, inputs: list[int]) -> Layout:
+    """Join the factors of all operands; returns the layout of the sum."""
+    inputs = [i for i in inputs if n.has(i)]
+    first = next(
+        (i for i in inputs if n.maps(i) and not n.is_constant(i)), next((i for i in inputs if n.maps(i)), None)
+    )
+    if first is None:
+        return ()
+    rank = max(len(n.shape(i) or ()) for i in inputs)
+    out = [m.pad_rank(rank) for m in n.maps(first)]
+    for j in inputs:
+        if j == first:
+            continue
+        pairs = operands(n, first, j)
+        for k, (a, b) in enumerate(pairs):
+            if isinstance(b, IndexMap):
+                n.c.same(a.table, np.broadcast_to(b.table, a.table.shape))
+            elif b == UNTRANSFORMED:
+                n.pin(a.table, f"input {first}", f"meets channels of {n.value(j).name!r} that belong to no space")
+            elif not _is_zero(n, j):
+                n.use(a.table, "operand", FIXED, single=True, reason="a number is added to all its channels alike")
+            out[k] = a
+        out = list(_with_leftovers_of_sum(n, first, j, out))
+    return tuple(out)
+
+
+def _with_leftovers_of_sum(n: NodeView, i: int, j: int, out: list[IndexMap]) -> Layout:
+    covered = [set(m.axes) for m in out]
+    for b in n.maps(j):
+        b = b.pad_rank(out[0].rank if out else b.rank)
+        if not any(set(b.axes) <= axes for axes in covered):
+            n.pin(b.table, f"input {j}", f"meets channels of {n.value(i).name!r} that belong to no space")
+    return tuple(out)
+
+
+def _is_zero(n: NodeView, j: int) -> bool:
+    array = n.array(j) if n.is_constant(j) and _elements(n, j) == 1 else None
+    return array is not None and not np.any(array)

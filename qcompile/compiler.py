@@ -106,8 +106,10 @@ def compile(
             with bars.stage("recognise"):
                 graph, recognised = recognise(captured.model)
                 stages.save("recognised", graph)
-            report = Report(str(captured.source.get("name") or captured.source.get("path") or "model"), str(machine), chosen.name)
-            report.recognised = recognised.counts()
+            report = Report(
+                str(captured.source.get("name") or captured.source.get("path") or "model"), str(machine), chosen.name
+            )
+            report.recognised = dict(recognised.composites)
             feeds = _feeds(calibration, graph, tokenizer or captured.tokenizer, max_tokens, max_samples)
             reference = graph
             before = _statistics(graph, chosen, feeds, bars, hessian=False)
@@ -170,9 +172,13 @@ def _feeds(calibration: Any, graph: ir.Model, tokenizer: Any, max_tokens: int, m
     return feeds
 
 
-def _statistics(graph: ir.Model, recipe: Recipe, feeds: Sequence[Feed], bars: Progress, *, hessian: bool) -> dict[str, Any]:
+def _statistics(
+    graph: ir.Model, recipe: Recipe, feeds: Sequence[Feed], bars: Progress, *, hessian: bool
+) -> dict[str, Any]:
     sites = [s for s in linear_sites(graph) if recipe.weight_format(s.name) is not None]
-    static = any(recipe.activation_format(s.name).granularity == "tensor" for s in sites if recipe.activation_format(s.name).bits)
+    static = any(
+        recipe.activation_format(s.name).granularity == "tensor" for s in sites if recipe.activation_format(s.name).bits
+    )
     if not feeds:
         if static:
             raise CalibrationError(f"recipe {recipe.name!r} has static activations and needs calibration data")
@@ -185,7 +191,9 @@ def _statistics(graph: ir.Model, recipe: Recipe, feeds: Sequence[Feed], bars: Pr
         return collect(graph, feeds, values, hessian=sorted(wanted), progress=advance)
 
 
-def _channel_ranges(report: Report, inputs: Mapping[str, str], before: Mapping[str, Any], after: Mapping[str, Any]) -> None:
+def _channel_ranges(
+    report: Report, inputs: Mapping[str, str], before: Mapping[str, Any], after: Mapping[str, Any]
+) -> None:
     for layer in report.layers:
         name = inputs.get(layer.name, "")
         if name in before:
@@ -285,13 +293,21 @@ def _write(folder: Path, report: Report, recipe: Recipe, machine: Any, source: M
     report.size = {p.relative_to(folder).as_posix(): p.stat().st_size for p in sorted(folder.rglob("*")) if p.is_file()}
     write_html(folder / "report.html", report)
     (folder / "report.json").write_text(_json(report.to_dict()), encoding="utf-8")
-    versions = {p: importlib.metadata.version(p) for p in ("qcompile", "apache-tvm", "apache-tvm-ffi", "onnx", "onnxruntime", "numpy")}
+    versions = {
+        p: importlib.metadata.version(p)
+        for p in ("qcompile", "apache-tvm", "apache-tvm-ffi", "onnx", "onnxruntime", "numpy")
+    }
     artifacts.write_manifest(
         folder,
         {
             "source": dict(source),
             "recipe": recipe.to_dict(),
-            "target": {"kind": machine.kind, "cpu": machine.cpu, "features": sorted(machine.features), "cores": machine.cores},
+            "target": {
+                "kind": machine.kind,
+                "cpu": machine.cpu,
+                "features": sorted(machine.features),
+                "cores": machine.cores,
+            },
             "versions": {**versions, "python": platform.python_version()},
         },
     )

@@ -1,0 +1,74 @@
+"""``qcompile compile``."""
+
+from __future__ import annotations
+
+import json
+
+import click
+
+
+@click.command()
+@click.argument("model")
+@click.option("--target", default="native", show_default=True, help="Machine to compile for; see `qcompile targets`.")
+@click.option("--recipe", default="w8a8", show_default=True, help="Recipe name or .toml file; see `qcompile recipes`.")
+@click.option("--calibration", type=click.Path(), help="Samples: .npz, .txt or .jsonl.")
+@click.option("--tokenizer", type=click.Path(), help="tokenizer.json for texts; found by itself in a model directory.")
+@click.option("-o", "--output", required=True, type=click.Path(), help="Directory of the artifact.")
+@click.option("--force", is_flag=True, help="Replace an artifact that is there already.")
+@click.option("--weight", help="Change the recipe's weight format, e.g. int4/g128.")
+@click.option("--activation", help="Change the recipe's activation format: int8/token, int8/tensor or none.")
+@click.option("--solver", help="Change the recipe's solver.")
+@click.option("--max-samples", default=256, show_default=True, help="Calibration samples used at most.")
+@click.option("--max-tokens", default=512, show_default=True, help="Texts are cut at this length.")
+@click.option("--kv-cache", is_flag=True, help="Capture a decoder with past keys and values as inputs.")
+@click.option("--keep-stages", type=click.Path(), help="Write the model after every stage into this directory.")
+@click.option("--emit", type=click.Choice(["mlir"]), multiple=True, help="Also write other forms of the stages.")
+@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
+@click.option("--quiet", is_flag=True, help="No progress bars.")
+def compile(
+    model: str,
+    target: str,
+    recipe: str,
+    calibration: str | None,
+    tokenizer: str | None,
+    output: str,
+    force: bool,
+    weight: str | None,
+    activation: str | None,
+    solver: str | None,
+    max_samples: int,
+    max_tokens: int,
+    kv_cache: bool,
+    keep_stages: str | None,
+    emit: tuple[str, ...],
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Compile MODEL: an ONNX file, a Hugging Face directory, or package:attribute naming a torch module."""
+    from qcompile.compiler import compile as compile_model
+    from qcompile.report.table import print_report
+
+    options = {"kv_cache": True} if kv_cache else {}
+    result = compile_model(
+        model,
+        target=target,
+        recipe=recipe,
+        calibration=calibration,
+        tokenizer=tokenizer,
+        output=output,
+        overwrite=force,
+        keep_stages=keep_stages,
+        emit=emit,
+        max_samples=max_samples,
+        max_tokens=max_tokens,
+        capture_options=options,
+        progress=False if quiet or as_json else None,
+        weight=weight,
+        activation=activation,
+        solver=solver,
+    )
+    if as_json:
+        click.echo(json.dumps({"path": str(result.path), **result.report.to_dict()}))
+    else:
+        print_report(result.report, result.size)
+        click.echo(f"artifact: {result.path}")

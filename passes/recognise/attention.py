@@ -21,7 +21,7 @@ from qcompile.passes.graph import attribute, sole_use
 from qcompile.passes.recognise import symbols
 from qcompile.passes.recognise.pattern import outside_readers, small_constant
 from qcompile.passes.recognise.result import Found, Refused
-from qcompile.passes.recognise.rule import Rule, emit, emit_constant, substitute
+from qcompile.passes.recognise.rule import Rule, emit, emit_constant, remove_dead, substitute
 
 NEGLIGIBLE = -1e4  # exp of this is 0 in float32 and in float16
 
@@ -79,10 +79,8 @@ class AttentionRule(Rule):
             return self.refused(node, "the rank of the mask is not known")
 
         keys = _untransposed(keys, node)
-        keys, values = _ungrouped(keys), _ungrouped(values)
-        heads = [symbols.dims(v)[1] for v in (keys, values)]  # type: ignore[index]
-        if heads[0] != heads[1]:  # one is repeated where the other is not: give both the larger number
-            keys, values = (_repeated(v, max(int(h) for h in heads), node) for v in (keys, values))  # type: ignore[assignment]
+        if k[1] != v[1]:  # one of them broadcasts over the heads: the operator wants the same number in both
+            keys, values = (_repeated(value, max(k[1], v[1]), node) for value in (keys, values))
         mask = _boolean(mask)
         if core.selects is not None:
             condition, fill = core.selects
@@ -94,8 +92,64 @@ class AttentionRule(Rule):
             attributes["softcap"] = core.softcap
         inputs = [queries, keys, values] + ([mask] if mask is not None else [])
         substitute(node.outputs[0], emit(node, self.kind, inputs, attributes, like=node.outputs[0]))
-        groups = int(q[1]) // max(int(h) for h in heads)
-        return self.found(node, f"grouped queries, {groups} per key head" if groups > 1 else "")
+        return self.found(node)
+
+
+class GroupedQueryRule(Rule):
+    """Attention whose keys and values are repeated per group of query heads -> Attention on what was repeated."""
+
+    kind = "grouped-query attention"
+    anchors = ("Attention",)
+
+    def apply(self, node: ir.Node) -> Found | None:
+        if len(node.inputs) < 3 or node.inputs[1] is None or node.inputs[2] is None:
+            return None
+        keys, values = _ungrouped(node.inputs[1]), _ungrouped(node.inputs[2])
+        before = [symbols.dims(v) for v in (node.inputs[0], keys, values)]
+        if keys is node.inputs[1] or values is node.inputs[2] or any(shape is None for shape in before):
+            return None
+        heads = [shape[1] for shape in before if shape is not None]
+        if heads[1] != heads[2] or not all(isinstance(h, int) for h in heads):
+            return None
+        unused = [v.producer() for v in node.inputs[1:3] if v is not None]
+        node.replace_input_with(1, keys)
+        node.replace_input_with(2, values)
+        remove_dead([producer for producer in unused if producer is not None])
+        return self.found(node, f"{int(heads[0]) // int(heads[1])} query heads per key head")
+
+
+class FourAxesRule(Rule):
+    """Attention on (batch, positions, heads * size) -> on (batch, heads, positions, size), between explicit transposes."""
+
+    kind = "attention by heads"
+    anchors = ("Attention",)
+
+    def apply(self, node: ir.Node) -> Found | Refused | None:
+        q_heads, kv_heads = attribute(node, "q_num_heads", 0), attribute(node, "kv_num_heads", 0)
+        shapes = [symbols.dims(v) for v in node.inputs[:3]]
+        if not q_heads or not kv_heads or any(shape is None or len(shape) != 3 for shape in shapes):
+            return None
+        if len(node.outputs) > 1 and any(v.uses() or v.is_graph_output() for v in node.outputs[1:]):
+            return self.refused(node, "present keys and values are read")
+        inputs: list[ir.Value | None] = []
+        for value, shape, heads in zip(node.inputs, shapes, (q_heads, kv_heads, kv_heads)):
+            if value is None or shape is None or not isinstance(shape[2], int):
+                return self.refused(node, "the size of heads is not known")
+            target = np.array([0, 0, heads, shape[2] // int(heads)], np.int64)  # type: ignore[call-overload]
+            split = emit(node, "Reshape", [value, emit_constant(node, target, f"{value.name}.heads")])
+            split.type, split.shape = value.type, ir.Shape([*shape[:2], int(heads), shape[2] // int(heads)])  # type: ignore[call-overload]
+            turned = emit(node, "Transpose", [split], {"perm": [0, 2, 1, 3]})
+            turned.type, turned.shape = value.type, ir.Shape([split.shape[i] for i in (0, 2, 1, 3)])
+            inputs.append(turned)
+        attributes = {k: a.value for k, a in node.attributes.items() if k not in ("q_num_heads", "kv_num_heads")}
+        result = node.outputs[0]
+        y = emit(node, "Attention", [*inputs, *node.inputs[3:]], attributes)
+        y.type = result.type
+        y = emit(node, "Transpose", [y], {"perm": [0, 2, 1, 3]})
+        y.type = result.type
+        flat = emit_constant(node, np.array([0, 0, -1], np.int64), f"{result.name}.flat")
+        substitute(result, emit(node, "Reshape", [y, flat], like=result))
+        return self.found(node)
 
 
 def _producer(value: ir.Value | None, *kinds: str) -> ir.Node | None:

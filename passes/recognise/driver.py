@@ -11,11 +11,12 @@ from qcompile.passes.graph import is_op, remove_unused_initializers
 from qcompile.passes.opset import convert_opset
 from qcompile.passes.recognise import linear, simplify, symbols
 from qcompile.passes.recognise.activations import GeluRule, SwishRule
-from qcompile.passes.recognise.attention import AttentionRule
+from qcompile.passes.recognise.attention import AttentionRule, FourAxesRule, GroupedQueryRule
 from qcompile.passes.recognise.batch_norm import FoldBatchNorm
 from qcompile.passes.recognise.broadcast import expand_masks, expand_tables
+from qcompile.passes.recognise.embeddings import UniformLookup
 from qcompile.passes.recognise.layer_norm import LayerNormRule
-from qcompile.passes.recognise.masks import CausalMaskRule, PaddingMaskRule
+from qcompile.passes.recognise.masks import AlwaysTrueRule, CausalMaskRule, PaddingMaskRule
 from qcompile.passes.recognise.result import COMPOSITES, Recognised
 from qcompile.passes.recognise.rms_norm import RmsNormRule
 from qcompile.passes.recognise.rotary import PartialRotaryRule, RotaryRule
@@ -31,7 +32,11 @@ COMPOSITE_RULES: tuple[Rule, ...] = (
     RotaryRule(),
     PartialRotaryRule(),
     PaddingMaskRule(),
+    UniformLookup(),
     AttentionRule(),
+    FourAxesRule(),
+    GroupedQueryRule(),
+    AlwaysTrueRule(),
     CausalMaskRule(),
 )
 

@@ -35,7 +35,9 @@ def transposed_initializer(anchor: ir.Node, weight: ir.Value, scale: float = 1.0
     if not shared:
         weight.name = f"{name}.before_transpose"
     graph = _initializer_graph(anchor, weight)
-    free, i = name, 0
+    # A tied weight is named after the module that reads it transposed, as it is in the checkpoint.
+    module = anchor.metadata_props.get("namespace")
+    free, i = (f"{module}.weight" if shared and module else name), 0
     while free in graph.initializers:
         i += 1
         free = f"{name}.T" if i == 1 else f"{name}.T.{i}"

@@ -2,6 +2,7 @@
 
 * Exporters of Hugging Face models read the padding mask by computed indices, ``mask[range(batch)[:, None], range(keys)]``
   (GatherND, or Gather on the flattened mask). That is the mask itself with two new axes.
+* ``And(true, mask)``, where the first operand is a comparison that always holds (positions from 0 are >= 0), is the mask.
 * ``And(causal, padding)`` with ``causal = keys <= queries`` over ranges from 0 is ``is_causal=1`` of Attention and a mask
   of padding alone.
 """
@@ -93,6 +94,51 @@ class PaddingMaskRule(Rule):
                 if counts_along(batch) == (-4, 0) and symbols.contents(width) == [shape[1]]:
                     return mask
         return None
+
+
+class AlwaysTrueRule(Rule):
+    """``And(always true, mask)`` as the mask of Attention -> ``mask``; what it broadcasts to is the operator's business."""
+
+    kind = "no-op"
+    anchors = ("Attention",)
+
+    def apply(self, node: ir.Node) -> Found | None:
+        mask = node.inputs[3] if len(node.inputs) > 3 else None
+        both = mask.producer() if mask is not None else None
+        if both is not None and both.op_type == "Expand" and mask is not None:
+            source = both.inputs[0]
+            inside, outside = symbols.dims(source), symbols.dims(mask)
+            if inside is None or outside is None or len(inside) != len(outside) or inside[-1] != outside[-1]:
+                return None
+            both = source.producer() if source is not None else None
+        if both is None or both.op_type != "And":
+            return None
+        for true, rest in (both.inputs, both.inputs[::-1]):
+            if rest is not None and symbols.rank(rest) == 4 and always_true(true):
+                last, keys = symbols.dims(rest), symbols.dims(node.inputs[1])
+                if last is None or keys is None or last[-1] != keys[-2]:
+                    continue
+                node.replace_input_with(3, rest)
+                return self.found(node)
+        return None
+
+
+def always_true(value: ir.Value | None) -> bool:
+    """Whether every element is True: a constant, or positions counted from ``a`` compared with a smaller number."""
+    array = small_constant(value)
+    if array is not None:
+        return array.dtype == np.bool_ and bool(array.all())
+    node = value.producer() if value is not None else None
+    if node is None or node.op_type != "GreaterOrEqual":
+        return False
+    counted, bound = counts_along(node.inputs[0]), symbols.contents(node.inputs[1])
+    return (
+        counted is not None
+        and bound is not None
+        and len(bound) == 1
+        and isinstance(bound[0], int)
+        and counted[1] >= bound[0]
+    )
 
 
 class CausalMaskRule(Rule):

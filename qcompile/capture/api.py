@@ -109,6 +109,7 @@ def _from_directory(
         output_names=prepared.output_names,
         strip_prefix=prepared.strip_prefix,
     )
+    rename_dims(model, prepared.renamed_dims)
     source: dict[str, Any] = {
         "kind": "huggingface",
         "path": str(path),
@@ -128,6 +129,15 @@ def _from_directory(
         dict(zip(prepared.input_names, arrays)),
         prepared.task,
     )
+
+
+def rename_dims(model: ir.Model, names: dict[str, str]) -> None:
+    """Rename symbolic dimensions throughout the graph."""
+    values = [value for node in model.graph for value in node.outputs]
+    for value in (*model.graph.inputs, *values):
+        for index, dim in enumerate(value.shape or ()):
+            if isinstance(dim, ir.SymbolicDim) and dim.value in names and value.shape is not None:
+                value.shape[index] = names[dim.value]
 
 
 def file_hashes(files: Iterable[Path]) -> dict[str, str]:

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ class Prepared:
     task: str
     architecture: str
     strip_prefix: str = "model."
+    renamed_dims: dict[str, str] = field(default_factory=dict)
 
 
 def model_directory(directory: Path) -> tuple[Path, bool]:
@@ -259,6 +260,7 @@ def _with_cache(model: Any, config: Any) -> Prepared:
         ["logits", *(f"present.{i}.{kind}" for i, kind in kinds)],
         "",
         "",
+        renamed_dims={"total": "past + sequence"},  # torch.export has no dimension that is the sum of two
     )
 
 

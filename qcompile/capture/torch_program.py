@@ -23,6 +23,7 @@ import onnx_ir as ir
 import onnx_ir.passes.common as common_passes
 
 from qcompile.errors import ModelError, UnsupportedOperatorError
+from qcompile.passes.recognise import symbols
 from qcompile.passes.recognise.broadcast import expand_tables
 
 MODULE_KEY = "namespace"
@@ -74,7 +75,9 @@ def export_torch(
     parameters = program.state_dict
     restore_weight_names(model, parameters if is_program else parameters(), strip_prefix)
     clean_metadata(model, strip_prefix)
+    symbols.infer(model)
     expand_tables(model.graph)
+    symbols.clear(model)
     common_passes.CommonSubexpressionEliminationPass()(model)
     common_passes.RemoveUnusedNodesPass()(model)
     return model
@@ -141,6 +144,7 @@ def restore_weight_names(model: ir.Model, parameters: Mapping[str, Any], strip_p
                 value.name = wanted
                 value.const_value.name = wanted
                 break
+    _name_tied_tables(graph, parameters)
     if strip_prefix:
         for value in list(graph.initializers.values()):
             name = (value.name or "").removeprefix(strip_prefix)
@@ -148,6 +152,21 @@ def restore_weight_names(model: ir.Model, parameters: Mapping[str, Any], strip_p
                 value.name = name
                 if value.const_value is not None:
                     value.const_value.name = name
+
+
+def _name_tied_tables(graph: ir.Graph, parameters: Mapping[str, Any]) -> None:
+    """A table that is also an output matrix has two names; give it the one of the embedding."""
+    for node in graph:
+        table = node.inputs[0] if node.op_type == "Gather" else None
+        scopes = _literal_list(node.metadata_props.get("pkg.torch.onnx.name_scopes"))
+        if table is None or table.const_value is None or len(scopes) < 2 or table.name not in parameters:
+            continue
+        wanted = f"{scopes[-2]}.weight"
+        if wanted == table.name or wanted not in parameters or wanted in graph.initializers:
+            continue
+        if parameters[wanted].data_ptr() == parameters[table.name].data_ptr():
+            table.name = wanted
+            table.const_value.name = wanted
 
 
 def clean_metadata(model: ir.Model, strip_prefix: str = "") -> None:

@@ -4,8 +4,7 @@ The activations are ``a + 128``, so every accumulator starts from ``-128 sum_k q
 is exact. Two micro-kernels over the same panels:
 
 * `VnniGemm`: ``vpdpbusd`` (4 products into an int32 lane). A symmetric code of b bits is brought to the top of its byte,
-  which multiplies it by 2^(8-b) and saves the subtraction of its zero point: masking and flipping the sign bit is one
-  ``vpternlogd``.
+  which multiplies it by 2^(8-b) and makes its sign bit that of the byte: a mask and at most one shift unpack it.
 * `MaddubsGemm`: ``vpmaddubsw`` (2 products into an int16 lane) for codes narrow enough that several products fit in
   int16, then ``vpmaddwd`` by ones into int32.
 """
@@ -19,76 +18,25 @@ from tvm.script import tirx as T
 
 from qcompile.codegen.kernels.base import LinearProblem
 from qcompile.codegen.kernels.x86 import vector as v
-from qcompile.codegen.kernels.x86 import vmath
-from qcompile.codegen.kernels.x86.gemm import Emission, Register, TiledGemm
+from qcompile.codegen.kernels.x86.gemm import Emission, Register, Tile, TiledGemm
 from qcompile.codegen.kernels.x86.panels import Panels
+from qcompile.codegen.kernels.x86.unpack import as_bytes, field, repeat_byte
 from qcompile.targets.target import Target
-
-
-def as_bytes(words: Any, lanes: int) -> Any:
-    """Reinterpret a vector of 32-bit lanes as bytes."""
-    return v.bits_of(words, "int8", 4 * lanes)
-
-
-def byte_mask(mask: int, lanes: int) -> Any:
-    """``mask`` in every byte, as 32-bit lanes."""
-    word = (mask & 255) * 0x01010101
-    return v.const(word - (1 << 32) if word >> 31 else word, lanes, "int32")
-
-
-def shift(words: Any, left: int, lanes: int) -> Any:
-    """Shift 32-bit lanes left, or right if negative; bits cross bytes and must be masked."""
-    if left == 0:
-        return words
-    return T.shift_left(words, v.const(left, lanes, "int32")) if left > 0 else _shift_right(words, -left, lanes)
-
-
-def _shift_right(words: Any, by: int, lanes: int) -> Any:
-    unsigned = v.bits_of(words, "uint32", lanes)
-    return v.bits_of(T.shift_right(unsigned, v.const(by, lanes, "uint32")), "int32", lanes)
-
-
-def field(raw: list[Any], index: int, panels: Panels, top: int) -> Any:
-    """Code ``index`` of every byte with its highest bit at bit ``top - 1``, other bits cleared."""
-    lanes, bits = panels.lanes, panels.bits
-    low = top - bits
-    if not panels.planes:
-        moved = shift(raw[0], low - index * bits, lanes)
-        return moved if bits == 8 else T.bitwise_and(moved, byte_mask(((1 << bits) - 1) << low, lanes))
-    value = None
-    for bit in range(bits):
-        moved = T.bitwise_and(shift(raw[bit], low + bit - index, lanes), byte_mask(1 << (low + bit), lanes))
-        value = moved if value is None else T.bitwise_or(value, moved)
-    return value
 
 
 class DotGemm(TiledGemm):
     """What the two byte-dot families share: unpacking, activations, and groups."""
 
-    high = False
-    """Whether symmetric codes are left at the top of their byte, multiplied by ``2^(8 - bits)``."""
+    twos_complement = False
+    """Whether symmetric codes are unpacked to the top of their byte, sign and all, multiplied by ``2^(8 - bits)``."""
 
-    def panels(self, problem: LinearProblem, config: dict[str, Any], target_lanes: int) -> Panels:
-        return Panels(problem.k, problem.n, problem.weight, target_lanes, config["vectors"])
+    def panels(self, problem: LinearProblem, config: dict[str, Any]) -> Panels:
+        signed = self.twos_complement and problem.weight.symmetric
+        lanes, vectors = config["lanes"], config["vectors"]
+        return Panels(problem.k, problem.n, problem.weight, lanes, vectors, twos_complement=signed)
 
     def unit(self, panels: Panels) -> int:
-        return 1 << (8 - panels.bits) if self.high and panels.fmt.symmetric else 1
-
-    def configs(self, problem: LinearProblem, target: Target) -> list[dict[str, Any]]:
-        lanes = self.lanes(target)
-        shapes = self.tiles(problem, target)
-        waste = {shape: -(-problem.n // (lanes * shape[1])) * lanes * shape[1] for shape in shapes}
-        ordered = sorted(shapes, key=lambda shape: (waste[shape] > 1.1 * min(waste.values()), shapes.index(shape)))
-        scales = ("float16", "float32") if problem.weight.group else ("float32",)
-        return [
-            {"mr": mr, "vectors": nr, "panels": 1, "block_rows": 256, "scales": kind, "lanes": lanes}
-            for kind in scales
-            for mr, nr in ordered
-        ]
-
-    def tiles(self, problem: LinearProblem, target: Target) -> list[tuple[int, int]]:
-        """Register tiles ``(rows, vectors)``, best first."""
-        raise NotImplementedError
+        return 1 << (8 - panels.bits) if panels.twos_complement else 1
 
     def unpack_cycles(self, problem: LinearProblem) -> float:
         bits = problem.weight.bits
@@ -99,13 +47,7 @@ class DotGemm(TiledGemm):
     def codes(self, e: Emission, panel: Any, row: Any, zeros: list[Any] | None) -> Iterator[tuple[int, list[Any]]]:
         """Emit the loads of one panel row; yield for each position in it the signed bytes of every vector."""
         p = e.panels
-        planes = p.bits if p.planes else 1
-        size = p.width * 4
-        raw = []
-        for vec in range(p.vectors):
-            at = [b * size + vec * p.lanes * 4 for b in range(planes)]
-            loads = [v.load(e.names["weight"], [panel, row, offset], 4 * p.lanes) for offset in at]
-            raw.append([v.let(v.bits_of(load, "int32", p.lanes)) for load in loads])
+        raw = self.load_row(e, panel, row)
         for index in range(p.per_byte):
             yield index, [v.let(self.signed(p, raw[vec], index, zeros and zeros[vec])) for vec in range(p.vectors)]
 
@@ -113,22 +55,16 @@ class DotGemm(TiledGemm):
         """Codes less their zero point as signed bytes, times `unit`."""
         if p.bits == 8:
             return as_bytes(raw[0], p.lanes)
-        if p.fmt.symmetric and self.high:
-            return as_bytes(T.bitwise_xor(field(raw, index, p, 8), byte_mask(128, p.lanes)), p.lanes)
+        if p.twos_complement:
+            return as_bytes(field(raw, index, p, 8), p.lanes)
         low = as_bytes(field(raw, index, p, p.bits), p.lanes)
         return low - (zero if zero is not None else v.const(p.bias, 4 * p.lanes, "int8"))
 
     def zero_vectors(self, e: Emission, panel: Any, group: Any) -> list[Any] | None:
         """Zero points of a group, each repeated in the bytes of its lane."""
-        p = e.panels
-        if p.fmt.symmetric:
+        if e.panels.fmt.symmetric:
             return None
-        vectors = []
-        for vec in range(p.vectors):
-            z = v.let(v.cast(v.load(e.names["zero"], [panel, group, vec * p.lanes], p.lanes), "int32", p.lanes))
-            pair = v.let(T.bitwise_or(z, shift(z, 8, p.lanes)))
-            vectors.append(v.let(as_bytes(T.bitwise_or(pair, shift(pair, 16, p.lanes)), p.lanes)))
-        return vectors
+        return [as_bytes(repeat_byte(z, e.panels.lanes), e.panels.lanes) for z in self.zero_codes(e, panel, group)]
 
     def activations(self, e: Emission, row: Any, k: Any) -> Any:
         """Four consecutive activation bytes of a row in every lane."""
@@ -141,43 +77,10 @@ class DotGemm(TiledGemm):
                 word = T.bitwise_or(word, T.shift_left(T.cast(x[row, i], "int32"), T.int32(8 * i)))
         return as_bytes(v.splat(word, lanes), lanes)
 
-    def position(self, e: Emission, group: Any, row: Any, index: int) -> Any:
-        """First k of the bytes at position ``index`` of a panel row, moved back where the matrix ends."""
-        p = e.panels
-        k = group * p.group + row * p.step + 4 * index
-        return v.let(T.min(k, max(p.k - 4, 0)) if p.clamped else k)
-
     def micro(self, e: Emission, panel: Any, first: Any, rows: int) -> None:
-        p = e.panels
-        grouped = bool(p.fmt.group)
-        sums = [[Register("int32", p.lanes) for _ in range(p.vectors)] for _ in range(rows)]
-        start = [v.load(e.names["start"], [panel * p.width + vec * p.lanes], p.lanes) for vec in range(p.vectors)]
-        if not grouped:
-            for vec, value in enumerate(v.let(s) for s in start):
-                for r in range(rows):
-                    sums[r][vec].set(value)
-            self.reduce(e, panel, first, sums, T.int32(0))
-            for r in range(rows):
-                for vec in range(p.vectors):
-                    v.store(e.tile, [r, vec * p.lanes], sums[r][vec].get(), p.lanes)
-            return
-        for vec, value in enumerate(v.let(s) for s in start):
-            for r in range(rows):
-                v.store(e.tile, [r, vec * p.lanes], value, p.lanes)
-        with T.serial(p.groups) as group:
-            for r in range(rows):
-                for vec in range(p.vectors):
-                    sums[r][vec].set(v.const(0, p.lanes, "int32"))
-            self.reduce(e, panel, first, sums, group)
-            for vec in range(p.vectors):
-                scale = v.load(e.names["group_scale"], [panel, group, vec * p.lanes], p.lanes)
-                scale = v.let(v.cast(scale, "float32", p.lanes))
-                for r in range(rows):
-                    so_far = v.load(e.tile, [r, vec * p.lanes], p.lanes)
-                    value = vmath.fma(v.cast(sums[r][vec].get(), "float32", p.lanes), scale, so_far)
-                    v.store(e.tile, [r, vec * p.lanes], value, p.lanes)
+        self.by_group(e, panel, "int32", rows, lambda group, sums: self.reduce(e, panel, first, sums, group))
 
-    def reduce(self, e: Emission, panel: Any, first: Any, sums: list[list[Register]], group: Any) -> None:
+    def reduce(self, e: Emission, panel: Any, first: Any, sums: Tile, group: Any) -> None:
         """Emit the sum over one group into ``sums[row][vector]``."""
         raise NotImplementedError
 
@@ -186,7 +89,7 @@ class VnniGemm(DotGemm):
     """``vpdpbusd`` on 512-bit registers, or 256-bit ones where there is only AVX-VNNI."""
 
     name = "x86-vnni"
-    high = True
+    twos_complement = True
 
     def lanes(self, target: Target) -> int:
         return 16 if target.has("avx512", "vnni") else 8
@@ -202,11 +105,13 @@ class VnniGemm(DotGemm):
         return 55.0
 
     def tiles(self, problem: LinearProblem, target: Target) -> list[tuple[int, int]]:
-        if target.has("avx512", "vnni"):
-            return [(8, 3), (6, 4), (12, 2), (16, 1)]
-        return [(4, 3), (6, 2), (12, 1)]
+        if not target.has("avx512", "vnni"):
+            return [(4, 3), (6, 2), (12, 1)]
+        if problem.weight.group:  # half of the registers hold the float32 sums over groups
+            return [(4, 3), (6, 2), (12, 1)]
+        return [(8, 3), (6, 4), (12, 2), (16, 1)]
 
-    def reduce(self, e: Emission, panel: Any, first: Any, sums: list[list[Register]], group: Any) -> None:
+    def reduce(self, e: Emission, panel: Any, first: Any, sums: Tile, group: Any) -> None:
         p = e.panels
         bits = f"int32x{p.lanes}"
         zeros = self.zero_vectors(e, panel, group)
@@ -261,7 +166,7 @@ class MaddubsGemm(DotGemm):
         """How many byte-pair sums fit in int16."""
         return 32767 // (2 * 255 * p.max_abs)
 
-    def reduce(self, e: Emission, panel: Any, first: Any, sums: list[list[Register]], group: Any) -> None:
+    def reduce(self, e: Emission, panel: Any, first: Any, sums: Tile, group: Any) -> None:
         p = e.panels
         zeros = self.zero_vectors(e, panel, group)
         limit = self.products(p)
@@ -273,7 +178,7 @@ class MaddubsGemm(DotGemm):
                 for line in partial:
                     for register in line:
                         register.set(v.const(0, 2 * p.lanes, "int16"))
-            with T.serial(count) as i:
+            with T.serial(e.rolled(count)) as i:
                 row = begin + i
                 for index, weights in self.codes(e, panel, group * p.rows_per_group + row, zeros):
                     k = self.position(e, group, row, index)

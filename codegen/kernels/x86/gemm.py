@@ -14,6 +14,7 @@ packing of the right-hand side moved to compile time.)
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -54,12 +55,17 @@ class Register:
         v.store(self.slot, [0], value, self.lanes)
 
 
+Tile = list[list[Register]]
+"""Accumulators by row and vector."""
+
+
 @dataclass
 class Emission:
     """What a micro-kernel needs while its PrimFunc is written.
 
     Attributes:
         names: parameters of the PrimFunc and run-time extents.
+        m: number of rows, int32, at least 1 where a micro-kernel runs.
         tile: the tile's result ``(mr, width)``, int32 or float32.
         extra: buffers a family allocates for itself.
     """
@@ -68,15 +74,23 @@ class Emission:
     panels: Panels
     config: dict[str, Any]
     names: dict[str, Any]
+    m: Any
     tile: Any
     extra: dict[str, Any] = field(default_factory=dict)
+
+    def rolled(self, count: int) -> Any:
+        """``count`` as a loop bound LLVM cannot limit from above, so that it keeps the loop.
+
+        It would unroll a short one and reorder the body until the accumulators no longer fit in registers.
+        """
+        return T.max(count, count - self.m)
 
 
 class TiledGemm(LinearKernel):
     """Base of the families; a subclass gives the panel geometry and the micro-kernel.
 
-    Config: ``mr`` rows of a tile, ``vectors`` of columns, ``panels`` per item, ``block_rows`` after which the sweep over
-    panels starts again, ``scales`` (``float16`` or ``float32``, of groups).
+    Config: ``mr`` rows of a tile, ``vectors`` of columns with ``lanes`` each, ``panels`` per item, ``block_rows`` after
+    which the sweep over panels starts again, ``scales`` (``float16`` or ``float32``, of groups).
     """
 
     float_tile = False
@@ -87,8 +101,12 @@ class TiledGemm(LinearKernel):
         """32-bit lanes of the registers used."""
 
     @abstractmethod
-    def panels(self, problem: LinearProblem, config: dict[str, Any], target_lanes: int) -> Panels:
+    def panels(self, problem: LinearProblem, config: dict[str, Any]) -> Panels:
         """Geometry of the packed weights."""
+
+    @abstractmethod
+    def tiles(self, problem: LinearProblem, target: Target) -> list[tuple[int, int]]:
+        """Register tiles ``(rows, vectors)``, best first."""
 
     @abstractmethod
     def unit(self, panels: Panels) -> int:
@@ -98,7 +116,7 @@ class TiledGemm(LinearKernel):
     def micro(self, e: Emission, panel: Any, first: Any, rows: int) -> None:
         """Emit the product of ``rows`` rows from ``first`` on with one panel, ending in stores to ``e.tile``."""
 
-    def prologue(self, e: Emission, first: Any, rows: Any) -> None:  # noqa: B027
+    def prologue(self, e: Emission, first: Any, rows: Any) -> None:
         """Emit what is done once per item, before its panels."""
 
     def activation_offset(self, problem: LinearProblem) -> int:
@@ -119,17 +137,30 @@ class TiledGemm(LinearKernel):
             return Support(False, reason)
         return Support(True)
 
+    @abstractmethod
     def macs_per_cycle(self, problem: LinearProblem, target: Target) -> float:
         """Multiply-adds per cycle and core of the inner loop with its operands in cache."""
-        raise NotImplementedError
 
+    @abstractmethod
     def unpack_cycles(self, problem: LinearProblem) -> float:
         """Cycles to bring one register of codes to operand form; paid once per tile."""
-        raise NotImplementedError
+
+    def panels_per_item(self) -> int:
+        """Panels an item covers: more than one if the prologue is worth sharing."""
+        return 1
+
+    def configs(self, problem: LinearProblem, target: Target) -> list[dict[str, Any]]:
+        lanes = self.lanes(target)
+        shapes = self.tiles(problem, target)
+        padded = {shape: -(-problem.n // (lanes * shape[1])) * shape[1] for shape in shapes}
+        ordered = sorted(shapes, key=lambda shape: (padded[shape] > 1.1 * min(padded.values()), shapes.index(shape)))
+        kinds = ("float16", "float32") if problem.weight.group else ("float32",)
+        shared = {"panels": self.panels_per_item(), "block_rows": 256, "lanes": lanes}
+        return [{"mr": mr, "vectors": nr, "scales": kind, **shared} for kind in kinds for mr, nr in ordered]
 
     def cost(self, problem: LinearProblem, config: dict[str, Any], target: Target, m: int) -> float:
         """The slower of arithmetic and reading the weights, plus waking the threads."""
-        panels = self.panels(problem, config, config["lanes"])
+        panels = self.panels(problem, config)
         threads = max(1, problem.threads)
         columns, tiles = panels.count * panels.width, -(-m // config["mr"])
         depth = panels.groups * panels.rows_per_group * panels.step
@@ -143,7 +174,7 @@ class TiledGemm(LinearKernel):
     # Packing
 
     def pack(self, problem: LinearProblem, config: dict[str, Any], weight: Quantized) -> dict[str, np.ndarray]:
-        panels = self.panels(problem, config, config["lanes"])
+        panels = self.panels(problem, config)
         scale = weight.scale.astype(np.float32)
         unit = self.unit(panels)
         packed = {"weight": panels.pack_codes(weight)}
@@ -195,13 +226,13 @@ class TiledGemm(LinearKernel):
     # Code
 
     def build(self, problem: LinearProblem, config: dict[str, Any], target: Target, name: str) -> Any:
-        panels = self.panels(problem, config, config["lanes"])
+        panels = self.panels(problem, config)
         with v.kernel(name, self.params(problem, config, panels)) as (builder, names):
             mr = config["mr"]
             span = min(config["panels"], panels.count)
             runs = -(-panels.count // span)
             block = max(1, config["block_rows"] // mr)
-            m = v.let(T.cast(names["m"], "int32"))
+            m = opaque(T.cast(names["m"], "int32"))
             tiles = v.let(T.truncdiv(m + (mr - 1), mr))
             height = v.let(T.truncdiv(m, T.max(tiles, 1)))
             taller = v.let(m - height * tiles)
@@ -216,7 +247,7 @@ class TiledGemm(LinearKernel):
                 rows = opaque(height + T.cast(index < taller, "int32"))
                 dtype = "float32" if self.tile_is_float(panels) else "int32"
                 tile = B.alloc_buffer((mr, panels.width), dtype, annotations=ON_STACK)
-                e = Emission(problem, panels, config, names, tile)
+                e = Emission(problem, panels, config, names, m, tile)
                 self.prologue(e, first, rows)
                 if span == 1:
                     self._panel(e, run, first, rows)
@@ -224,6 +255,70 @@ class TiledGemm(LinearKernel):
                     with T.serial(run * span, T.min((run + 1) * span, panels.count)) as panel:
                         self._panel(e, panel, first, rows)
         return builder.get()
+
+    def load_row(self, e: Emission, panel: Any, row: Any) -> list[list[Any]]:
+        """Load one panel row as 32-bit lanes: ``[vector][plane]``, one plane unless the bits of a code are split."""
+        p = e.panels
+        planes = p.bits if p.planes else 1
+        size = p.row_bytes // planes // p.vectors
+        raw = []
+        for vec in range(p.vectors):
+            at = [(plane * p.vectors + vec) * size for plane in range(planes)]
+            loads = [v.load(e.names["weight"], [panel, row, offset], size) for offset in at]
+            raw.append([v.let(v.bits_of(load, "int32", size // 4)) for load in loads])
+        return raw
+
+    def zero_codes(self, e: Emission, panel: Any, group: Any) -> list[Any]:
+        """Zero points of a group in int32 lanes, by vector."""
+        p = e.panels
+        loads = [v.load(e.names["zero"], [panel, group, vec * p.lanes], p.lanes) for vec in range(p.vectors)]
+        return [v.let(v.cast(load, "int32", p.lanes)) for load in loads]
+
+    def scale_vectors(self, e: Emission, panel: Any, group: Any) -> list[Any]:
+        """Scales of a group, float32, by vector."""
+        p = e.panels
+        loads = [v.load(e.names["group_scale"], [panel, group, vec * p.lanes], p.lanes) for vec in range(p.vectors)]
+        return [v.let(v.cast(load, "float32", p.lanes)) for load in loads]
+
+    def by_group(self, e: Emission, panel: Any, dtype: str, rows: int, reduce: Callable[[Any, Tile], None]) -> None:
+        """Emit ``tile = start + sum_g scale[g] * reduce(g)``, or without scales if there is one group per column.
+
+        ``reduce(group, sums)`` adds one group into registers of ``dtype``.
+        """
+        p = e.panels
+        places = [(r, vec) for r in range(rows) for vec in range(p.vectors)]
+        sums = [[Register(dtype, p.lanes) for _ in range(p.vectors)] for _ in range(rows)]
+        at = [panel * p.width + vec * p.lanes for vec in range(p.vectors)]
+        kind = "float32" if p.fmt.group else dtype
+        if "start" in e.names:
+            start = [v.let(v.load(e.names["start"], [n], p.lanes)) for n in at]
+        else:
+            start = [v.const(0, p.lanes, kind)] * p.vectors
+        if not p.fmt.group:
+            for r, vec in places:
+                sums[r][vec].set(start[vec])
+            reduce(T.int32(0), sums)
+            for r, vec in places:
+                v.store(e.tile, [r, vec * p.lanes], sums[r][vec].get(), p.lanes)
+            return
+        for r, vec in places:
+            v.store(e.tile, [r, vec * p.lanes], start[vec], p.lanes)
+        with T.serial(p.groups) as group:
+            for r, vec in places:
+                sums[r][vec].set(v.const(0, p.lanes, dtype))
+            reduce(group, sums)
+            for vec, scale in enumerate(self.scale_vectors(e, panel, group)):
+                for r in range(rows):
+                    so_far = v.load(e.tile, [r, vec * p.lanes], p.lanes)
+                    value = sums[r][vec].get()
+                    value = value if dtype == "float32" else v.cast(value, "float32", p.lanes)
+                    v.store(e.tile, [r, vec * p.lanes], vmath.fma(value, scale, so_far), p.lanes)
+
+    def position(self, e: Emission, group: Any, row: Any, index: int) -> Any:
+        """First k of the codes at position ``index`` of a panel row, moved back where the matrix ends."""
+        p = e.panels
+        k = group * p.group + row * p.step + p.depth * index
+        return v.let(T.min(k, max(p.k - p.depth, 0)) if p.clamped else k)
 
     def _panel(self, e: Emission, panel: Any, first: Any, rows: Any) -> None:
         self._variants(e, panel, first, rows, e.config["mr"])

@@ -4,9 +4,9 @@ The matrix is cut into panels of ``width = lanes * vectors`` columns. A panel is
 codes of ``step`` consecutive k for all its columns, so that a kernel streams it linearly. Inside a row each 32-bit
 lane of a vector belongs to one column and holds ``depth`` consecutive k in its bytes:
 
-    bytes    8 bits, two's complement if symmetric  order "n0 k0 n1 k1 b",     step = depth
-    fields   1, 2 or 4 bits, 8 / bits per byte      order "n0 k0 n1 k2 k1 b",  step = depth * 8 / bits
-    planes   3, 5, 6, 7 bits, one bit per byte      order "n0 k0 b n1 k2 k1",  step = depth * 8
+    bytes    8 bits                             order "n0 k0 n1 k1 b",      step = depth
+    fields   1, 2 or 4 bits, 8 / bits per byte  order "n0 k0 n1 k2 k1 b",   step = depth * 8 / bits
+    planes   3, 5, 6, 7 bits, one bit per byte  order "n0 k0 b n1 k2 k1",   step = depth * 8
 
 so shifting a whole vector and masking its bytes gives ``depth`` codes of every column.
 
@@ -35,7 +35,8 @@ class Panels:
         lanes: 32-bit lanes of a vector register.
         vectors: registers per panel row and code.
         depth: codes of one column in a 32-bit lane: 4 (bytes) or 2 (16-bit values after widening).
-        container: bits a code is stored in; ``fmt.bits``, or 8 to store narrow codes as bytes.
+        stored: bits a code is stored in: those of the format, or 8.
+        twos_complement: store symmetric codes as two's complement instead of with their offset added.
     """
 
     k: int
@@ -44,12 +45,13 @@ class Panels:
     lanes: int
     vectors: int
     depth: int = 4
-    container: int = 0
+    stored: int = 0
+    twos_complement: bool = False
 
     @property
     def bits(self) -> int:
         """Stored bits per code."""
-        return self.container or self.fmt.bits
+        return self.stored or self.fmt.bits
 
     @property
     def planes(self) -> bool:
@@ -112,8 +114,8 @@ class Panels:
 
     @property
     def bias(self) -> int:
-        """What is added to a symmetric code to store it: its offset, or 0 for bytes, which stay two's complement."""
-        return 0 if self.bits == 8 else -self.fmt.qmin
+        """What is added to a symmetric code to store it."""
+        return 0 if self.twos_complement or self.bits == 8 else -self.fmt.qmin
 
     @property
     def max_abs(self) -> int:
@@ -133,8 +135,10 @@ class Panels:
         source = self.source()
         codes = weight.codes.astype(np.int16) + (self.bias if self.fmt.symmetric else 0)
         zero = np.repeat(self.zeros(weight), self.rows_per_group * self.step, axis=0)
-        padded = np.where(source[:, None] >= 0, codes[np.maximum(source, 0)], zero).astype(np.uint8)
-        return self.layout.pack(padded).reshape(self.count, self.groups * self.rows_per_group, self.row_bytes)
+        padded = np.where(source[:, None] >= 0, codes[np.maximum(source, 0)], zero) & ((1 << self.bits) - 1)
+        return self.layout.pack(padded.astype(np.uint8)).reshape(
+            self.count, self.groups * self.rows_per_group, self.row_bytes
+        )
 
     def zeros(self, weight: Quantized) -> np.ndarray:
         """The unsigned code that stands for 0, uint8 ``(groups, n)``."""

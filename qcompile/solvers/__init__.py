@@ -1,6 +1,7 @@
 """Solvers: how the stored codes of one weight matrix are chosen."""
 
 from qcompile.solvers.base import Solver, get_solver, list_solvers, output_error, register_solver
+from qcompile.solvers.correction import correct_bias, correct_weight
 from qcompile.solvers.gptq import Gptq
 from qcompile.solvers.mse import LeastSquares
 from qcompile.solvers.rtn import RoundToNearest
@@ -10,6 +11,8 @@ __all__ = [
     "LeastSquares",
     "RoundToNearest",
     "Solver",
+    "correct_bias",
+    "correct_weight",
     "get_solver",
     "list_solvers",
     "output_error",

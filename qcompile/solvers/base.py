@@ -15,6 +15,7 @@ from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
 import numpy as np
+from threadpoolctl import threadpool_limits
 
 from qcompile.errors import CalibrationError, RecipeError
 from qcompile.formats.base import Format, Quantized, check_weight
@@ -54,7 +55,10 @@ class Solver(ABC):
         weight = check_weight(weight, fmt)
         if hessian is not None:
             hessian = check_hessian(hessian, weight.shape[0])
-        result = self._solve(weight, fmt, hessian, progress or (lambda fraction: None))
+        # Many small products on one core beat BLAS threads that wait for each other, above all on a busy machine, and
+        # the codes do not depend on the number of cores. Callers solve independent matrices in parallel.
+        with threadpool_limits(1, user_api="blas"):
+            result = self._solve(weight, fmt, hessian, progress or (lambda fraction: None))
         if progress is not None:
             progress(1.0)
         return result

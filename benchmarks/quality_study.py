@@ -23,7 +23,7 @@ from torch import nn
 from qcompile.formats import parse_format
 from qcompile.solvers import correct_bias, correct_weight, get_solver
 
-DATA = Path(__file__).resolve().parent.parent / "examples" / "data"
+DATA = Path(__file__).resolve().parent.parent / "qcompile" / "data"
 
 
 @dataclass

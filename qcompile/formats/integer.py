@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from qcompile.errors import FormatError
-from qcompile.formats.base import Format, FormatInfo, Grid, check_weight, column_chunks, parse_group, register_format
+from qcompile.formats.base import Format, FormatInfo, Grid, column_chunks, parse_group, register_format
 from qcompile.formats.search import best_scale
 
 # The useful range of scales, relative to the one that covers all weights, and how many to try within it.

@@ -33,6 +33,7 @@ class StoredWeight:
         group_scale: name of the ``(panels, groups, width)`` array of group scales, or None.
         zero: name of the uint8 ``(panels, groups, width)`` array of zero points, or None.
         bias: what the unsigned codes of a symmetric format exceed the signed ones by.
+        twos_complement: whether they are stored in two's complement; ``bias`` is the weight of the sign bit then.
     """
 
     codes: str
@@ -46,6 +47,7 @@ class StoredWeight:
     group_scale: str | None = None
     zero: str | None = None
     bias: int = 0
+    twos_complement: bool = False
 
 
 class Emitter:
@@ -165,6 +167,9 @@ def _dequantize(emit: Emitter, node: ir.Node, place: StoredWeight, array: Callab
         index = np.minimum(np.arange(k, dtype=np.int64) // (place.group or k), groups - 1)
         return emit("Gather", columns(flat), emit.constant(index), axis=0)
 
+    if place.twos_complement:
+        # Inverting the sign bit adds its weight.
+        codes = emit("BitwiseXor", codes, emit.constant(np.array(place.bias, np.uint8)))
     real = emit("Cast", columns(codes), to=int(ir.DataType.FLOAT))
     zero = per_row(place.zero) if place.zero else emit.constant(np.array(place.bias, np.float32))
     scale = columns(emit("Mul", array(place.column_scale), emit.constant(np.array(place.unit, np.float32))))

@@ -78,7 +78,8 @@ def _places(record: LinearRecord) -> list[tuple[str, StoredWeight]]:
     family, problem = record.family, record.problem
     if not isinstance(family, TiledGemm):
         return []
-    panels = family.panels(problem, record.config, record.config["lanes"])
+    panels = family.panels(problem, record.config)
+    signed = panels.fmt.symmetric and panels.bias == 0
     source = panels.source()
     k_index = np.empty(problem.k, np.int64)
     k_index[source[source >= 0]] = np.flatnonzero(source >= 0)
@@ -95,7 +96,8 @@ def _places(record: LinearRecord) -> list[tuple[str, StoredWeight]]:
             unit=family.unit(panels),
             group_scale=record.packed.get("group_scale"),
             zero=record.packed.get("zero"),
-            bias=panels.bias if panels.fmt.symmetric else 0,
+            bias=1 << (panels.bits - 1) if signed else panels.bias,
+            twos_complement=signed,
         )
         found.append((name, place))
         start += width

@@ -1,1 +1,93 @@
+"""Kernel families, and the choice between them for one linear operator on one target."""
 
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from qcompile.codegen.kernels.base import LinearKernel, LinearProblem
+from qcompile.errors import TargetError
+from qcompile.targets.target import Target
+
+__all__ = ["Choice", "Tuned", "families", "select"]
+
+TYPICAL_ROWS = (1, 16, 128)
+"""Numbers of rows a kernel is chosen for when the number is only known at run time."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The kernel of one operator.
+
+    Attributes:
+        family, config: what to build.
+        reason: why this one.
+        refused: the families that cannot take the operator, and why not.
+    """
+
+    family: LinearKernel
+    config: dict[str, Any]
+    reason: str
+    refused: dict[str, str] = field(default_factory=dict)
+
+
+class Tuned(Protocol):
+    """A database of measured configs."""
+
+    def lookup(self, problem: LinearProblem, target: Target) -> tuple[str, dict[str, Any], str] | None:
+        """Name of the best family, its config, and where both come from; None if nothing near is known."""
+        ...
+
+
+@functools.cache
+def families(kind: str) -> tuple[LinearKernel, ...]:
+    """The linear kernel families for targets of ``kind``, the one to prefer among equals first."""
+    if kind == "x86":
+        from qcompile.codegen.kernels.x86 import FAMILIES
+
+        return tuple(family() for family in FAMILIES)
+    return ()
+
+
+def select(problem: LinearProblem, target: Target, database: Tuned | None = None) -> Choice:
+    """Choose a kernel: the tuned one if the database knows one, otherwise the one the cost model expects to be fastest.
+
+    Raises:
+        TargetError: no family takes the operator; the message gives every family's reason.
+    """
+    able: dict[str, LinearKernel] = {}
+    refused: dict[str, str] = {}
+    for family in families(target.kind):
+        support = family.supports(problem, target)
+        if support:
+            able[family.name] = family
+        else:
+            refused[family.name] = support.reason
+    if not able:
+        reasons = "; ".join(refused.values()) or f"there are no linear kernels for {target.kind}"
+        raise TargetError(
+            f"no kernel on {target} multiplies {problem.weight} weights ({problem.k} x {problem.n}) by "
+            f"{problem.activation} activations: {reasons}. Choose another format, or leave this operator in float."
+        )
+    if database is not None and (found := database.lookup(problem, target)) is not None:
+        name, config, source = found
+        if name in able:
+            return Choice(able[name], config, source, refused)
+    ranked = []
+    for family in able.values():
+        config = family.configs(problem, target)[0]
+        rows = (problem.m,) if problem.m is not None else TYPICAL_ROWS
+        ranked.append(([family.cost(problem, config, target, m) for m in rows], family, config))
+    best = min(ranked, key=lambda entry: sum(cost / least for cost, least in zip(entry[0], _least(ranked))))
+    expected = ", ".join(
+        f"{1e6 * cost:.0f} us for {m} rows"
+        for m, cost in zip((problem.m,) if problem.m is not None else TYPICAL_ROWS, best[0])
+    )
+    how = "the only family that takes it" if len(able) == 1 else f"expected fastest of {', '.join(able)}"
+    return Choice(best[1], best[2], f"{how} ({expected})", refused)
+
+
+def _least(ranked: list[tuple[list[float], LinearKernel, dict[str, Any]]]) -> list[float]:
+    """The lowest cost for each number of rows."""
+    return [max(min(costs), 1e-12) for costs in zip(*(costs for costs, _, _ in ranked))]

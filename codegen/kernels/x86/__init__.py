@@ -1,1 +1,10 @@
 """Kernels for x86 processors with AVX2 or more: integer GEMM, weight-only GEMM, and the vector math they share."""
+
+from qcompile.codegen.kernels.x86.dot import MaddubsGemm, VnniGemm
+from qcompile.codegen.kernels.x86.floats import FloatGemm
+from qcompile.codegen.kernels.x86.wide import WideGemm
+
+FAMILIES = (VnniGemm, MaddubsGemm, WideGemm, FloatGemm)
+"""Families of linear kernels, the one to prefer among equals first."""
+
+__all__ = ["FAMILIES", "FloatGemm", "MaddubsGemm", "VnniGemm", "WideGemm"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import onnx_ir as ir
@@ -40,12 +40,14 @@ class Reader:
         node: name of the node.
         activation: name of its non-constant operand.
         weight: name of its constant operand.
+        axis: axis of the weight that is summed over.
         channels: for each channel of the activation's summed axis, its index in the space (-1: another space).
     """
 
     node: str
     activation: str
     weight: str
+    axis: int
     channels: np.ndarray
 
 
@@ -194,20 +196,30 @@ class Spaces:
 
     def readers(self, space: Space) -> list[Reader]:
         """Linear operators that sum over channels of ``space``."""
-        found = []
+        return self.all_readers().get(space.index, [])
+
+    def all_readers(self) -> dict[int, list[Reader]]:
+        """Linear operators by the index of the space they read."""
+        found: dict[int, list[Reader]] = {}
         for node in self.model.graph:
-            if node.op_type not in ("MatMul", "Gemm", "Conv") or len(node.inputs) < 2:
+            axes = _summed_axes(node)
+            if axes is None:
                 continue
             x, w = node.inputs[0], node.inputs[1]
-            if x is None or w is None or w.name not in self.constants or x.name not in self.layouts:
+            if x is None or w is None or w.name not in self.constants:
                 continue
-            axis = 1 if node.op_type == "Conv" else -1
-            for m in self.layouts[x.name]:
-                if m.along(axis):
-                    channels = self.index_in_space(m.flat, space)
-                    if (channels >= 0).any():
-                        found.append(Reader(node.name or "", x.name, w.name, channels))
+            for m in self.layouts.get(x.name or "", ()):
+                if not m.along(axes[0]):
+                    continue
+                spaces = self.space_of_class[self.solution.class_of[m.flat]]
+                for i in np.unique(spaces):
+                    channels = self.index_in_space(m.flat, self.spaces[i])
+                    found.setdefault(int(i), []).append(Reader(node.name or "", x.name, w.name, axes[1], channels))
         return found
+
+    def rebase(self, model: ir.Model) -> Spaces:
+        """The same analysis on a model with the same graph and other constants (a folded one)."""
+        return replace(self, model=model)
 
     def identity(self) -> Element:
         """The element that changes nothing."""
@@ -223,6 +235,20 @@ class Spaces:
         from qcompile.passes.spaces.explain import to_json
 
         return to_json(self)
+
+
+def _summed_axes(node: ir.Node) -> tuple[int, int] | None:
+    """Summed axis of the activation and of the weight of a linear operator; None for other nodes."""
+    if len(node.inputs) < 2 or node.inputs[1] is None or node.inputs[1].shape is None:
+        return None
+    if node.op_type == "MatMul" and len(node.inputs[1].shape) >= 2:
+        return -1, len(node.inputs[1].shape) - 2
+    if node.op_type == "Gemm":
+        transposed = node.attributes["transB"].value if "transB" in node.attributes else 0
+        return (-2 if "transA" in node.attributes and node.attributes["transA"].value else -1), int(bool(transposed))
+    if node.op_type == "Conv":
+        return 1, 1
+    return None
 
 
 def analyse(model: ir.Model) -> Spaces:

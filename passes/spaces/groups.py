@@ -177,7 +177,7 @@ class BlockGroup:
             return False
         if self.limit & Limit.FIX_ONES and np.abs(matrix.sum(1) - c).max() > close * np.sqrt(k):
             return False
-        return k == 1 and bool(matrix[0, 0] != 0) or bool(np.linalg.cond(matrix) < 1e12)
+        return (k == 1 and bool(matrix[0, 0] != 0)) or bool(np.linalg.cond(matrix) < 1e12)
 
 
 def random_orthogonal(k: int, rng: np.random.Generator) -> np.ndarray:

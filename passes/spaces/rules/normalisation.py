@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from qcompile.passes.spaces.groups import FIXED, SCALED_CENTRED, SCALED_ORTHOGONAL
+from qcompile.passes.spaces.groups import SCALED_CENTRED, SCALED_ORTHOGONAL
 from qcompile.passes.spaces.index_map import IndexMap
 from qcompile.passes.spaces.relations import Alias
 from qcompile.passes.spaces.rules.registry import rule

@@ -186,7 +186,7 @@ def concatenation(n: NodeView) -> None:
     first = next((i for i in carrying if not n.is_constant(i)), carrying[0])
     out: list[IndexMap] = []
     for m in n.maps(first):
-        if m.along(axis) or (n.shape(first) or (2,))[axis] == 1 and _sums_along(n, m, axis):
+        if m.along(axis) or ((n.shape(first) or (2,))[axis] == 1 and _sums_along(n, m, axis)):
             parts = [_part(n, i, m, axis) for i in range(count)]
             if any(p is None for p in parts):
                 for p in parts:

@@ -1,0 +1,79 @@
+"""Put a wish for one space into an element, with all that must move along.
+
+A diagonal on one space of a family forces diagonals on others (``d_out = d_gate^k d_up``). Of all completions the one
+of least norm in log-scale is taken: what is not forced to move stays.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from qcompile.errors import RecipeError
+from qcompile.passes.spaces.analysis import Space, Spaces
+from qcompile.passes.spaces.element import Element
+from qcompile.passes.spaces.groups import BlockGroup, Limit
+
+
+def admits_diagonal(space: Space) -> bool:
+    """Whether every positive diagonal may act on the space."""
+    return space.scalable or (space.leader is None and space.limit == Limit.NONE)
+
+
+def scale(spaces: Spaces, element: Element, space: Space, factor: np.ndarray) -> None:
+    """Multiply channel j of ``space`` by ``factor[j] > 0``.
+
+    Raises:
+        RecipeError: the space does not admit these factors.
+    """
+    factor = np.asarray(factor, np.float64)
+    if factor.shape != (space.size,) or not (factor > 0).all() or not np.isfinite(factor).all():
+        raise RecipeError(f"space #{space.index}: a scale needs {space.size} positive finite factors")
+    solution = spaces.solution
+    if not admits_diagonal(space):
+        raise RecipeError(f"space #{space.index} ({space.group}) does not admit scales")
+    if space.scalable:
+        family = solution.families[space.family]
+        row = family.logs[space.column]
+        logs = np.outer(np.log(factor), row / (row @ row)) @ family.logs.T
+        element.log[family.classes[solution.row_of[space.classes]]] += logs
+        return
+    for cell in np.unique(solution.cell_of[space.classes]):
+        members = solution.cells[int(cell)]
+        place = np.searchsorted(space.classes, members)
+        old = element.blocks.get(int(cell), np.eye(len(members)))
+        element.blocks[int(cell)] = factor[place][:, None] * old
+
+
+def mix(spaces: Spaces, element: Element, space: Space, cell: int, matrix: np.ndarray) -> None:
+    """Multiply the channels of one cell (a number from ``space.cells``) by ``matrix``, after what the element does.
+
+    Raises:
+        RecipeError: the matrix does not belong to the cell's group.
+    """
+    members = space.classes[space.cells == cell]
+    group = BlockGroup(len(members), space.limit)
+    if space.leader is not None or not group.contains(matrix, 1e-6):
+        raise RecipeError(f"space #{space.index}: the matrix given for block {cell} is not in {space.group}")
+    key = int(spaces.solution.cell_of[members[0]])
+    order = np.searchsorted(members, spaces.solution.cells[key])
+    matrix = np.asarray(matrix, np.float64)[np.ix_(order, order)]
+    element.blocks[key] = matrix @ element.blocks.get(key, np.eye(len(members)))
+
+
+def permute(spaces: Spaces, element: Element, space: Space, source: np.ndarray) -> None:
+    """Channel j of ``space`` receives the content of channel ``source[j]``; all spaces of the family move along.
+
+    Raises:
+        RecipeError: ``source`` is not a permutation, or moves channels that may not trade places.
+    """
+    source = np.asarray(source)
+    if not np.array_equal(np.sort(source), np.arange(space.size)):
+        raise RecipeError(f"space #{space.index}: not a permutation of {space.size} channels")
+    solution = spaces.solution
+    family = solution.families[space.family]
+    to = solution.row_of[space.classes]
+    origin = to[source]
+    moved = to != origin
+    if (family.orbit[to[moved]] < 0).any() or (family.orbit[to[moved]] != family.orbit[origin[moved]]).any():
+        raise RecipeError(f"space #{space.index} ({space.group}): these channels may not trade places")
+    element.source[family.classes[to]] = element.source[family.classes[origin]]

@@ -19,9 +19,13 @@ from tvm.script import tirx as T
 from qcompile.codegen.kernels.base import LinearProblem
 from qcompile.codegen.kernels.x86 import vector as v
 from qcompile.codegen.kernels.x86.gemm import Emission, Register, Tile, TiledGemm
-from qcompile.codegen.kernels.x86.panels import Panels
+from qcompile.codegen.kernels.x86.panels import Panels, largest
 from qcompile.codegen.kernels.x86.unpack import as_bytes, field, repeat_byte
+from qcompile.formats import IntFormat
 from qcompile.targets.target import Target
+
+MADDUBS = "llvm.x86.avx2.pmadd.ub.sw"
+MADDWD = "llvm.x86.avx2.pmadd.wd"
 
 
 class DotGemm(TiledGemm):
@@ -136,6 +140,11 @@ def byte_refusal(name: str, problem: LinearProblem) -> str:
     return ""
 
 
+def products(fmt: IntFormat) -> int:
+    """How many sums of two products with uint8 activations fit in int16."""
+    return 32767 // (2 * 255 * largest(fmt))
+
+
 class MaddubsGemm(DotGemm):
     """``vpmaddubsw`` on 256-bit registers for codes of at most 7 bits."""
 
@@ -151,7 +160,7 @@ class MaddubsGemm(DotGemm):
             return f"{self.name} multiplies integer activations; this operator has float ones"
         if reason := byte_refusal(self.name, problem):
             return reason
-        if self.products(Panels(problem.k, problem.n, problem.weight, 8, 1)) < 1:
+        if products(problem.weight) < 1:
             return f"{self.name}: two products with {problem.weight} codes may overflow int16"
         return ""
 
@@ -161,15 +170,10 @@ class MaddubsGemm(DotGemm):
     def tiles(self, problem: LinearProblem, target: Target) -> list[tuple[int, int]]:
         return [(4, 2), (6, 2), (3, 3), (12, 1)]
 
-    @staticmethod
-    def products(p: Panels) -> int:
-        """How many byte-pair sums fit in int16."""
-        return 32767 // (2 * 255 * p.max_abs)
-
     def reduce(self, e: Emission, panel: Any, first: Any, sums: Tile, group: Any) -> None:
         p = e.panels
         zeros = self.zero_vectors(e, panel, group)
-        limit = self.products(p)
+        limit = products(p.fmt)
         partial = [[Register("int16", 2 * p.lanes) for _ in line] for line in sums]
         together = max(1, min(limit // p.per_byte, p.rows_per_group))  # panel rows between two widenings
 
@@ -208,7 +212,3 @@ class MaddubsGemm(DotGemm):
                 rows(chunk * together, together)
         if rest:
             rows(chunks * together, rest)
-
-
-MADDUBS = "llvm.x86.avx2.pmadd.ub.sw"
-MADDWD = "llvm.x86.avx2.pmadd.wd"

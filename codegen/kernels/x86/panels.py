@@ -117,11 +117,6 @@ class Panels:
         """What is added to a symmetric code to store it."""
         return 0 if self.twos_complement or self.bits == 8 else -self.fmt.qmin
 
-    @property
-    def max_abs(self) -> int:
-        """Largest magnitude of a code less its zero point."""
-        return self.fmt.qmax if not self.fmt.symmetric else -self.fmt.qmin
-
     def source(self) -> np.ndarray:
         """For every padded k the k whose code is stored there, or -1 for a code that stands for 0."""
         first = np.arange(self.groups)[:, None] * self.group
@@ -163,6 +158,11 @@ class Panels:
         """``(groups, n)`` values as ``(count, groups, width)``, next to the panel they belong to."""
         padded = self.columns(values).reshape(values.shape[0], self.count, self.width)
         return np.ascontiguousarray(padded.transpose(1, 0, 2))
+
+
+def largest(fmt: IntFormat) -> int:
+    """Largest magnitude of a code less its zero point."""
+    return -fmt.qmin if fmt.symmetric else fmt.qmax
 
 
 def half_scales(scale: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -1,4 +1,4 @@
-"""Integer GEMM on 16-bit values: exact for every 8-bit code, symmetric or not, on any processor with AVX2.
+"""Integer GEMM on 16-bit values: exact for codes that byte products may saturate, on any processor with AVX2.
 
 Codes are stored as bytes and widened in registers (``vpmovsxbw``), once per tile; activations are widened, less their
 offset of 128, into a scratch buffer once per item, which covers several panels. ``vpmaddwd`` adds two products of
@@ -14,6 +14,7 @@ from tvm.tirx.script.builder import ir as B
 
 from qcompile.codegen.kernels.base import LinearProblem
 from qcompile.codegen.kernels.x86 import vector as v
+from qcompile.codegen.kernels.x86.dot import products
 from qcompile.codegen.kernels.x86.gemm import Emission, Tile, TiledGemm
 from qcompile.codegen.kernels.x86.panels import Panels
 from qcompile.targets.target import Target
@@ -34,6 +35,8 @@ class WideGemm(TiledGemm):
             return f"{self.name} needs AVX2, FMA and F16C, which {target} does not have"
         if not problem.activation.bits:
             return f"{self.name} multiplies integer activations; this operator has float ones"
+        if products(problem.weight) >= 1:
+            return f"{self.name} would store {problem.weight} codes as bytes; other families keep them at their width"
         longest = min(problem.weight.group or problem.k, problem.k)
         if longest * 128 * 255 >= 1 << 31:
             return f"{self.name}: {longest} products of 8-bit numbers may overflow an int32 accumulator"

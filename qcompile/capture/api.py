@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import importlib.util
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,10 @@ from typing import Any
 import onnx_ir as ir
 
 from qcompile.capture.captured import Captured
+from qcompile.capture.metadata import clean_metadata, name_modules
 from qcompile.errors import ModelError
+from qcompile.passes.opset import convert_opset
+from qcompile.passes.validate import validate
 
 OPSET = 23
 
@@ -51,35 +55,68 @@ def capture(
     """
     import onnx
 
+    from qcompile.capture.onnx_file import check_proto, from_proto
+    from qcompile.capture.reference import is_reference, resolve
+
     if isinstance(model_or_path, ir.Model):
-        return _from_ir(model_or_path.clone(), {"kind": "onnx"}, example_inputs)
+        return _from_ir(model_or_path.clone(), {"kind": "onnx"}, example_inputs, "model", task)
     if isinstance(model_or_path, onnx.ModelProto):
-        return _from_ir(ir.serde.deserialize_model(model_or_path), {"kind": "onnx"}, example_inputs)
+        check_proto(model_or_path, "model")
+        return _from_ir(from_proto(model_or_path, "model"), {"kind": "onnx"}, example_inputs, "model", task)
     if isinstance(model_or_path, str | Path):
         path = Path(model_or_path)
         if path.is_dir():
             return _from_directory(path, example_inputs, opset, task, kv_cache, token_types, check)
         if path.is_file():
-            return _from_file(path, example_inputs)
-        raise ModelError(f"{model_or_path}: no such file or directory")
-    raise ModelError(f"cannot capture a {type(model_or_path).__name__}")
+            return _from_file(path, example_inputs, task)
+        if not is_reference(str(model_or_path)):
+            raise ModelError(f"{model_or_path}: no such file or directory, and not of the form module:attribute")
+    if not torch_available():
+        raise ModelError("capturing torch modules needs torch; install qcompile[torch]")
+    import torch
+
+    from qcompile.capture.torch_module import capture_module, capture_program
+
+    if isinstance(model_or_path, torch.export.ExportedProgram):
+        return capture_program(model_or_path, opset=opset, check=check)
+    source: dict[str, Any] = {"kind": "torch"}
+    module = model_or_path
+    if isinstance(model_or_path, str | Path):
+        source["path"] = str(model_or_path)
+        module, inputs, shapes = resolve(str(model_or_path))
+        example_inputs = inputs if example_inputs is None else example_inputs
+        dynamic = shapes if dynamic is True and shapes is not None else dynamic
+    if not isinstance(module, torch.nn.Module):
+        raise ModelError(f"cannot capture a {type(module).__name__}")
+    captured = capture_module(module, example_inputs, dynamic=dynamic, opset=opset, check=check, source=source)
+    captured.task = task
+    return captured
 
 
-def _from_ir(model: ir.Model, source: dict[str, Any], example_inputs: Any) -> Captured:
-    return Captured(model, source, example_inputs=dict(example_inputs) if example_inputs else None)
+def torch_available() -> bool:
+    """Whether torch is installed."""
+    return importlib.util.find_spec("torch") is not None
 
 
-def _from_file(path: Path, example_inputs: Any) -> Captured:
+def _from_ir(model: ir.Model, source: dict[str, Any], example_inputs: Any, name: str, task: str | None) -> Captured:
+    """Check a model that is in ONNX already and bring it to the current opset."""
+    validate(model, name)
+    source["opset"] = model.opset_imports.get("", model.opset_imports.get("ai.onnx"))
+    convert_opset(model, OPSET)
+    name_modules(model)
+    clean_metadata(model)
+    return Captured(model, source, example_inputs=dict(example_inputs) if example_inputs else None, task=task)
+
+
+def _from_file(path: Path, example_inputs: Any, task: str | None) -> Captured:
     from qcompile.capture.onnx_file import load_onnx
 
-    model = load_onnx(path)
-    external = {
-        Path(value.const_value.path)
-        for value in model.graph.initializers.values()
-        if isinstance(value.const_value, ir.ExternalTensor)
-    }
+    model, external = load_onnx(path)
     source = {"kind": "onnx", "path": str(path), "files": file_hashes([path, *external])}
-    return _from_ir(model, source, example_inputs)
+    captured = _from_ir(model, source, example_inputs, str(path), task)
+    tokenizer = path.parent / "tokenizer.json"
+    captured.tokenizer = tokenizer if tokenizer.is_file() else None
+    return captured
 
 
 def _from_directory(
@@ -88,7 +125,7 @@ def _from_directory(
     if not (path / "config.json").is_file() and not (path / "modules.json").is_file():
         found = sorted(path.glob("*.onnx"))
         if len(found) == 1:
-            return _from_file(found[0], example_inputs)
+            return _from_file(found[0], example_inputs, task)
         names = f" ({', '.join(f.name for f in found)})" if found else ""
         raise ModelError(f"{path}: neither config.json nor exactly one ONNX file{names}")
 
@@ -110,6 +147,7 @@ def _from_directory(
         strip_prefix=prepared.strip_prefix,
     )
     rename_dims(model, prepared.renamed_dims)
+    validate(model, str(path))
     source: dict[str, Any] = {
         "kind": "huggingface",
         "path": str(path),

@@ -72,7 +72,19 @@ def weight_files(directory: Path) -> list[Path]:
     for file in files:
         if not file.resolve().is_relative_to(directory.resolve()) and not _is_cache_blob(directory, file):
             raise ModelError(f"{file}: a link to a file outside the model directory")
+        check_safetensors(file)
     return files
+
+
+def check_safetensors(file: Path) -> None:
+    """Read the header of a safetensors file: corrupt and truncated files end here, with their name."""
+    import safetensors
+
+    try:
+        with safetensors.safe_open(file, framework="np") as archive:
+            archive.keys()
+    except Exception as error:
+        raise ModelError(f"{file}: corrupt or truncated: {_one_line(error)}") from error
 
 
 def _is_cache_blob(directory: Path, file: Path) -> bool:

@@ -11,8 +11,8 @@ leaves to be done is done here:
 
 from __future__ import annotations
 
-import ast
 import contextlib
+import io
 import logging
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,12 +22,10 @@ import numpy as np
 import onnx_ir as ir
 import onnx_ir.passes.common as common_passes
 
+from qcompile.capture.metadata import clean_metadata, literal_list
 from qcompile.errors import ModelError, UnsupportedOperatorError
 from qcompile.passes.recognise import symbols
 from qcompile.passes.recognise.broadcast import expand_tables
-
-MODULE_KEY = "namespace"
-CLASS_KEY = "qcompile.class"
 
 
 def export_torch(
@@ -91,7 +89,8 @@ def _quiet() -> Iterator[None]:
     try:
         for logger in loggers:
             logger.setLevel(logging.ERROR)
-        with warnings.catch_warnings():
+        unseen = io.StringIO()
+        with warnings.catch_warnings(), contextlib.redirect_stdout(unseen), contextlib.redirect_stderr(unseen):
             warnings.simplefilter("ignore")
             yield
     finally:
@@ -110,10 +109,15 @@ def _export_error(program: Any, error: Exception) -> ModelError:
             return UnsupportedOperatorError(f"{name}: {_first_line(cause)}")
     for cause in reversed(chain):
         text = str(cause)
-        if "Constraints violated" in text or "specialized" in text or "marked as dynamic" in text:
+        if "Constraints violated" in text or "user-specified ranges" in text or "marked as dynamic" in text:
+            details = [
+                line.strip(" -")
+                for line in text.splitlines()
+                if "static" in line or "constant" in line or "range" in line
+            ]
             return ModelError(
-                f"{name}: the module does not work for every value of a dynamic dimension: {_first_line(cause)};"
-                " name the dimensions that may vary with dynamic={...}, or pass dynamic=False"
+                f"{name}: the module does not work for every size of a dynamic dimension ({(details or [''])[-1][:200]});"
+                " say which dimensions may vary with dynamic=..., or pass dynamic=False"
             )
     return ModelError(f"{name}: torch.export failed: {_first_line(chain[-1])}")
 
@@ -135,7 +139,7 @@ def restore_weight_names(model: ir.Model, parameters: Mapping[str, Any], strip_p
         if name in parameters or value.const_value is None or len(value.const_value.shape) != 2:
             continue
         for node, _ in value.uses():
-            scopes = _literal_list(node.metadata_props.get("pkg.torch.onnx.name_scopes"))
+            scopes = literal_list(node.metadata_props.get("pkg.torch.onnx.name_scopes"))
             wanted = f"{scopes[-2]}.weight" if len(scopes) > 1 and scopes[-2] else ""
             parameter = parameters.get(wanted)
             if parameter is None or wanted in graph.initializers:
@@ -158,7 +162,7 @@ def _name_tied_tables(graph: ir.Graph, parameters: Mapping[str, Any]) -> None:
     """A table that is also an output matrix has two names; give it the one of the embedding."""
     for node in graph:
         table = node.inputs[0] if node.op_type == "Gather" else None
-        scopes = _literal_list(node.metadata_props.get("pkg.torch.onnx.name_scopes"))
+        scopes = literal_list(node.metadata_props.get("pkg.torch.onnx.name_scopes"))
         if table is None or table.const_value is None or len(scopes) < 2 or table.name not in parameters:
             continue
         wanted = f"{scopes[-2]}.weight"
@@ -167,37 +171,3 @@ def _name_tied_tables(graph: ir.Graph, parameters: Mapping[str, Any]) -> None:
         if parameters[wanted].data_ptr() == parameters[table.name].data_ptr():
             table.name = wanted
             table.const_value.name = wanted
-
-
-def clean_metadata(model: ir.Model, strip_prefix: str = "") -> None:
-    """Keep where a node came from (module path and class), drop stack traces and paths of this machine."""
-    for node in model.graph.all_nodes():
-        scopes = _literal_list(node.metadata_props.get("pkg.torch.onnx.name_scopes"))
-        classes = _literal_list(node.metadata_props.get("pkg.torch.onnx.class_hierarchy"))
-        node.metadata_props.clear()
-        node.doc_string = None
-        if len(scopes) > 1 and not scopes[-1].startswith("_empty_nn_module"):
-            path = scopes[-2]
-            path = "" if path == strip_prefix.rstrip(".") else path.removeprefix(strip_prefix)
-            if path:
-                node.metadata_props[MODULE_KEY] = path
-            if len(classes) > 1:
-                node.metadata_props[CLASS_KEY] = classes[-2].rsplit(".", 1)[-1]
-        for output in node.outputs:
-            output.metadata_props.clear()
-    for value in (*model.graph.inputs, *model.graph.outputs, *model.graph.initializers.values()):
-        value.metadata_props.clear()
-    model.graph.metadata_props.clear()
-    model.metadata_props.clear()
-    model.doc_string = None
-    model.graph.doc_string = None
-
-
-def _literal_list(text: str | None) -> list[str]:
-    if not text:
-        return []
-    try:
-        value = ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        return []
-    return [str(item) for item in value] if isinstance(value, list) else []

@@ -253,7 +253,7 @@ class Rowwise:
             a = v.let(value(s, n))
             if clamp:
                 t = v.let(clip(a * v.splat(inverse, n), n))
-                rounded = v.let(t + magic)
+                rounded = v.let(v.add_exactly(t, magic, n))
                 error = v.let(t - (rounded - magic))
             else:
                 rounded = v.let(T.fma(a, v.splat(inverse, n), magic))

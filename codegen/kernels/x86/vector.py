@@ -81,6 +81,21 @@ def let(value: Any) -> Any:
     return load(home, [0], dtype.lanes)
 
 
+def let_index(value: Any) -> Any:
+    """Name an index expression; TVM may substitute it back, which does no harm to an address."""
+    return B.Bind(value)
+
+
+def fma(a: Any, b: Any, c: Any) -> Any:
+    """``a * b + c``, fused where that is one instruction."""
+    return T.fma(a, b, c)
+
+
+def add_exactly(a: Any, b: Any, lanes: int) -> Any:
+    """``a + b`` rounded to float32. TVM's simplifier takes ``(a + b) - b`` for ``a``; it does not look into this one."""
+    return T.fma(a, const(1, lanes), b)
+
+
 def load(buffer: Any, index: Sequence[Any], lanes: int) -> Any:
     """``lanes`` consecutive elements from ``index`` on, along the last axis."""
     return buffer.vload(list(index), typed(buffer.dtype, lanes))
@@ -95,6 +110,18 @@ def store(buffer: Any, index: Sequence[Any], value: Any, lanes: int) -> None:
 def shuffle(value: Any, pattern: Sequence[int]) -> Any:
     """The lanes of ``value`` named by ``pattern``; one lane gives a scalar."""
     return T.Shuffle([value], list(pattern))
+
+
+def transpose(rows: Sequence[Any], lanes: int) -> list[Any]:
+    """The transpose of ``lanes`` vectors of ``lanes`` elements (a power of two), by interleaving halves."""
+    rows = list(rows)
+    half = lanes // 2
+    low = [x for j in range(half) for x in (j, lanes + j)]
+    high = [x + half for x in low]
+    for _ in range(lanes.bit_length() - 1):
+        pairs = [(rows[i], rows[i + half]) for i in range(half)]
+        rows = [let(T.Shuffle([a, b], pattern)) for a, b in pairs for pattern in (low, high)]
+    return rows
 
 
 def reduce_lanes(value: Any, lanes: int, combine: Callable[[Any, Any], Any]) -> Any:

@@ -1,8 +1,8 @@
 """Run an IR model in ONNX Runtime, with the settings under which it computes what the model says.
 
 Two defaults of ONNX Runtime change numbers: a DequantizeLinear of a constant weight before a MatMul is fused into
-MatMulNBits, which quantizes the activation once more (0.5 % error per layer), and u8 x s8 products saturate on
-processors without VNNI. `EXACT` switches both off.
+MatMulNBits, which quantizes the activation once more (0.5 % error per layer), and quantized pairs are fused into u8 x
+s8 products that saturate on processors without VNNI. `EXACT` switches both off.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import onnx_ir as ir
 
 from qcompile.errors import ModelError
 
-EXACT = {"session.qdq_matmulnbits_accuracy_level": "0", "session.x64quantprecision": "1"}
+EXACT = {"session.qdq_matmulnbits_accuracy_level": "0", "session.disable_quant_qdq": "1"}
 _INLINE_LIMIT = 1 << 30  # a protobuf message ends at 2 GiB; stay well below
 
 

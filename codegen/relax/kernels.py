@@ -13,13 +13,11 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
-from tvm import relax
+from tvm import relax, te, tirx
 
 from qcompile.codegen.kernels import select
 from qcompile.codegen.kernels.base import Epilogue, LinearKernel, LinearProblem
 from qcompile.codegen.kernels.x86.attention import Attention
-from qcompile.codegen.kernels.x86.embedding import Embedding
-from qcompile.codegen.kernels.x86.rope import Rope
 from qcompile.codegen.kernels.x86.rowwise import Rowwise
 from qcompile.codegen.relax.attributes import attr
 from qcompile.codegen.relax.context import Context
@@ -78,7 +76,12 @@ def calls(ctx: Context) -> KernelCalls:
 
 
 def call(
-    ctx: Context, key: Any, build: Callable[[], Any], name: str, tensors: list[Any], outputs: list[tuple[list[Any], str]]
+    ctx: Context,
+    key: Any,
+    build: Callable[[], Any],
+    name: str,
+    tensors: list[Any],
+    outputs: list[tuple[list[Any], str]],
 ) -> list[Any]:
     """Call the PrimFunc that ``build`` makes, built once per ``key``."""
     state = calls(ctx)
@@ -121,10 +124,21 @@ def linear(ctx: Context, node: ir.Node, x: Any, scale: Any, *operands: Any) -> r
     choice = select(problem, ctx.target)
     codes, steps = ctx.constant(node.inputs[2]), ctx.constant(node.inputs[3])
     zero = ctx.constant(node.inputs[4]) if len(node.inputs) > 4 else None
-    weight = Quantized(codes.astype(np.int16).astype(np.int8 if weight_format.symmetric else np.uint8), np.atleast_2d(steps), None if zero is None else np.atleast_2d(zero).astype(np.uint8))
+    weight = Quantized(
+        codes.astype(np.int16).astype(np.int8 if weight_format.symmetric else np.uint8),
+        np.atleast_2d(steps),
+        None if zero is None else np.atleast_2d(zero).astype(np.uint8),
+    )
     name = node.inputs[2].name
     record = LinearRecord(
-        attr(node, "sites"), attr(node, "weights"), attr(node, "parts"), problem, choice.family, choice.config, choice.reason, choice.refused
+        attr(node, "sites"),
+        attr(node, "weights"),
+        attr(node, "parts"),
+        problem,
+        choice.family,
+        choice.config,
+        choice.reason,
+        choice.refused,
     )
     packed = []
     for part, array in choice.family.pack(problem, choice.config, weight).items():
@@ -202,3 +216,77 @@ def rowwise(ctx: Context, node: ir.Node, x: Any, gamma: Any = None, beta: Any = 
     view = ctx.reshape(scale, [*lead, 1])
     calls(ctx).matrices[view] = scale
     return [y, shaped(ctx, codes, lead, width), view]
+
+
+@converter(DOMAIN, "Attention")
+def attention(ctx: Context, node: ir.Node, *operands: Any) -> relax.Expr:
+    """Softmax attention over rows of projections."""
+    merged = bool(attr(node, "merged"))
+    tensors, mask = list(operands[: 1 if merged else 3]), (*operands, None)[1 if merged else 3]
+    batch, length = ctx.shape(tensors[0])[:2]
+    heads, kv_heads, head_dim = attr(node, "heads"), attr(node, "kv_heads"), attr(node, "head_dim")
+    kind, axes = "", (True, False, False)
+    if mask is not None:
+        shape = ctx.shape(mask)
+        mask = ctx.reshape(mask, [1] * (4 - len(shape)) + list(shape))
+        kind = "bool" if ctx.storage(mask) == "bool" else "float"
+        axes = tuple(not ctx.dims.equal(d, 1) for d in ctx.shape(mask)[:3])
+        tensors.append(mask)
+    kernel = Attention(
+        heads,
+        head_dim,
+        kv_heads,
+        scale=attr(node, "scale"),
+        layout="merged" if merged else "rows",
+        mask=kind,
+        mask_axes=axes,
+        causal="upper_left" if attr(node, "is_causal") else "",
+    )
+    outputs = [([batch, length, heads * head_dim], "float32")]
+    (out,) = call(ctx, kernel, lambda: kernel.build(ctx.target), f"attention_{heads}x{head_dim}", tensors, outputs)
+    calls(ctx).uses["attention"] += 1
+    return out
+
+
+@converter(DOMAIN, "Embedding")
+def embedding(ctx: Context, node: ir.Node, codes: Any, scale: Any, ids: Any) -> relax.Expr:
+    """Rows of an int8 table times their scales; a negative id counts from the end, as in ONNX Gather."""
+    shape, (size, width) = ctx.shape(ids), ctx.shape(codes)
+
+    def rows_of(table: te.Tensor, steps: te.Tensor, index: te.Tensor) -> te.Tensor:
+        def element(*at: Any) -> Any:
+            raw = index[at[:-1]].astype("int64")
+            row = tirx.Select(raw < 0, raw + size, raw)
+            return table[row, at[-1]].astype("float32") * steps[row, 0]
+
+        return te.compute([*(as_expr(d) for d in shape), width], element, name="embedding")
+
+    calls(ctx).uses["embedding"] += 1
+    return ctx.te(rows_of, codes, scale, ids, name="embedding")
+
+
+@converter(DOMAIN, "Rope")
+def rope(ctx: Context, node: ir.Node, x: Any, cos: Any, sin: Any) -> relax.Expr:
+    """Rotate the leading heads of every row; what follows them is copied."""
+    heads, head_dim, rotary = attr(node, "heads"), attr(node, "head_dim"), attr(node, "rotary")
+    interleaved = bool(attr(node, "interleaved"))
+    half = rotary // 2
+    one_batch = ctx.dims.equal(ctx.shape(cos)[0], 1)
+
+    def rotated(x: te.Tensor, cos: te.Tensor, sin: te.Tensor) -> te.Tensor:
+        def element(b: Any, s: Any, c: Any) -> Any:
+            d = tirx.indexmod(c, head_dim)
+            pair = tirx.indexdiv(d, 2) if interleaved else tirx.indexmod(d, half)
+            first = tirx.indexmod(d, 2) == 0 if interleaved else d < half
+            row = 0 if one_batch else b
+            p = tirx.min(pair, half - 1)
+            other = c + (1 if interleaved else half) * tirx.Select(first, 1, -1)
+            inside = tirx.all(c < heads * head_dim, d < rotary)
+            sign = tirx.Select(first, tirx.const(-1.0, "float32"), tirx.const(1.0, "float32"))
+            turned = x[b, s, c] * cos[row, s, p] + sign * x[b, s, tirx.Select(inside, other, c)] * sin[row, s, p]
+            return tirx.Select(inside, turned, x[b, s, c])
+
+        return te.compute(x.shape, element, name="rope")
+
+    calls(ctx).uses["rope"] += 1
+    return ctx.te(rotated, x, cos, sin, name="rope")

@@ -33,6 +33,7 @@ def lower(model: ir.Model) -> ir.Model:
     """Return a lowered copy of ``model`` (weights shared)."""
     lowered = model.clone()
     lower_linears(lowered)
+    common.RemoveUnusedNodesPass()(lowered)  # a dequantizer nothing reads must not look like a reader of the codes
     lower_attention(lowered)
     lower_rowwise(lowered)
     lower_embeddings(lowered)

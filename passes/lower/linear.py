@@ -167,6 +167,11 @@ def _other(add: ir.Node, value: ir.Value) -> ir.Value | None:
     return b if a is value else a
 
 
+def operand(node: ir.Node, index: int) -> ir.Value | None:
+    """Input ``index`` of a node, None if it is absent."""
+    return node.inputs[index] if index < len(node.inputs) else None
+
+
 def merge_linears(graph: ir.Graph, linears: list[ir.Node]) -> ir.Value | None:
     """Concatenate parallel Linears along N into one placed at the first, or return None if they differ.
 
@@ -175,12 +180,12 @@ def merge_linears(graph: ir.Graph, linears: list[ir.Node]) -> ir.Value | None:
     first = linears[0]
     keys = ("weight_format", "activation_format", "k")
     same = all(
-        node.inputs[0] is first.inputs[0]
-        and node.inputs[1] is first.inputs[1]
-        and node.inputs[6] is None
+        operand(node, 0) is operand(first, 0)
+        and operand(node, 1) is operand(first, 1)
+        and operand(node, 6) is None
         and all(attribute(node, key) == attribute(first, key) for key in keys)
         and attribute(node, "epilogue") == ""
-        and (node.inputs[4] is None) == (first.inputs[4] is None)
+        and (operand(node, 4) is None) == (operand(first, 4) is None)
         for node in linears
     )
     if not same:
@@ -190,7 +195,7 @@ def merge_linears(graph: ir.Graph, linears: list[ir.Node]) -> ir.Value | None:
     lists = {key: [item for node in linears for item in attribute(node, key)] for key in ("parts", "weights", "sites")}  # type: ignore[attr-defined]
 
     def joined(index: int) -> ir.Value | None:
-        values = [node.inputs[index] for node in linears]
+        values = [operand(node, index) for node in linears]
         if values[0] is None and index != 5:
             return None
         if all(v is None for v in values):
@@ -216,7 +221,7 @@ def merge_linears(graph: ir.Graph, linears: list[ir.Node]) -> ir.Value | None:
 
     merged = kernel_node(
         "Linear",
-        [first.inputs[0], first.inputs[1], joined(2), joined(3), joined(4), joined(5), None],
+        [operand(first, 0), operand(first, 1), joined(2), joined(3), joined(4), joined(5), None],
         [None],
         {**{k: attribute(first, k) for k in keys}, "epilogue": "", "n": sum(widths), **lists},
         like=first,

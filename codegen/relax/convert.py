@@ -1,0 +1,275 @@
+"""From an ONNX model to a Relax program: walks the graph, keeps what is known, calls the converters.
+
+For every node, in this order: fold it if its inputs are constants; evaluate it if it is shape arithmetic; ask the
+registered converters; expand the function of that name in the model; expand the operator by the function body the ONNX
+specification gives for it. What is left is unsupported, and the error says which node of which module it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from tvm import relax, tirx
+
+from qcompile.codegen.relax import dtypes, ops  # noqa: F401  (ops registers the converters)
+from qcompile.codegen.relax.attributes import attr
+from qcompile.codegen.relax.context import Context, Known, Scope, describe
+from qcompile.codegen.relax.dims import as_expr
+from qcompile.codegen.relax.fold import fold
+from qcompile.codegen.relax.program import RelaxProgram, TensorSpec
+from qcompile.codegen.relax.registry import converters
+from qcompile.codegen.relax.shape_values import evaluate
+from qcompile.codegen.relax.specification import output_dtypes, specified_function
+from qcompile.errors import ModelError, QcompileError, UnsupportedOperatorError
+from qcompile.targets.target import Target
+
+
+def to_relax(model: ir.Model, *, target: Target | None = None, params_threshold: int = 1024) -> RelaxProgram:
+    """Converts a model.
+
+    Args:
+        model: any ONNX model; named dimensions stay symbolic. It is not modified.
+        target: what will be compiled for; converters registered for its kind take part.
+        params_threshold: initializers with at least this many elements become parameters of ``main``, smaller ones are
+            embedded as constants.
+
+    Raises:
+        UnsupportedOperatorError: an operator, or an attribute or type it is used with, has no conversion.
+        ModelError: the model is not valid (a shape error, a value without producer).
+    """
+    ctx = Context(target, params_threshold, dict(model.functions))
+    graph = model.graph
+    ctx.scope = Scope(dict(graph.opset_imports))
+    inputs = [v for v in graph.inputs if v.const_value is None]
+    variables = [_input(ctx, v) for v in inputs]
+    with ctx.bb.function("main"):
+        with ctx.bb.dataflow():
+            convert_nodes(ctx, graph)
+            results = [_output(ctx, v) for v in graph.outputs]
+            specs = [
+                _spec(v.name or f"output_{i}", ctx.dtype(v), ctx.shape(r))
+                for i, (v, r) in enumerate(zip(graph.outputs, results))
+            ]
+            output = ctx.bb.emit_output(results[0] if len(results) == 1 else relax.Tuple(results))
+        ctx.bb.emit_func_output(output, params=[*variables, *ctx.param_vars])
+    mod = ctx.bb.finalize()
+    main = mod["main"].with_attr("num_input", len(variables))
+    mod.update_func(mod.get_global_var("main"), main)
+    mod = relax.transform.DeadCodeElimination(["main"])(mod)
+    mod, params = _drop_unused_params(mod, ctx, len(variables))
+    input_specs = [_spec(v.name, v.dtype, ctx.shape(x)) for v, x in zip(inputs, variables)]
+    return RelaxProgram(mod, params, input_specs, specs, ctx.state)
+
+
+def _input(ctx: Context, value: ir.Value) -> relax.Var:
+    """The function parameter of a graph input."""
+    if value.dtype not in dtypes.STORAGE or not isinstance(value.type, ir.TensorType):
+        raise UnsupportedOperatorError(
+            f"input {value.name!r} has type {value.type}: only tensors of numbers can be passed to a compiled program"
+        )
+    if value.shape is None:
+        raise UnsupportedOperatorError(f"input {value.name!r} has no shape: its number of dimensions must be known")
+    shape = []
+    for i, d in enumerate(value.shape):
+        if isinstance(d, int):
+            shape.append(as_expr(d))
+        elif d.value is None:
+            shape.append(ctx.dims.var(f"{value.name}_{i}", unique=True))
+        else:
+            shape.append(as_expr(ctx.dims.parse(str(d.value))))
+    variable = relax.Var(_identifier(value.name), relax.TensorType(shape, dtypes.STORAGE[value.dtype]))
+    ctx.scope.values[value] = Known(value.dtype, expr=variable)
+    return variable
+
+
+def _identifier(name: str) -> str:
+    return "".join(c if c.isalnum() or c == "_" else "_" for c in name)
+
+
+def _output(ctx: Context, value: ir.Value) -> relax.Expr:
+    expr = ctx.expr(value)
+    if not isinstance(expr, relax.Expr):
+        raise UnsupportedOperatorError(f"output {value.name!r} is a sequence: only tensors can be returned")
+    return expr
+
+
+def _spec(name: str, dtype: ir.DataType, shape: Sequence[Any]) -> TensorSpec:
+    text = tuple(d if isinstance(d, int) else str(d) for d in shape)
+    return TensorSpec(name, dtypes.STORAGE[dtype], text, dtype.name)
+
+
+def _drop_unused_params(mod: Any, ctx: Context, num_inputs: int) -> tuple[Any, dict[str, np.ndarray]]:
+    """Parameters that nothing reads any more are not part of the program."""
+    main = mod["main"]
+    used = set(relax.analysis.free_vars(main.body))
+    keep = [i for i, v in enumerate(ctx.param_vars) if v in used]
+    if len(keep) != len(ctx.param_vars):
+        params = [*main.params[:num_inputs], *(main.params[num_inputs + i] for i in keep)]
+        main = relax.Function(params, main.body, main.ret_ty, main.is_pure, main.attrs, main.span)
+        mod.update_func(mod.get_global_var("main"), main)
+    names = list(ctx.params)
+    return mod, {names[i]: ctx.params[names[i]] for i in keep}
+
+
+def convert_nodes(ctx: Context, graph: ir.Graph | ir.Function) -> None:
+    """Converts the nodes of a graph or function body in order, into the current scope."""
+    for node in graph:
+        convert_node(ctx, node)
+
+
+def convert_node(ctx: Context, node: ir.Node) -> None:
+    """Converts one node; its outputs are then known to the current scope."""
+    try:
+        if node.op_type == "Constant" and node.domain in ("", "ai.onnx"):
+            ctx.scope.values[node.outputs[0]] = _constant(ctx, node)
+            return
+        folded = fold(ctx, node)
+        if folded is not None:
+            types = output_dtypes(ctx, node)
+            for output, array, dtype in zip(node.outputs, folded, types):
+                ctx.scope.values[output] = Known(dtype or ir.DataType.from_numpy(array.dtype), constant=array)
+            return
+        symbolic = evaluate(ctx, node)
+        if symbolic is not None:
+            dtype = output_dtypes(ctx, node)[0] or ir.DataType.INT64
+            ctx.scope.values[node.outputs[0]] = _symbolic(symbolic, dtype)
+            return
+        if not _convert_registered(ctx, node) and not _expand(ctx, node):
+            raise ctx.unsupported(node, "no conversion for this operator")
+    except QcompileError:
+        raise
+    except Exception as error:
+        raise ModelError(f"{describe(node)}: conversion failed: {type(error).__name__}: {error}") from error
+
+
+def _symbolic(array: np.ndarray, dtype: ir.DataType) -> Known:
+    flat = array.reshape(-1)
+    if all(isinstance(e, int | bool) for e in flat):
+        return Known(dtype, constant=np.array(flat.tolist(), dtype=dtype.numpy()).reshape(array.shape), symbolic=array)
+    return Known(dtype, symbolic=array)
+
+
+def _constant(ctx: Context, node: ir.Node) -> Known:
+    """The value of a Constant node, in any of the attributes it may be given by."""
+    for name, dtype in (
+        ("value_int", "int64"),
+        ("value_ints", "int64"),
+        ("value_float", "float32"),
+        ("value_floats", "float32"),
+    ):
+        if name in node.attributes:
+            array = np.asarray(attr(node, name), dtype=dtype)
+            return Known(ir.DataType.from_numpy(array.dtype), constant=array)
+    if "value" not in node.attributes:
+        raise ctx.unsupported(node, f"a constant given by {', '.join(node.attributes)} is not a tensor of numbers")
+    tensor = attr(node, "value")
+    if tensor.dtype not in dtypes.STORAGE:
+        raise ctx.unsupported(node, f"a constant of type {tensor.dtype.name}")
+    return Known(tensor.dtype, tensor=tensor)
+
+
+def _convert_registered(ctx: Context, node: ir.Node) -> bool:
+    candidates = converters(node.domain, node.op_type, ctx.target.kind if ctx.target else None)
+    if not candidates:
+        return False
+    args = [ctx.expr(v) for v in node.inputs]
+    for function in candidates:
+        result = function(ctx, node, *args)
+        if result is NotImplemented:
+            continue
+        bind_outputs(ctx, node, result)
+        return True
+    return False
+
+
+def bind_outputs(ctx: Context, node: ir.Node, result: Any) -> None:
+    """Makes a converter's result known as the node's outputs."""
+    results = result if isinstance(result, list | tuple) else [result]
+    types = output_dtypes(ctx, node)
+    for output, item, dtype in zip(node.outputs, results, types):
+        if isinstance(item, Known):
+            ctx.scope.values[output] = item
+        elif item is not None:
+            ctx.scope.values[output] = _known(ctx, _as_annotated(ctx, output, item), dtype)
+
+
+def _as_annotated(ctx: Context, value: ir.Value, expr: relax.Expr) -> relax.Expr:
+    """The result with the dimensions the model states for it, where conversion found only something complicated.
+
+    An exporter may know that a slice of 512 positions to ``seq`` has ``seq`` elements, because it knows that ``seq`` is at
+    most 512; conversion knows ``min(seq, 512)``. The model's word is taken, and checked when the program runs.
+    """
+    if value.shape is None or len(value.shape) != ctx.rank(expr):
+        return expr
+    shape = ctx.shape(expr)
+    stated = list(shape)
+    for i, (d, annotation) in enumerate(zip(shape, value.shape)):
+        if isinstance(d, int) or (isinstance(d, tirx.Var) and d not in ctx.dims.run_time):
+            continue
+        name = annotation if isinstance(annotation, int) else annotation.value
+        known = name if isinstance(name, int) or name is None else ctx.dims.known(str(name))
+        if known is not None and ctx.dims.over_inputs(known) and not ctx.dims.equal(known, d):
+            stated[i] = known
+    if all(a is b for a, b in zip(stated, shape)):
+        return expr
+    for d, known in zip(shape, stated):
+        ctx.require_equal(d, known)
+    return ctx.bb.emit(relax.op.reshape(expr, relax.ShapeExpr([as_expr(d) for d in stated])))
+
+
+def _known(ctx: Context, item: relax.Expr, dtype: ir.DataType | None) -> Known:
+    if not isinstance(item, relax.Var):
+        item = ctx.bb.emit(item)
+    storage = ctx.storage(item)
+    if dtype is None or dtypes.STORAGE.get(dtype) != storage:
+        dtype = dtypes.native(storage)
+    return Known(dtype, expr=item)
+
+
+def _expand(ctx: Context, node: ir.Node) -> bool:
+    """Converts the body of the function the node calls: the model's own, else the specification's."""
+    function = ctx.functions.get(node.op_identifier())
+    if function is None:
+        function = specified_function(ctx, node)
+    if function is None:
+        return False
+    call_function(ctx, node, function)
+    return True
+
+
+def call_function(ctx: Context, node: ir.Node, function: ir.Function) -> None:
+    """Converts a function's body with the node's inputs and attributes as its arguments."""
+    function = function.clone()
+    _resolve_attributes(function, node, function.attributes)
+    inner = Scope(dict(function.opset_imports))
+    for i, formal in enumerate(function.inputs):
+        actual = node.inputs[i] if i < len(node.inputs) else None
+        if actual is not None:
+            inner.values[formal] = ctx.known(actual)
+            continue
+        for user, index in list(formal.uses()):
+            user.replace_input_with(index, None)
+    outer, ctx.scope = ctx.scope, inner
+    try:
+        convert_nodes(ctx, function)
+        results = [ctx.known(v) for v in function.outputs[: len(node.outputs)]]
+    finally:
+        ctx.scope = outer
+    for output, result in zip(node.outputs, results):
+        outer.values[output] = result
+
+
+def _resolve_attributes(function: ir.Function, call: ir.Node, formals: Any) -> None:
+    """Replaces references to the function's attributes by the values of the call, or the defaults; drops absent ones."""
+    for node in function.all_nodes():
+        for name, attribute in list(node.attributes.items()):
+            if not attribute.is_ref():
+                continue
+            actual = call.attributes.get(attribute.ref_attr_name) or formals.get(attribute.ref_attr_name)
+            if actual is None or actual.value is None:
+                del node.attributes[name]
+            else:
+                node.attributes[name] = ir.Attr(name, actual.type, actual.value)

@@ -60,7 +60,12 @@ def check_structure(model: ir.Model, name: str) -> None:
             if value.name in defined:
                 raise ModelError(f"{name}: '{value.name}' is defined twice, as {defined[value.name]} and as {what}")
             defined[value.name] = what
+    for value in graph.inputs:
+        if value.type is None:
+            raise ModelError(f"{name}: the graph input '{value.name}' has no type")
     for node in graph.all_nodes():
+        if not node.outputs:
+            raise ModelError(f"{name}: node {node.op_type} '{node.name or ''}' has no result")
         for value in node.inputs:
             if value is not None and not _defined(value):
                 raise ModelError(f"{name}: {describe(node)} reads '{value.name}', which nothing defines")
@@ -162,17 +167,29 @@ def check_shapes(model: ir.Model, name: str) -> None:
     import onnx.shape_inference
 
     skeleton, originals = _skeleton(model)
-    proto = ir.serde.serialize_model(skeleton)
+    try:
+        proto = ir.serde.serialize_model(skeleton)
+    except Exception as error:
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        raise ModelError(f"{name}: a part of it has no valid ONNX form: {_one_line(cause)}") from error
     try:
         onnx.shape_inference.infer_shapes(proto, check_type=True, strict_mode=True, data_prop=True)
     except onnx.shape_inference.InferenceError as error:
         found = _INFERENCE_MESSAGE.search(str(error))
         if found is None:
-            raise ModelError(f"{name}: {' '.join(str(error).split())[:300]}") from error
+            raise ModelError(f"{name}: {_one_line(error)}") from error
         node = originals.get(found["node"].strip())
         where = describe(node) if node is not None else f"{found['op']} '{found['node'].strip()}'"
         shapes = f" (inputs {_input_shapes(node)})" if node is not None else ""
         raise ModelError(f"{name}: {where}{shapes}: {found['text'].strip()}") from error
+    except Exception as error:  # what ONNX's checks of attributes raise has no common class
+        raise ModelError(f"{name}: {_one_line(error)}") from error
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300]
 
 
 def _skeleton(model: ir.Model) -> tuple[ir.Model, dict[str, ir.Node]]:
@@ -183,11 +200,11 @@ def _skeleton(model: ir.Model) -> tuple[ir.Model, dict[str, ir.Node]]:
         new.name = f"{index}"
         originals[new.name] = old
         for value in new.outputs:
-            if not value.is_graph_output():
+            if not value.is_graph_output() or value.type is None:
                 value.shape = None
     for value in list(copy.graph.initializers.values()):
         tensor = value.const_value
-        if tensor is None or tensor.nbytes <= _SMALL:
+        if tensor is None or tensor.dtype == ir.DataType.STRING or tensor.nbytes <= _SMALL:
             continue
         value.shape, value.type = ir.Shape(tensor.shape), ir.TensorType(tensor.dtype)
         del copy.graph.initializers[value.name or ""]
@@ -244,7 +261,8 @@ def _not_finite(tensor: ir.TensorProtocol) -> tuple[int, int, float, bool]:
         if finite.all():
             mask = mask and not piece.any() if flat.size > 1 else mask
             continue
-        bad = piece[~finite].astype(np.float64)
+        with np.errstate(invalid="ignore"):
+            bad = piece[~finite].astype(np.float64)
         worst = np.flatnonzero(np.isnan(bad))
         if count == 0 or (len(worst) and not np.isnan(value)):  # NaN is what a mask cannot excuse
             where = int(worst[0]) if len(worst) else 0

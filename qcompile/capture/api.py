@@ -13,7 +13,7 @@ import onnx_ir as ir
 
 from qcompile.capture.captured import Captured
 from qcompile.capture.metadata import clean_metadata, name_modules
-from qcompile.errors import ModelError
+from qcompile.errors import ModelError, QcompileError
 from qcompile.passes.opset import convert_opset
 from qcompile.passes.validate import validate
 
@@ -53,6 +53,24 @@ def capture(
         ModelError: the model is unreadable, incomplete, or its export differs from it.
         UnsupportedOperatorError: torch uses an operator without ONNX form.
     """
+    try:
+        return _capture(model_or_path, example_inputs, dynamic, opset, task, kv_cache, token_types, check)
+    except QcompileError as error:
+        if (text := " ".join(str(error).split())) != str(error):  # names in corrupt files can hold line breaks
+            raise type(error)(text) from error
+        raise
+
+
+def _capture(
+    model_or_path: Any,
+    example_inputs: Any,
+    dynamic: Any,
+    opset: int,
+    task: str | None,
+    kv_cache: bool,
+    token_types: bool | None,
+    check: bool,
+) -> Captured:
     import onnx
 
     from qcompile.capture.onnx_file import check_proto, from_proto

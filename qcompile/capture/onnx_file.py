@@ -95,6 +95,10 @@ def check_proto(proto: Any, name: str, base: Path | None = None) -> list[Path]:
                 results.add(output)
     nodes = [node for graph in _graphs(proto.graph) for node in graph.node]
     nodes += [node for function in proto.functions for node in function.node]
+    for node in nodes:
+        # protobuf hands out bytes where a name is not valid UTF-8
+        if not all(isinstance(n, str) for n in (node.name, node.op_type, node.domain, *node.input, *node.output)):
+            raise ModelError(f"{name}: corrupt: a name in node {node.op_type!r} is not text")
     for tensor in _tensors(proto, nodes):
         external = check_tensor(tensor, name, base)
         if external is not None:
@@ -133,7 +137,9 @@ def check_tensor(tensor: Any, name: str, base: Path | None) -> Path | None:
         raise ModelError(f"{where} has the unknown element type {tensor.data_type}") from error
     if any(d < 0 for d in tensor.dims):
         raise ModelError(f"{where} has a negative dimension: {list(tensor.dims)}")
-    if dtype in (ir.DataType.STRING, ir.DataType.UNDEFINED):
+    if dtype == ir.DataType.UNDEFINED:
+        raise ModelError(f"{where} has no element type")
+    if dtype == ir.DataType.STRING:
         return None
     size = 1
     for d in tensor.dims:
@@ -143,7 +149,34 @@ def check_tensor(tensor: Any, name: str, base: Path | None) -> Path | None:
         return _external_file(tensor, where, needed, base)
     if tensor.HasField("raw_data") and len(tensor.raw_data) != needed:
         raise ModelError(f"{where} has {len(tensor.raw_data)} bytes, its shape {list(tensor.dims)} needs {needed}")
+    if not tensor.HasField("raw_data"):
+        _check_typed_data(tensor, dtype, size, where)
     return None
+
+
+_FIELDS = ("float_data", "int32_data", "int64_data", "uint64_data", "double_data")
+_FIELD_OF = {
+    ir.DataType.FLOAT: "float_data",
+    ir.DataType.DOUBLE: "double_data",
+    ir.DataType.INT64: "int64_data",
+    ir.DataType.UINT32: "uint64_data",
+    ir.DataType.UINT64: "uint64_data",
+}
+
+
+def _check_typed_data(tensor: Any, dtype: ir.DataType, size: int, where: str) -> None:
+    """Data that are not raw bytes are in the one field that their element type has, one entry per element (or byte)."""
+    if dtype in (ir.DataType.COMPLEX64, ir.DataType.COMPLEX128):
+        raise ModelError(f"{where} has complex elements, which are not supported")
+    field = _FIELD_OF.get(dtype, "int32_data")
+    wrong = [other for other in _FIELDS if other != field and len(getattr(tensor, other))]
+    if wrong:
+        raise ModelError(f"{where} of type {dtype.name} has its data in {wrong[0]}")
+    entries = (size * dtype.bitwidth + 7) // 8 if dtype.bitwidth < 8 else size
+    if len(getattr(tensor, field)) != entries:
+        raise ModelError(
+            f"{where} has {len(getattr(tensor, field))} elements, its shape {list(tensor.dims)} needs {entries}"
+        )
 
 
 def _external_file(tensor: Any, where: str, needed: int, base: Path | None) -> Path:

@@ -224,7 +224,8 @@ def _scaled(node: ir.Node, core: _Core) -> ir.Value | str:
     if factor is None and node.op_type == "Mul":
         factor, inner = small_constant(node.inputs[0]), node.inputs[1]
     if factor is None or factor.size != 1 or inner is None:
-        return "" if not _leads_to_matmul(inner) else "the scores are scaled by something that is not a constant number"
+        scores = any(_leads_to_matmul(value) for value in node.inputs)
+        return "the scores are scaled by something that is not a constant number" if scores else ""
     number = float(factor.reshape(()))
     tanh = _producer(inner, "Tanh")
     if tanh is None:

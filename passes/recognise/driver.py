@@ -50,6 +50,8 @@ def recognise(model: ir.Model) -> tuple[ir.Model, Recognised]:
     model = model.clone()
     report = Recognised()
     prepare(model)
+    # Transposed weights before constants in general, so that they keep their names and stay views on mapped memory.
+    apply_rules(model, linear.RULES, report)
     for _ in range(10):
         fold_constants(model)
         symbols.infer(model)

@@ -111,6 +111,8 @@ class VnniGemm(DotGemm):
     def tiles(self, problem: LinearProblem, target: Target) -> list[tuple[int, int]]:
         if not target.has("avx512", "vnni"):
             return [(4, 3), (6, 2), (12, 1)]
+        if 8 % problem.weight.bits:  # unpacking bit planes needs registers of its own
+            return [(6, 2), (4, 3), (12, 1)]
         if problem.weight.group:  # half of the registers hold the float32 sums over groups
             return [(4, 3), (6, 2), (12, 1)]
         return [(8, 3), (6, 4), (12, 2), (16, 1)]

@@ -45,7 +45,7 @@ class FloatGemm(TiledGemm):
         return 1
 
     def tiles(self, problem: LinearProblem, target: Target) -> list[tuple[int, int]]:
-        if target.has("avx512"):
+        if target.has("avx512") and 8 % problem.weight.bits == 0:
             return [(8, 3), (6, 4), (12, 2)]
         return [(4, 2), (6, 2), (4, 3), (12, 1)]
 

@@ -321,7 +321,9 @@ class TiledGemm(LinearKernel):
         return v.let(T.min(k, max(p.k - p.depth, 0)) if p.clamped else k)
 
     def _panel(self, e: Emission, panel: Any, first: Any, rows: Any) -> None:
-        self._variants(e, panel, first, rows, e.config["mr"])
+        for height in range(e.config["mr"], 0, -1):
+            with T.If(rows == height), T.Then():
+                self.micro(e, panel, first, height)
         tail = e.problem.n % e.panels.width
         if not tail:
             self._finish(e, panel, first, rows, e.panels.width)
@@ -333,17 +335,6 @@ class TiledGemm(LinearKernel):
                     self._finish(e, panel, first, rows, tail)
                 with T.Else():
                     self._finish(e, panel, first, rows, e.panels.width)
-
-    def _variants(self, e: Emission, panel: Any, first: Any, rows: Any, height: int) -> None:
-        """A chain of comparisons down to the micro-kernel of the run-time height."""
-        if height == 1:
-            self.micro(e, panel, first, 1)
-            return
-        with T.If(rows == height):
-            with T.Then():
-                self.micro(e, panel, first, height)
-            with T.Else():
-                self._variants(e, panel, first, rows, height - 1)
 
     def _finish(self, e: Emission, panel: Any, first: Any, rows: Any, columns: int) -> None:
         """Scale, bias, activation, residual and store of the first ``columns`` columns of the tile."""

@@ -59,9 +59,9 @@ class UniformLookup(Rule):
         index = uniform(node.inputs[1])
         if index is None or table is None or table.const_value is None:
             return None
-        shape = symbols.dims(result)
         for use in result.uses():
             others = [v for v in use.node.inputs if v is not result]
+            shape = symbols.dims(use.node.outputs[0])
             if use.node.op_type != "Add" or len(others) != 1 or shape is None or symbols.dims(others[0]) != shape:
                 return None
         row = table.const_value.numpy()[index]

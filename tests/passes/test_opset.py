@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from itertools import pairwise
 
 import numpy as np
 import onnx.defs
@@ -35,7 +36,7 @@ def incompatible_since(oldest: int, newest: int) -> set[tuple[str, int]]:
     for name, history in versions.items():
         first = max((v for v in history if v <= oldest), default=min(history))
         chain = [v for v in sorted(history) if first <= v <= newest]
-        for before, after in zip(chain, chain[1:]):
+        for before, after in pairwise(chain):
             old, new = history[before], history[after]
             if old.deprecated:
                 if not new.deprecated:

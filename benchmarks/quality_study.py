@@ -49,7 +49,9 @@ class Setting:
         parts = [self.weights, f"A{self.act_bits}" if self.act_bits else "A32", self.solver]
         parts += [f"{k}={v}" for k, v in self.options.items()]
         parts += ["float-prefix"] * (self.solver != "rtn" and not self.quantized_prefix)
-        parts += ["bias"] * self.centered + ([f"correct={self.correct}x{self.strength}"] if self.correct is not None else [])
+        parts += ["bias"] * self.centered + (
+            [f"correct={self.correct}x{self.strength}"] if self.correct is not None else []
+        )
         return " ".join(parts)
 
 
@@ -120,7 +122,10 @@ def capture_blocks(model: nn.Module, blocks: list[nn.Module], batches: list[dict
 
     def grab(module: nn.Module, args: tuple, kw: dict) -> None:
         hidden.append(args[0])
-        kwargs.append({k: v for k, v in kw.items() if k != "past_key_values"} | ({"past_key_values": None} if "past_key_values" in kw else {}))
+        kwargs.append(
+            {k: v for k, v in kw.items() if k != "past_key_values"}
+            | ({"past_key_values": None} if "past_key_values" in kw else {})
+        )
         if len(args) > 1:
             kwargs[-1]["attention_mask"] = args[1]
         raise _StopForward
@@ -231,7 +236,9 @@ class MiniLM:
 
     def batches(self, sentences: list[str]) -> list[dict]:
         ordered = sorted(sentences, key=lambda s: (len(s), s))
-        return [self.tokenizer(ordered[i : i + 32], padding=True, return_tensors="pt") for i in range(0, len(ordered), 32)]
+        return [
+            self.tokenizer(ordered[i : i + 32], padding=True, return_tensors="pt") for i in range(0, len(ordered), 32)
+        ]
 
     def embed(self) -> torch.Tensor:
         result = []
@@ -270,7 +277,10 @@ class DocsLlama:
         ids: list[int] = []
         for document in file.read_text("utf-8").split("\0"):
             if document:
-                ids += [self.tokenizer.bos_token_id or 0, *self.tokenizer(document, add_special_tokens=False)["input_ids"]]
+                ids += [
+                    self.tokenizer.bos_token_id or 0,
+                    *self.tokenizer(document, add_special_tokens=False)["input_ids"],
+                ]
         starts = np.linspace(0, len(ids) - length, count).astype(int)
         return torch.tensor(np.stack([ids[s : s + length] for s in starts]))
 
@@ -278,7 +288,9 @@ class DocsLlama:
         loss, tokens = 0.0, 0
         for batch in self.heldout.split(4):
             logits = self.model(input_ids=batch).logits[:, :-1]
-            loss += nn.functional.cross_entropy(logits.reshape(-1, logits.shape[-1]), batch[:, 1:].reshape(-1), reduction="sum").item()
+            loss += nn.functional.cross_entropy(
+                logits.reshape(-1, logits.shape[-1]), batch[:, 1:].reshape(-1), reduction="sum"
+            ).item()
             tokens += batch[:, 1:].numel()
         return {"perplexity": float(np.exp(loss / tokens))}
 

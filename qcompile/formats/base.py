@@ -54,6 +54,10 @@ class Grid:
                 array[..., group, :] = part.aux[name][..., 0, :]
         return self
 
+    def where(self, columns: np.ndarray, other: Grid) -> Grid:
+        """Return a grid with the scales of ``other`` in the ``columns`` (bool, ``(N,)``), its own elsewhere."""
+        return Grid(np.where(columns, other.scale, self.scale), self.zero_point, self.aux)
+
 
 @dataclass(frozen=True)
 class Quantized:
@@ -128,6 +132,13 @@ class Format(ABC):
         """Return the float32 ``(K, N)`` matrix that the codes stand for."""
         k = quantized.codes.shape[0]
         return self.values(quantized.codes, self.rows(quantized.grid, slice(0, k), k)).astype(np.float32, copy=False)
+
+    def rescale(self, grid: Grid, factor: np.ndarray) -> Grid | None:
+        """Return ``grid`` with all values of each group multiplied by ``factor`` ``(G, N)``, as nearly as can be stored.
+
+        None if the format has no scale of its own per group.
+        """
+        return Grid((grid.scale * factor).astype(np.float32), grid.zero_point, grid.aux)
 
     def group_length(self, k: int) -> int:
         """Rows of one full group of a reduction axis of length ``k``."""

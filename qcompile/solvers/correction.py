@@ -44,7 +44,11 @@ def correct_weight(weight: np.ndarray, hessian: np.ndarray, cross: np.ndarray, d
 
 
 def correct_bias(
-    bias: np.ndarray, weight: np.ndarray, quantized: np.ndarray, mean: np.ndarray, quantized_mean: np.ndarray | None = None
+    bias: np.ndarray,
+    weight: np.ndarray,
+    quantized: np.ndarray,
+    mean: np.ndarray,
+    quantized_mean: np.ndarray | None = None,
 ) -> np.ndarray:
     """Return ``bias + mean @ weight - quantized_mean @ quantized``, float32, ``(N,)``.
 

@@ -568,3 +568,8 @@ def _attention(node, ft, q, k, v, mask=None, past_k=None, past_v=None, *rest):
     y = torch.softmax(scores, -1) @ v
     y = y.transpose(1, 2).reshape(*y.shape[:1], y.shape[2], -1) if flat else y
     return y, *present
+
+
+@op("Einsum")
+def _einsum(node, ft, *a):
+    return torch.einsum(attribute(node, "equation"), *a)

@@ -3,7 +3,7 @@
     x'[c] = sum_{c' in cell(c)} M[c, c'] d[c'] x[s(c')]
 
 with a permutation ``s`` of the classes, a diagonal ``d`` (sign and log-scale) and a matrix M per cell. A class that
-follows another through a peeled scaling acts as ``D A_leader G^-1`` instead (`solve.Peel`), computed when needed.
+follows another through a peeled scaling acts as ``D D_leader^-1 A_leader G^-1`` instead (`solve.Peel`).
 Coordinates of parity -1 act contragrediently, with ``A^-T``.
 """
 
@@ -97,9 +97,8 @@ class Actor:
         self.diagonal = element.diagonal
         self.cells: list[MixedCell] = []
         self.cell_of = np.full(count, -1)
-        self.peeled: set[int] = set()
         for cell, matrix in element.blocks.items():
-            self._add(self.solution.cells[cell], matrix * self.diagonal[self.solution.cells[cell]])
+            self._add(self.solution.cells[cell], matrix)
         progress = True
         while progress:
             progress = False
@@ -113,9 +112,8 @@ class Actor:
         self.cells.append(MixedCell(classes, matrix, np.linalg.inv(matrix).T))
 
     def _follow(self, number: int, gamma: Callable[[np.ndarray], np.ndarray]) -> None:
-        """``A_f = D A_l G^-1`` (or ``D A_l G``), G read where the content comes from."""
+        """``A_f = D_f D_l^-1 A_l G^-1`` (or ``.. G``), G read where the content comes from."""
         peel = self.solution.peels[number]
-        self.peeled.add(number)
         old = np.ones(len(peel.follower)) if peel.scaling.gamma is None else gamma(peel.scaling.gamma)
         # G is a property of the class, so repeated entries agree.
         by_class = dict(zip(peel.follower.tolist(), old.tolist()))
@@ -134,7 +132,8 @@ class Actor:
             matrix = leader.matrix
             if peel.scaling.normalised:
                 matrix = matrix / scale_of(matrix)
-            matrix = self.diagonal[classes][:, None] * matrix * (1 / g if peel.forward else g)
+            own = self.diagonal[classes] / self.diagonal[leader.classes]
+            matrix = own[:, None] * matrix * (1 / g if peel.forward else g)
             self._add(classes, matrix)
 
     def touches(self, index_map: IndexMap) -> bool:

@@ -76,9 +76,8 @@ def overwritten_entries(spaces: Spaces, actor: Actor) -> dict[str, np.ndarray]:
     births = spaces.solution.constraints.births
     starts = np.array([b.start for b in births])
     found: dict[str, np.ndarray] = {}
-    for number in actor.peeled:
-        peel = spaces.solution.peels[number]
-        if peel.scaling.gamma is None:
+    for peel in spaces.solution.peels.values():
+        if peel.scaling.gamma is None or not (actor.cell_of[peel.leader] >= 0).any():
             continue
         active = peel.scaling.gamma[actor.cell_of[peel.follower] >= 0]
         which = np.searchsorted(starts, active, side="right") - 1

@@ -17,6 +17,9 @@ from onnx_ir.passes.common import ShapeInferencePass
 
 from qcompile.passes.graph import add_initializer, attribute, constant_shape, remove_unused_initializers
 
+COPY_OF = "qcompile.copy_of"
+"""Metadata of a vector that was given to one reader as its own copy: the name of the original."""
+
 LARGEST_FOLDED = 1 << 16
 """Elements up to which an expression of constants is evaluated."""
 
@@ -33,6 +36,15 @@ def prepare(model: ir.Model) -> ir.Model:
     if any(o.shape is None for n in graph for o in n.outputs if o.name):
         model = ShapeInferencePass()(model).model
     return model
+
+
+def copies_of(model: ir.Model) -> dict[str, str]:
+    """Which constants are copies of which, as left by `prepare`."""
+    return {
+        name: value.metadata_props[COPY_OF]
+        for name, value in model.graph.initializers.items()
+        if COPY_OF in value.metadata_props
+    }
 
 
 def _lift_constants(graph: ir.Graph) -> None:
@@ -142,4 +154,5 @@ def _separate_vectors(graph: ir.Graph) -> None:
             tensor = value.const_value
             assert tensor is not None
             copy = add_initializer(graph, value.name or "vector", tensor.numpy(), like=value)
+            copy.metadata_props[COPY_OF] = value.metadata_props.get(COPY_OF, value.name or "")
             usage.node.replace_input_with(usage.idx, copy)

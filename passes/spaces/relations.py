@@ -110,6 +110,8 @@ class Alias:
 class Constraints:
     """All facts about one model. Coordinates are the integers ``0 .. count - 1``."""
 
+    copies: dict[str, str] = field(default_factory=dict)
+    """Constants that are copies of another: copy -> original."""
     count: int = 0
     births: list[Birth] = field(default_factory=list)
     edges: list[tuple[np.ndarray, np.ndarray, bool]] = field(default_factory=list)
@@ -128,6 +130,14 @@ class Constraints:
         new = np.arange(self.count, self.count + count)
         self.count += count
         return new
+
+    def identity_of(self, coordinates: np.ndarray | None) -> tuple:
+        """What a vector constant is: copies of one constant (see `prepare`) have equal identities."""
+        if coordinates is None:
+            return ()
+        starts = [b.start for b in self.births]
+        birth = self.births[int(np.searchsorted(starts, coordinates[0], side="right")) - 1]
+        return self.copies.get(birth.name, birth.name), (coordinates - birth.start).tobytes()
 
     def same(self, a: np.ndarray, b: np.ndarray) -> None:
         """Channels ``a`` and ``b`` (broadcast against each other) have one basis."""

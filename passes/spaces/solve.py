@@ -278,7 +278,7 @@ def _withdraw(c: Constraints, class_of: np.ndarray, view: _View, peeled: dict[in
                 graph.add_edge(int(m), int(k), scaling=i)
     for competing in leaders.values():
         distinct = {
-            (class_of[s.x].tobytes(), class_of[s.y].tobytes(), b"" if s.gamma is None else class_of[s.gamma].tobytes())
+            (class_of[s.x].tobytes(), class_of[s.y].tobytes(), c.identity_of(s.gamma))
             for s in (c.scalings[i] for i in competing)
         }
         if len(distinct) > 1:
@@ -438,19 +438,12 @@ class _Equations:
                         sign_rows.append([column])
         for product in c.products:
             self._add(product.out, product.terms, product.powers, product.parity, logs, signs)
-        for i, scaling in enumerate(c.scalings):
+        for scaling in c.scalings:
+            # The same whether peeled or not: a peeled side acts as D_f D_l^-1 A_l G^-1 (see `element.py`).
             gamma = () if scaling.gamma is None else (scaling.gamma,)
-            if i in s.peels:
-                # Peeled: gamma is overwritten, so the follower's diagonal is gamma's new value.
-                if s.peels[i].forward:
-                    self._add(scaling.y, gamma, (1.0,) * len(gamma), (1,) * len(gamma), logs, signs)
-                else:
-                    self._add(scaling.x, gamma, (-1.0,) * len(gamma), (1,) * len(gamma), logs, signs)
-                continue
-            size = (0.0,) if scaling.normalised else (1.0,)
-            self._add(
-                scaling.y, (scaling.x, *gamma), (*size, *((1.0,) * len(gamma))), (1,) * (1 + len(gamma)), logs, signs
-            )
+            size = 0.0 if scaling.normalised else 1.0
+            powers = (size, *((1.0,) * len(gamma)))
+            self._add(scaling.y, (scaling.x, *gamma), powers, (1,) * len(powers), logs, signs)
         for first, second, _ in _split_planes(c, s.class_of, self.view):
             self._rows(first, (second,), (1.0,), (1,), np.ones(len(first)), [np.ones(len(first))], logs, signs)
         for family, log_rows, sign_rows in zip(s.families, logs, signs):

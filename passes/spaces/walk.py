@@ -19,6 +19,7 @@ import onnx_ir as ir
 from qcompile.passes.graph import attribute, constant, module_path
 from qcompile.passes.spaces.groups import FIXED, GL, Limit
 from qcompile.passes.spaces.index_map import Dim, IndexMap
+from qcompile.passes.spaces.prepare import copies_of
 from qcompile.passes.spaces.relations import Constraints
 
 Layout = tuple[IndexMap, ...]
@@ -37,7 +38,7 @@ class Walk:
 
     def __init__(self, model: ir.Model) -> None:
         self.model = model
-        self.constraints = Constraints()
+        self.constraints = Constraints(copies=copies_of(model))
         self.layouts: dict[ir.Value, Layout] = {}
         self.constants: dict[ir.Value, Layout] = {}
         self.constant_values: set[ir.Value] = set(model.graph.initializers.values()) - set(model.graph.inputs)
@@ -134,9 +135,12 @@ class NodeView:
         return self.walk.layout(self.value(i)) if self.has(i) else ()
 
     def set(self, maps: Sequence[IndexMap], j: int = 0) -> None:
-        """Give output ``j`` its index maps."""
-        if j < len(self.node.outputs) and maps:
-            self.walk.layouts[self.node.outputs[j]] = tuple(m for m in maps if m.axes or m.size)
+        """Give output ``j`` its index maps. A map that varies nowhere could only scale the whole tensor: it is pinned."""
+        for m in maps:
+            if not m.axes:
+                self.pin(m.table, "output", "all its channels share one basis")
+        if j < len(self.node.outputs):
+            self.walk.layouts[self.node.outputs[j]] = tuple(m for m in maps if m.axes)
 
     # -- constants -------------------------------------------------------------------------------------------------
 
@@ -165,6 +169,8 @@ class NodeView:
         rows = np.arange(count) // max(1, int(shape[wanted[-1]])) if len(wanted) > 1 else None  # type: ignore[arg-type]
         self.c.use(self.name, "constant", "axis", coordinates, GL, mix=rows, unit=rows)
         index_map = IndexMap(coordinates.reshape(sizes))
+        if not varying:
+            self.pin(coordinates, "constant", "a single channel")
         self.walk.constants[value] = (*self.walk.constants.get(value, ()), index_map)
         return index_map
 
@@ -195,6 +201,45 @@ class NodeView:
             if self.has(i):
                 for index_map in self.maps(i):
                     self.pin(index_map.table, f"input {i}", reason)
+
+    def units_of(self, index_map: IndexMap, axes: Sequence[int]) -> IndexMap:
+        """New coordinates for the indices along ``axes`` (heads, groups): only their order can change.
+
+        Within each of them ``index_map`` may be mixed; their units move together with the new coordinates.
+        """
+        shape = [index_map.table.shape[a] if a in axes else 1 for a in range(index_map.rank)]
+        name = self.node.outputs[0].name or self.name
+        coordinates = self.c.fresh(int(np.prod(shape)), name, tuple(axes), constant=False)
+        units = IndexMap(coordinates.reshape(shape))
+        self.use(units.table, "units", FIXED, single=True)
+        self.move_with(index_map, units)
+        return units
+
+    def move_with(self, index_map: IndexMap, units: IndexMap) -> None:
+        """Channels of ``index_map`` mix only within the index of ``units`` they belong to, and move with it."""
+        shape = index_map.table.shape
+        blocks = np.broadcast_to(np.arange(units.size).reshape(units.table.shape), shape)
+        self.use(index_map.table, "per unit", GL, mix=blocks, unit=blocks)
+        self.c.unit_link(index_map.table, np.broadcast_to(units.table, shape))
+
+    def is_zero(self, i: int) -> bool:
+        """Whether input ``i`` is known to be all zeros."""
+        value: ir.Value | None = self.value(i)
+        for _ in range(4):
+            node = value.producer() if value is not None else None
+            if value is None:
+                return False
+            if node is None:
+                if value.const_value is None or int(np.prod(value.const_value.shape)) > 1 << 16:
+                    return False
+                return not np.any(value.const_value.numpy())
+            if node.op_type == "ConstantOfShape":
+                fill = attribute(node, "value")
+                return fill is None or not np.any(fill.numpy())  # type: ignore[attr-defined]
+            if node.op_type not in ("Expand", "Cast", "Reshape", "Identity", "Unsqueeze"):
+                return False
+            value = node.inputs[0]
+        return False
 
     def tie(self, index_map: IndexMap, axes: Sequence[int]) -> IndexMap:
         """Give all positions along ``axes`` one basis, so that the map no longer varies there."""

@@ -8,6 +8,7 @@ file and the versions of torch and transformers.
 from __future__ import annotations
 
 import hashlib
+import inspect
 import logging
 import os
 import tempfile
@@ -43,7 +44,7 @@ class Call(nn.Module):
 
 def model(name: str) -> ir.Model:
     """The exported miniature ``name``."""
-    path = _folder() / f"{name}.onnx"
+    path = _folder(name) / f"{name}.onnx"
     if not path.exists():
         exported = export(*BUILDERS[name]())
         temporary = path.with_suffix(f".{os.getpid()}.tmp")
@@ -90,11 +91,15 @@ def randomise(module: nn.Module) -> None:
                 b.copy_(0.5 + torch.rand(b.shape, generator=generator))
 
 
-def _folder() -> Path:
+def _folder(name: str) -> Path:
+    """Cache folder, keyed by this file without the builders of other miniatures, so that adding one costs one export."""
     import transformers
 
-    key = hashlib.sha256(Path(__file__).read_bytes())
-    key.update(f"{torch.__version__} {transformers.__version__}".encode())
+    text = Path(__file__).read_text()
+    for other, builder in BUILDERS.items():
+        if other != name:
+            text = text.replace(inspect.getsource(builder), "")
+    key = hashlib.sha256(f"{text} {torch.__version__} {transformers.__version__}".encode())
     folder = Path(tempfile.gettempdir()) / f"qcompile-miniatures-{os.getuid()}" / key.hexdigest()[:16]
     folder.mkdir(parents=True, exist_ok=True)
     return folder
@@ -114,7 +119,7 @@ def _causal(config_class: str, model_class: str, *, static: bool = False, **opti
 
     torch.manual_seed(0)
     config = getattr(transformers, config_class)(vocab_size=TOKENS, **options)
-    config._experts_implementation = "eager"
+    config._experts_implementation = "batched_mm"
     module = getattr(transformers, model_class)(config)
     return _tokens(module, lambda m, ids: m(input_ids=ids, use_cache=False).logits, static)
 

@@ -6,8 +6,11 @@ f(d t) = d' f(t): which d are possible is the degree of homogeneity of f.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 
+from qcompile.passes.graph import constant
 from qcompile.passes.spaces.groups import FIXED, GL, ORTHOGONAL, POSITIVE, Limit
 from qcompile.passes.spaces.index_map import IndexMap
 from qcompile.passes.spaces.rules.registry import rule
@@ -116,12 +119,18 @@ def prelu(n: NodeView) -> None:
 
 @rule("Pow")
 def power(n: NodeView) -> None:
-    """(d t)^k = d^k t^k for a constant exponent k; integer k keep track of the sign, others admit d > 0 only."""
+    """(d t)^k = d^k t^k for a constant exponent k; integer k keep track of the sign, others admit d > 0 only.
+
+    A sum of squares over all channels is preserved by O(n).
+    """
     exponent = n.array(1)
     if exponent is None or exponent.size != 1 or n.maps(1):
         n.pin_inputs("exponent is not a constant scalar")
         return
     k = float(exponent.reshape(-1)[0])
+    if k == 2 and _squares_are_summed(n):
+        n.set([units for m in n.maps(0) for units in _sum_of_squares(n, m)])
+        return
     out = []
     for index_map in n.maps(0):
         y = n.fresh_like(index_map)
@@ -130,6 +139,33 @@ def power(n: NodeView) -> None:
         n.c.product(n.name, y.table, [index_map.table], [k], [int(k) % 2 if k.is_integer() else 0])
         out.append(y)
     n.set(out)
+
+
+def _squares_are_summed(n: NodeView) -> bool:
+    """Whether the output only goes into sums or means over the last axis, along which the channels run."""
+    uses = n.node.outputs[0].uses()
+    return bool(uses) and all(_sums_last_axis(u.node) for u in uses) and all(m.along(-1) for m in n.maps(0))
+
+
+def _sums_last_axis(node) -> bool:
+    if node.op_type not in ("ReduceMean", "ReduceSum") or len(node.inputs) < 2 or node.inputs[1] is None:
+        return False
+    axes, shape = constant(node.inputs[1]), node.inputs[0].shape
+    return (
+        axes is not None and shape is not None and axes.size == 1 and int(axes.reshape(-1)[0]) in (-1, len(shape) - 1)
+    )
+
+
+def _sum_of_squares(n: NodeView, m: IndexMap) -> list[IndexMap]:
+    """sum (Q x)^2 = sum x^2: O(n) on the last axis, per index of the other axes."""
+    rest = m.axes[:-1]
+    if not rest:
+        n.use(m.table, "squared", ORTHOGONAL)
+        return []
+    units = n.units_of(m, rest)
+    blocks = np.broadcast_to(np.arange(units.size).reshape(units.table.shape), m.table.shape)
+    n.use(m.table, "squared", ORTHOGONAL, mix=blocks, unit=blocks)
+    return [units]
 
 
 @rule("Add", "Sub", "Sum", "Mean")
@@ -166,8 +202,11 @@ def multiplication(n: NodeView) -> None:
     if not n.maps(x) and n.maps(y) and not n.is_constant(y):
         x, y = y, x
     # A constant that also varies along positions cannot be peeled: it stays an ordinary factor.
-    constant = n.is_constant(y) and not n.is_constant(x) and sum(d != 1 for d in n.shape(y) or ()) <= 1
-    n.set(_with_leftovers(n, x, y, [_product(n, a, b, 1.0, constant) for a, b in operands(n, x, y)]))
+    peelable = n.is_constant(y) and not n.is_constant(x) and sum(d != 1 for d in n.shape(y) or ()) <= 1
+    if n.value(x) is n.value(y) and _squares_are_summed(n):
+        n.set([units for m in n.maps(x) for units in _sum_of_squares(n, m)])
+        return
+    n.set(_with_leftovers(n, x, y, [_product(n, a, b, 1.0, peelable) for a, b in operands(n, x, y)]))
 
 
 @rule("Div")
@@ -179,40 +218,44 @@ def division(n: NodeView) -> None:
     n.set(_with_leftovers(n, 0, 1, [_product(n, a, b, -1.0, False) for a, b in operands(n, 0, 1)]))
 
 
-def _product(n: NodeView, a: IndexMap, b: Counterpart, power: float, constant: bool) -> IndexMap:
+def _product(n: NodeView, a: IndexMap, b: Counterpart, power: float, peelable: bool) -> IndexMap:
     if b is None:
         return a
-    if b == UNTRANSFORMED:
-        # D commutes with the other diagonal, but channels may not trade places.
-        n.use(a.table, "factor", GL, single=True, color=np.arange(a.size).reshape(a.table.shape))
+    if isinstance(b, Untransformed):
+        # Matrices within one index of the other operand commute with it; such blocks may not trade places.
+        shape = [a.table.shape[x] if x in b.axes else 1 for x in range(a.rank)]
+        blocks = np.arange(int(np.prod(shape))).reshape(shape)
+        n.use(a.table, "factor", GL, mix=blocks, unit=blocks, color=blocks)
         return a
-    assert isinstance(b, IndexMap)
-    if set(a.axes) - set(b.axes) and not constant:
-        # b varies over the blocks of a only: it multiplies each block by a number.
-        blocks = np.arange(b.size).reshape(b.table.shape)
-        n.use(a.table, "scaled blocks", GL, mix=blocks, unit=blocks)
+    if set(a.axes) - set(b.axes) and not peelable:
+        # b multiplies each block of a by a number.
         n.use(b.table, "block factor", FIXED, single=True)
-        n.c.unit_link(a.table, np.broadcast_to(b.table, a.table.shape))
+        n.move_with(a, b)
         return a
     y = n.fresh_like(a)
     factor = np.broadcast_to(b.table, a.table.shape)
-    if constant and power == 1.0:
+    if peelable and power == 1.0:
         n.c.scaled(n.name, y.table, a.table, factor)
     else:
         n.c.product(n.name, y.table, [a.table, factor], [1.0, power])
     return y
 
 
-UNTRANSFORMED = "untransformed"
-"""Stands for channels that exist in an operand but belong to no space (they come from a graph input, say)."""
-Counterpart = IndexMap | str | None
+@dataclass(frozen=True)
+class Untransformed:
+    """Channels along ``axes`` that an operand has but that belong to no space (they come from a graph input, say)."""
+
+    axes: tuple[int, ...]
+
+
+Counterpart = IndexMap | Untransformed | None
 
 
 def operands(n: NodeView, i: int, j: int) -> list[tuple[IndexMap, Counterpart]]:
     """Pair the factors of two broadcast operands, in the output's rank.
 
     Each factor of ``i`` comes with the factor of ``j`` on the same channels (or on a part of its axes), with None if
-    ``j`` is the same for all those channels, or with UNTRANSFORMED. A constant ``j`` is claimed in the image of ``i``.
+    ``j`` is the same for all those channels, or with `Untransformed`. A constant ``j`` is claimed in the image of ``i``.
     """
     left, right = n.shape(i), n.shape(j)
     if left is None or right is None:
@@ -238,7 +281,7 @@ def _counterpart(n: NodeView, j: int, rank: int, own: int, axes: list[int]) -> C
     for b in n.maps(j):
         if set(b.pad_rank(rank).axes) & set(axes):
             n.pin(b.table, f"input {j}", "its channels meet others in a way that is not elementwise")
-    return UNTRANSFORMED
+    return Untransformed(tuple(axes))
 
 
 def _with_leftovers(n: NodeView, i: int, j: int, out: list[IndexMap]) -> Layout:
@@ -280,9 +323,9 @@ def _additive(n: NodeView, inputs: list[int]) -> Layout:
         for k, (a, b) in enumerate(pairs):
             if isinstance(b, IndexMap):
                 n.c.same(a.table, np.broadcast_to(b.table, a.table.shape))
-            elif b == UNTRANSFORMED:
+            elif isinstance(b, Untransformed):
                 n.pin(a.table, f"input {first}", f"meets channels of {n.value(j).name!r} that belong to no space")
-            elif not _is_zero(n, j):
+            elif not n.is_zero(j):
                 n.use(a.table, "operand", FIXED, single=True, reason="a number is added to all its channels alike")
             out[k] = a
         out = list(_with_leftovers_of_sum(n, first, j, out))
@@ -296,8 +339,3 @@ def _with_leftovers_of_sum(n: NodeView, i: int, j: int, out: list[IndexMap]) -> 
         if not any(set(b.axes) <= axes for axes in covered):
             n.pin(b.table, f"input {j}", f"meets channels of {n.value(i).name!r} that belong to no space")
     return tuple(out)
-
-
-def _is_zero(n: NodeView, j: int) -> bool:
-    array = n.array(j) if n.is_constant(j) and _elements(n, j) == 1 else None
-    return array is not None and not np.any(array)

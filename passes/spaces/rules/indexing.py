@@ -98,7 +98,7 @@ def scatter(n: NodeView) -> None:
         data = next((x for x in n.maps(0) if x.axes == moved.axes), None)
         if data is not None:
             n.c.same(moved.table, data.table)
-        elif not _is_zero(n):
+        elif not n.is_zero(0):
             n.pin(m.table, "updates", f"is written into {n.value(0).name!r}, which belongs to no space")
             continue
         if reduction not in ("none", "add"):
@@ -109,24 +109,6 @@ def scatter(n: NodeView) -> None:
             if not any(m.axes == x.axes for m in out):
                 n.pin(x.table, "data", "updates belong to no space")
     n.set(out)
-
-
-def _is_zero(n: NodeView) -> bool:
-    """Whether the data written into are zeros: a constant, or ConstantOfShape / Expand / Mul by nothing of it."""
-    value = n.value(0)
-    for _ in range(4):
-        node = value.producer()
-        if node is None:
-            array = n.array(0) if n.is_constant(0) else (value.const_value.numpy() if value.const_value else None)
-            return array is not None and not np.any(array)
-        if node.op_type == "ConstantOfShape":
-            fill = node.attributes.get("value")
-            return fill is None or not np.any(fill.value.numpy())
-        if node.op_type in ("Expand", "Cast", "Reshape", "Identity") and node.inputs[0] is not None:
-            value = node.inputs[0]
-            continue
-        return False
-    return False
 
 
 @rule("TopK", "ArgMax", "ArgMin", "NonZero", "OneHot", "Unique")

@@ -196,7 +196,7 @@ def concatenation(n: NodeView) -> None:
             out.append(concat(parts, axis))  # type: ignore[arg-type]
             continue
         for i in range(count):
-            if i == first:
+            if i == first or n.is_zero(i):
                 continue
             other = next((x for x in n.maps(i) if x.axes == m.axes), None)
             if other is None and n.is_constant(i):
@@ -260,9 +260,10 @@ def spatial(n: NodeView) -> None:
     shape = n.shape(0)
     for m in n.maps(0):
         moved = [a for a in m.axes if shape is not None and not _same_size(n, a)]
-        if moved or (
-            n.op == "CumSum" and any(m.along(int(a)) for a in (n.array(1) if n.array(1) is not None else m.axes))
-        ):
+        if n.op == "CumSum":
+            axis = n.array(1)
+            moved = [a for a in m.axes if axis is None or a == int(axis.reshape(-1)[0]) % m.rank]
+        if moved:
             n.pin(m.table, "input", "channels are pooled, resized or padded")
             return
         if n.op in ("MaxPool", "GlobalMaxPool", "LpPool"):
@@ -297,7 +298,7 @@ def reduction(n: NodeView) -> None:
         over = [a for a in m.axes if a in reduced]
         limit = {"ReduceMean": GL, "ReduceSum": GL, "ReduceMax": POSITIVE, "ReduceMin": POSITIVE}.get(n.op, FIXED)
         if over:
-            _reduce_channels(n, m, over, shape)
+            out += _reduce_channels(n, m, over)
             continue
         n.use(m.table, "input", limit, single=limit is not GL)
         out.append(m)
@@ -306,10 +307,8 @@ def reduction(n: NodeView) -> None:
     n.set(out)
 
 
-def _reduce_channels(n: NodeView, m: IndexMap, over: Sequence[int], shape: Sequence) -> None:
-    n.use(m.table, "input", FIXED, single=True, reason="is reduced over its channels")
+def _reduce_channels(n: NodeView, m: IndexMap, over: Sequence[int]) -> list[IndexMap]:
+    """A symmetric function of the channels along ``over``; the other indices of the map (heads) still move."""
     rest = [a for a in m.axes if a not in over]
-    if rest:
-        keys = np.arange(int(np.prod([m.table.shape[a] for a in rest])))
-        table = np.moveaxis(m.table, rest, range(len(rest))).reshape(len(keys), -1)
-        n.use(table, "blocks", FIXED, single=True, unit=keys[:, None], color=keys[:, None])
+    n.use(m.table, "input", FIXED, single=True, reason="is reduced over its channels")
+    return [n.units_of(m, rest)] if rest else []

@@ -19,7 +19,7 @@ from qcompile.passes.recognise.layer_norm import LayerNormRule
 from qcompile.passes.recognise.masks import AlwaysTrueRule, CausalMaskRule, PaddingMaskRule
 from qcompile.passes.recognise.result import COMPOSITES, Recognised
 from qcompile.passes.recognise.rms_norm import RmsNormRule
-from qcompile.passes.recognise.rotary import PartialRotaryRule, RotaryRule
+from qcompile.passes.recognise.rotary import PartialRotaryRule, RotaryByHeadsRule, RotaryRule
 from qcompile.passes.recognise.rule import Rule, apply_rules
 
 OPSET = 24
@@ -31,6 +31,7 @@ COMPOSITE_RULES: tuple[Rule, ...] = (
     SwishRule(),
     RotaryRule(),
     PartialRotaryRule(),
+    RotaryByHeadsRule(),
     PaddingMaskRule(),
     UniformLookup(),
     AttentionRule(),

@@ -17,7 +17,7 @@ from collections.abc import Callable
 import numpy as np
 import onnx_ir as ir
 
-from qcompile.passes.graph import attribute
+from qcompile.passes.graph import attribute, sole_use
 from qcompile.passes.recognise import symbols
 from qcompile.passes.recognise.pattern import Op, Var, match, outside_readers, small_constant
 from qcompile.passes.recognise.result import Found, Refused
@@ -107,19 +107,49 @@ class RotaryRule(Rule):
             table.shape = ir.Shape([half[0], half[3 - axis], half[3]])
             table.type = tables[0].type
             ready.append(table)
-        result = node.outputs[0]
+        result, size = node.outputs[0], int(shape[3])
         attributes: dict[str, object] = {"interleaved": int(interleaved)}
+        detail = "interleaved" if interleaved else ""
+        partial = whole_heads(x, result)
+        if partial is not None:
+            attributes["rotary_embedding_dim"] = size
+            x, result, size = partial
+            detail = f"{detail}, of part of each head".lstrip(", ")
+        last = result.producer()
+        assert last is not None
         if heads_axis == 1:
-            y = emit(node, self.kind, [x, *ready], attributes, like=result)
-        else:  # (batch, sequence, heads, size): the operator's three-axis form
-            flat = emit_constant(node, np.array([0, 0, int(shape[2]) * int(shape[3])], np.int64), f"{result.name}.flat")
-            back = emit_constant(node, np.array([0, 0, shape[2], shape[3]], np.int64), f"{result.name}.heads")
-            y = emit(node, "Reshape", [x, flat])
-            y.type, y.shape = x.type, ir.Shape([shape[0], shape[1], int(shape[2]) * int(shape[3])])
-            y = emit(node, self.kind, [y, *ready], {**attributes, "num_heads": int(shape[2])}, like=y)
-            y = emit(node, "Reshape", [y, back], like=result)
+            y = emit(last, self.kind, [x, *ready], attributes, like=result)
+        else:  # (batch, sequence, heads, size): between transposes, which those around attention cancel
+            y = swapped(last, x)
+            y = swapped(last, emit(last, self.kind, [y, *ready], attributes, like=y))
         substitute(result, y)
-        return self.found(node, "interleaved" if interleaved else "")
+        return self.found(node, detail)
+
+
+def swapped(anchor: ir.Node, value: ir.Value) -> ir.Value:
+    """``value`` with its two middle axes, heads and positions, in the other order."""
+    result = emit(anchor, "Transpose", [value], {"perm": [0, 2, 1, 3]})
+    result.type = value.type
+    if value.shape is not None:
+        result.shape = ir.Shape([value.shape[axis] for axis in (0, 2, 1, 3)])
+    return result
+
+
+def whole_heads(x: ir.Value, rotated: ir.Value) -> tuple[ir.Value, ir.Value, int] | None:
+    """If ``x`` is the first part of each head and ``rotated`` is joined with the rest: the heads, the joined value, their size."""
+    concat = sole_use(rotated)
+    if concat is None or concat.op_type != "Concat" or len(concat.inputs) != 2 or concat.inputs[0] is not rotated:
+        return None
+    if concat.inputs[1] is None:
+        return None
+    first, rest = slice_range(x), slice_range(concat.inputs[1])
+    whole = symbols.dims(first[0]) if first is not None else None
+    if first is None or rest is None or first[0] is not rest[0] or whole is None or len(whole) != 4:
+        return None
+    joined = concat.outputs[0]
+    if first[1] != 0 or first[2] != rest[1] or rest[2] != whole[-1] or symbols.dims(joined) != whole:
+        return None
+    return first[0], joined, int(whole[-1])
 
 
 def rotated_source(value: ir.Value) -> tuple[ir.Value, bool, tuple[ir.Node, ...]] | None:
@@ -289,42 +319,63 @@ def _repeated(node: ir.Node, interleaved: bool) -> ir.Value | None:
     inside, result = symbols.dims(expand.outputs[0]), symbols.dims(node.outputs[0])
     if lifted is None or lifted.op_type not in ("Unsqueeze", "Reshape") or inside is None or result is None:
         return None
-    source = symbols.dims(lifted.inputs[0])
-    if (
-        source is None
-        or inside != (*source, 2)
-        or not isinstance(source[-1], int)
-        or result != (*source[:-1], 2 * source[-1])
-    ):
+    single = symbols.dims(lifted.outputs[0])
+    if single is None or len(single) < 2 or single[-1] != 1 or not isinstance(single[-2], int):
         return None
-    return lifted.inputs[0] if symbols.dims(lifted.outputs[0]) == (*source, 1) else None
+    if inside != (*single[:-1], 2) or result != (*single[:-2], 2 * single[-2]):
+        return None
+    if symbols.dims(lifted.inputs[0]) == single[:-1]:
+        return lifted.inputs[0]
+    axes = emit_constant(node, np.array([-1], np.int64), f"{node.outputs[0].name}.axes")
+    half = emit(node, "Squeeze", [lifted.outputs[0], axes])
+    half.type, half.shape = node.outputs[0].type, ir.Shape(single[:-1])
+    return half
 
 
 class PartialRotaryRule(Rule):
     """``Concat(RotaryEmbedding(x[..., :r]), x[..., r:])`` -> RotaryEmbedding with ``rotary_embedding_dim=r``."""
 
     kind = "RotaryEmbedding"
-    anchors = ("Concat",)
+    anchors = ("RotaryEmbedding",)
 
     def apply(self, node: ir.Node) -> Found | None:
-        if len(node.inputs) != 2 or node.inputs[0] is None or node.inputs[1] is None:
+        x, shape = node.inputs[0], symbols.dims(node.inputs[0])
+        if x is None or shape is None or len(shape) != 4 or attribute(node, "rotary_embedding_dim", 0):
             return None
-        rotary = node.inputs[0].producer()
-        if rotary is None or rotary.op_type != "RotaryEmbedding" or "rotary_embedding_dim" in rotary.attributes:
+        partial = whole_heads(x, node.outputs[0])
+        if partial is None:
             return None
-        if rotary.inputs[0] is None or outside_readers((node, rotary), node.outputs[0]) is not None:
-            return None
-        first, rest = slice_range(rotary.inputs[0]), slice_range(node.inputs[1])
-        whole = symbols.dims(first[0]) if first is not None else None
-        if first is None or rest is None or first[0] is not rest[0] or whole is None or len(whole) != 4:
-            return None
-        if first[1] != 0 or first[2] != rest[1] or rest[2] != whole[-1] or symbols.dims(node.outputs[0]) != whole:
-            return None
-        attributes = {key: attr.value for key, attr in rotary.attributes.items()}
-        attributes["rotary_embedding_dim"] = first[2]
-        y = emit(node, self.kind, [first[0], *rotary.inputs[1:]], attributes, like=node.outputs[0])
-        substitute(node.outputs[0], y)
+        whole, result, _ = partial
+        last = result.producer()
+        assert last is not None
+        attributes = {key: attr.value for key, attr in node.attributes.items()}
+        attributes["rotary_embedding_dim"] = int(shape[-1])
+        substitute(result, emit(last, self.kind, [whole, *node.inputs[1:]], attributes, like=result))
         return self.found(node, "of part of each head")
+
+
+class RotaryByHeadsRule(Rule):
+    """RotaryEmbedding on (batch, positions, heads * size) -> on (batch, heads, positions, size), between transposes."""
+
+    kind = "rotary by heads"
+    anchors = ("RotaryEmbedding",)
+
+    def apply(self, node: ir.Node) -> Found | Refused | None:
+        x, shape, heads = node.inputs[0], symbols.dims(node.inputs[0]), int(attribute(node, "num_heads", 0))
+        if x is None or shape is None or len(shape) != 3:
+            return None
+        if not heads or not isinstance(shape[2], int):
+            return self.refused(node, "has three axes, but the number and size of heads are not known")
+        result, size = node.outputs[0], shape[2] // heads
+        target = emit_constant(node, np.array([0, 0, heads, size], np.int64), f"{result.name}.heads")
+        y = emit(node, "Reshape", [x, target])
+        y.type, y.shape = x.type, ir.Shape([shape[0], shape[1], heads, size])
+        y = swapped(node, y)
+        attributes = {key: attr.value for key, attr in node.attributes.items() if key != "num_heads"}
+        y = swapped(node, emit(node, node.op_type, [y, *node.inputs[1:]], attributes, like=y))
+        flat = emit_constant(node, np.array([0, 0, shape[2]], np.int64), f"{result.name}.flat")
+        substitute(result, emit(node, "Reshape", [y, flat], like=result))
+        return self.found(node)
 
 
 def slice_range(value: ir.Value) -> tuple[ir.Value, int, int] | None:

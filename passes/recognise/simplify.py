@@ -242,6 +242,29 @@ class ExpandShapeGuard(Rule):
         return self.found(node)
 
 
+class ConstantGather(Rule):
+    """GatherND of consecutive rows by constant indices -> Slice."""
+
+    kind = "slices"
+    anchors = ("GatherND",)
+
+    def apply(self, node: ir.Node) -> Found | None:
+        indices = small_constant(node.inputs[1], 64)
+        shape = symbols.dims(node.inputs[0])
+        if indices is None or indices.ndim != 2 or indices.shape[1] != 1 or attribute(node, "batch_dims", 0):
+            return None
+        if shape is None or not isinstance(shape[0], int) or not indices.size:
+            return None
+        rows = indices[:, 0] % shape[0]
+        if (np.diff(rows) != 1).any():
+            return None
+        bounds = [np.array([v], np.int64) for v in (rows[0], rows[-1] + 1, 0)]
+        name = node.outputs[0].name
+        values = [emit_constant(node, b, f"{name}.{role}") for b, role in zip(bounds, ("start", "end", "axis"))]
+        substitute(node.outputs[0], emit(node, "Slice", [node.inputs[0], *values], like=node.outputs[0]))
+        return self.found(node)
+
+
 class SqueezeOfUnsqueeze(Rule):
     """``Squeeze(Unsqueeze(x, a), a)`` -> ``x``."""
 
@@ -335,6 +358,7 @@ RULES: tuple[Rule, ...] = (
     ExpandShapeGuard(),
     ConstantReshape(),
     ConstantExpand(),
+    ConstantGather(),
     SqueezeOfUnsqueeze(),
     MergeTransposes(),
     TransposeThroughReshape(),

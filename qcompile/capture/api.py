@@ -175,7 +175,7 @@ def _from_directory(
         "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers", "onnxscript")},
     }
     if check:
-        source["parity"] = check_parity(model, prepared.module, prepared.examples, str(path))
+        source["parity"] = check_parity(model, prepared.module, prepared.examples, str(path), prepared.padding_input)
     tokenizer = directory / "tokenizer.json"
     arrays = [tensor.numpy() for tensor in flatten(prepared.examples[0])]
     return Captured(

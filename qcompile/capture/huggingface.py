@@ -39,6 +39,7 @@ class Prepared:
     architecture: str
     strip_prefix: str = "model."
     renamed_dims: dict[str, str] = field(default_factory=dict)
+    padding_input: int | None = None
 
 
 def model_directory(directory: Path) -> tuple[Path, bool]:
@@ -224,7 +225,7 @@ def _text(model: Any, config: Any, output: str, token_types: bool, causal: bool)
         examples.append((ids, mask, types) if token_types else (ids, mask))
     names = ["input_ids", "attention_mask", "token_type_ids"][: len(examples[0])]
     dims = {0: "batch", 1: "sequence"}
-    return Prepared(TextModel().eval(), examples, tuple(dims for _ in names), names, [output], "", "")
+    return Prepared(TextModel().eval(), examples, tuple(dims for _ in names), names, [output], "", "", padding_input=1)
 
 
 def _with_cache(model: Any, config: Any) -> Prepared:

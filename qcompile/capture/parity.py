@@ -45,8 +45,17 @@ def check_parity(
     reference: Callable[..., Any],
     examples: Sequence[tuple[Any, ...]],
     name: str,
+    valid: int | None = None,
 ) -> dict[str, Any]:
     """Compare on every example (tuples of torch tensors, nested lists allowed); return what was measured.
+
+    Args:
+        model: the exported graph.
+        reference: what computes the right outputs.
+        examples: inputs for both.
+        name: what to call the model in messages.
+        valid: which input is a mask (batch, sequence) of the positions that count. At padded positions every key can be
+            masked, and what a softmax over nothing gives is not defined.
 
     Raises:
         ModelError: the outputs differ by more than ``TOLERANCE``, or in number or shape, or the graph does not run.
@@ -74,6 +83,8 @@ def check_parity(
                 f" torch gives {[w.shape for w in wanted]}"
             )
         for index, (g, w) in enumerate(zip(got, wanted)):
+            if valid is not None and w.shape[:2] == (mask := list(feed.values())[valid]).shape:
+                g, w = g[mask != 0], w[mask != 0]
             if not w.size:
                 continue
             error = float(np.abs(g.astype(np.float64) - w.astype(np.float64)).max())

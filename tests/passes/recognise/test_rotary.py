@@ -109,6 +109,25 @@ def test_part_of_each_head(check) -> None:
     assert node.attributes["rotary_embedding_dim"].as_int() == 8
 
 
+def test_three_axes_become_four(check) -> None:
+    text = """g (float[b, s, 24] x, float[b, s, 4] c, float[b, s, 4] d) => (float[b, s, 24] y) {
+        y = RotaryEmbedding<num_heads = 3>(x, c, d) }"""
+    model, _ = check(text, {"RotaryEmbedding": 1}, opset=23)
+    (node,) = (n for n in model.graph if n.op_type == "RotaryEmbedding")
+    assert len(node.inputs[0].shape) == 4
+
+
+def test_part_of_each_head_with_heads_after_positions(check) -> None:
+    text = f"""g (float[b, s, 3, 12] z, float[b, s, 4] f) => (float[b, s, 3, 12] w) {{
+        eight = Constant<value_ints = [8]>() nil = Constant<value_ints = [0]>() axis = Constant<value_ints = [-1]>()
+        stop = Constant<value_ints = [12]>()
+        x = Slice(z, nil, eight, axis) rest = Slice(z, eight, stop, axis)
+        {FULL.replace("[1]", "[2]")} {HALVES} {ROTATE} {APPLY}
+        w = Concat<axis = -1>(y, rest) }}"""
+    model, _ = check(text, {"RotaryEmbedding": 1})
+    assert "Slice" not in [n.op_type for n in model.graph]
+
+
 def refused(report) -> str:
     reasons = [item.reason for item in report.refused if item.kind == "RotaryEmbedding"]
     assert len(reasons) == 1, str(report)

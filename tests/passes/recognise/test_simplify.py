@@ -148,3 +148,11 @@ def test_lookup_with_one_index_for_all(check, random_weights) -> None:
         e = Gather(words, ids) t = Gather(kinds, types) y = Add(e, t) }"""
     model, _ = check(text, {}, words=random_weights(5, 6), kinds=random_weights(2, 6))
     assert kinds(model) == ["Gather", "Add"]
+
+
+def test_rows_by_constant_indices(check) -> None:
+    text = """g (float[4, b] x) => (float[2, b] y, float[2, b] z) {
+        i = Constant<value = int64[2, 1] {-2, -1}>() y = GatherND(x, i)
+        j = Constant<value = int64[2, 1] {2, 0}>() z = GatherND(x, j) }"""
+    model, _ = check(text, {})
+    assert sorted(kinds(model)) == ["GatherND", "Slice"]

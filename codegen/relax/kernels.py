@@ -86,7 +86,7 @@ def call(
     """Call the PrimFunc that ``build`` makes, built once per ``key``."""
     state = calls(ctx)
     if key not in state.functions:
-        state.functions[key] = ctx.bb.add_func(build(), name)
+        state.functions[key] = ctx.bb.add_func(build().without_attr("global_symbol"), name)
     types = [relax.TensorType([as_expr(d) for d in shape], dtype) for shape, dtype in outputs]
     made = ctx.bb.emit(relax.call_tir(state.functions[key], tensors, types[0] if len(types) == 1 else types))
     if len(types) == 1:
@@ -143,7 +143,8 @@ def linear(ctx: Context, node: ir.Node, x: Any, scale: Any, *operands: Any) -> r
     packed = []
     for part, array in choice.family.pack(problem, choice.config, weight).items():
         variable = ctx.param(f"{name}.{part}", array)
-        record.packed[part] = variable.name_hint
+        position = next(i for i, v in enumerate(ctx.param_vars) if v.same_as(variable))
+        record.packed[part] = list(ctx.params)[position]
         packed.append(variable)
     calls(ctx).linears.append(record)
     lead = ctx.shape(x)[:-1]

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import tvm
-from tvm import relax
+from tvm import relax, tirx
+from tvm.s_tir.stmt import SBlock, SBlockRealize
 
 from qcompile.codegen.relax.program import RelaxProgram
 from qcompile.targets.target import Target
@@ -39,7 +40,8 @@ def compile_relax(
         mod = lower(mod, fuse=fuse)
         if schedule and target is not None:
             mod = _schedule(mod, target)
-        return tvm.compile(mod, target=tvm_target)
+        mod = _reshapes_as_views(mod)
+        return tvm.compile(mod, target=tvm_target, relax_pipeline=tvm.transform.Sequential(_build_passes()))
 
 
 def lower(mod: tvm.IRModule, *, fuse: bool = True) -> tvm.IRModule:
@@ -57,6 +59,42 @@ def lower(mod: tvm.IRModule, *, fuse: bool = True) -> tvm.IRModule:
             relax.transform.DeadCodeElimination(["main"]),
         ]
     return tvm.transform.Sequential(passes)(mod)
+
+
+def _build_passes() -> list[Any]:
+    """What brings a module of kernels and calls to the virtual machine, after `_reshapes_as_views`."""
+    t = relax.transform
+    return [
+        t.ToNonDataflow(),
+        t.RemovePurityChecking(),
+        t.CallTIRRewrite(),
+        t.StaticPlanBlockMemory(),
+        t.LowerAllocTensor(),
+        t.KillAfterLastUse(),
+        t.LowerRuntimeBuiltin(),
+        t.ComputePrimValue(),
+        t.VMShapeLower(),
+        t.AttachGlobalSymbol(),
+    ]
+
+
+def _reshapes_as_views(mod: tvm.IRModule) -> tvm.IRModule:
+    """Turn kernels that only reshape into views.
+
+    The pass looks into every kernel and expects its body in a root block, which hand-written kernels do not have (it
+    makes their lowering slow); they get one for its duration.
+    """
+    bare = {}
+    for name, function in mod.functions_items():
+        if isinstance(function, tirx.PrimFunc) and not isinstance(function.body, SBlockRealize):
+            bare[name] = function
+            root = SBlockRealize([], True, SBlock([], [], [], "root", function.body))
+            mod.update_func(name, function.with_body(root))
+    mod = relax.transform.RewriteDataflowReshape()(mod)
+    for name, function in bare.items():
+        if any(name.name_hint == other.name_hint for other in mod.get_global_vars()):
+            mod.update_func(mod.get_global_var(name.name_hint), function)
+    return mod
 
 
 def _schedule(mod: tvm.IRModule, target: Target) -> tvm.IRModule:

@@ -1,18 +1,46 @@
-"""Number formats: what a stored code means, as plain numpy."""
+"""Number formats: what a stored code means, as plain numpy. Importing the package registers every format."""
 
-from qcompile.formats.base import Format, FormatInfo, Grid, Quantized, list_formats, parse_format
+from qcompile.formats.base import (
+    Format,
+    FormatInfo,
+    Grid,
+    Quantized,
+    check_weight,
+    list_formats,
+    parse_format,
+    register_format,
+)
+from qcompile.formats.bitplane import BitPlane
+from qcompile.formats.codebook import Codebook
+from qcompile.formats.dual import DualInt4
+from qcompile.formats.floats import Minifloat, NormalFloat
 from qcompile.formats.integer import ActivationFormat, IntFormat, parse_activation
 from qcompile.formats.layout import BitLayout
+from qcompile.formats.microscaling import MxFloat, NvFp4
+from qcompile.formats.powers import FixedPoint, PowerOfTwoSum
+from qcompile.formats.ternary import Ternary
 
 __all__ = [
     "ActivationFormat",
     "BitLayout",
+    "BitPlane",
+    "Codebook",
+    "DualInt4",
+    "FixedPoint",
     "Format",
     "FormatInfo",
     "Grid",
     "IntFormat",
+    "Minifloat",
+    "MxFloat",
+    "NormalFloat",
+    "NvFp4",
+    "PowerOfTwoSum",
     "Quantized",
+    "Ternary",
+    "check_weight",
     "list_formats",
     "parse_activation",
     "parse_format",
+    "register_format",
 ]

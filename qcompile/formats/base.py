@@ -45,18 +45,26 @@ class Grid:
         return Quantized(codes, self.scale, self.zero_point, self.aux)
 
     def replace(self, group: int, part: Grid) -> Grid:
-        """Write the one-group grid ``part`` into ``group``, in place, and return the grid."""
-        self.scale[..., group, :] = part.scale[..., 0, :]
-        if self.zero_point is not None:
-            self.zero_point[..., group, :] = part.zero_point[..., 0, :]
-        for name, array in (self.aux or {}).items():
-            if array.ndim > 1 and array.shape[-2] == self.scale.shape[-2]:
-                array[..., group, :] = part.aux[name][..., 0, :]
+        """Write the one-group grid ``part`` into ``group``, in place, and return the grid.
+
+        Arrays that all groups share stay as they are.
+        """
+        for name, array in self._arrays():
+            if array.ndim > 1 and array.shape[-2] > group:
+                array[..., group, :] = dict(part._arrays())[name][..., 0, :]
         return self
 
     def where(self, columns: np.ndarray, other: Grid) -> Grid:
-        """Return a grid with the scales of ``other`` in the ``columns`` (bool, ``(N,)``), its own elsewhere."""
-        return Grid(np.where(columns, other.scale, self.scale), self.zero_point, self.aux)
+        """Return a grid with the parameters of ``other`` in the ``columns`` (bool, ``(N,)``), its own elsewhere."""
+        merged = {
+            name: np.where(columns, dict(other._arrays())[name], array) if array.ndim > 1 else array
+            for name, array in self._arrays()
+        }
+        return Grid(merged.pop("scale"), merged.pop("zero_point", None), merged or None)
+
+    def _arrays(self) -> list[tuple[str, np.ndarray]]:
+        own = [("scale", self.scale)] + ([] if self.zero_point is None else [("zero_point", self.zero_point)])
+        return own + list((self.aux or {}).items())
 
 
 @dataclass(frozen=True)
@@ -174,18 +182,18 @@ class Format(ABC):
     def split(self, weight: np.ndarray, importance: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Cut ``weight`` into zero-padded float32 ``(G, length, N)`` and importance, which is 0 on the padding.
 
-        A group whose importance is zero throughout counts every weight alike, so that it is still fitted.
+        Importance has mean 1. A group where it is zero throughout counts every weight alike, so that it is fitted too.
         """
         k, n = weight.shape
         groups, length = self.groups(k), self.group_length(k)
         blocks = np.zeros((groups * length, n), np.float32)
         blocks[:k] = weight
-        h = np.zeros((groups * length, 1 if importance is None or importance.ndim == 1 else n), np.float32)
+        h = np.zeros((groups * length, 1 if importance is None or importance.ndim == 1 else n))
         h[:k] = 1 if importance is None else importance.reshape(k, -1)
+        h *= h.size / (h.sum() or 1)
         h = h.reshape(groups, length, -1)
-        total = h.sum(1, keepdims=True)
         inside = (np.arange(groups * length) < k).reshape(groups, length, 1)
-        h = np.where(total > 0, h / np.where(total > 0, total, 1), inside.astype(np.float32) / length)
+        h = np.where(h.any(1, keepdims=True), h, inside)
         return blocks.reshape(groups, length, n), h.astype(np.float32, copy=False)
 
 

@@ -21,7 +21,7 @@ import numpy as np
 
 from qcompile.errors import FormatError
 from qcompile.formats.base import Format, FormatInfo, Grid, column_chunks, parse_group, register_format
-from qcompile.formats.search import best_scale
+from qcompile.formats.search import best_scale, usable
 
 # The useful range of scales, relative to the one that covers all weights, and how many to try within it.
 _SHRINK = {1: 0.2, 2: 0.3, 3: 0.45, 4: 0.55, 5: 0.7, 6: 0.75, 7: 0.85, 8: 0.9}
@@ -59,15 +59,15 @@ class IntFormat(Format):
         if not self.symmetric:
             low, high = np.minimum(low, 0), np.maximum(high, 0)
             # Halving first keeps the range finite for weights near the largest float.
-            scale = _usable((high / 2 - low / 2) / (self.qmax / 2))
+            scale = usable((high / 2 - low / 2) / (self.qmax / 2))
             zero = np.clip(np.rint(-low / scale), 0, self.qmax).astype(np.uint8)
             return Grid(scale, zero)
         extreme = np.where(-low > high, low, high)
-        full = _usable(extreme / self.qmin)
+        full = usable(extreme / self.qmin)
         if self.qmax < 1:
             return Grid(full)
-        half = _usable(np.abs(extreme) / self.qmax)
-        unit = np.float32(1) / _usable(np.abs(extreme))  # compare errors on normalised weights: squares cannot overflow
+        half = usable(np.abs(extreme) / self.qmax)
+        unit = np.float32(1) / usable(np.abs(extreme))  # compare errors on normalised weights: squares cannot overflow
         normal = blocks * unit[:, None]
         error = [
             np.square(normal - self._snap(normal / (s * unit)[:, None]) * (s * unit)[:, None]).sum(1)
@@ -81,9 +81,9 @@ class IntFormat(Format):
         for columns in column_chunks(weight):
             part = importance[:, columns] if importance is not None and importance.ndim == 2 else importance
             blocks, h = self.split(weight[:, columns], part)
-            norm = _usable(np.abs(blocks).max(1))
+            norm = usable(np.abs(blocks).max(1))
             scale, zero = fit(blocks / norm[:, None], h)
-            parts.append((_usable(scale * norm), zero))
+            parts.append((usable(scale * norm), zero))
         scale = np.concatenate([s for s, _ in parts], axis=1)
         return Grid(scale, None if self.symmetric else np.concatenate([z for _, z in parts], axis=1))
 
@@ -125,14 +125,14 @@ class IntFormat(Format):
 
     def _fit_asymmetric(self, blocks: np.ndarray, h: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         low, high = np.minimum(blocks.min(1), 0), np.maximum(blocks.max(1), 0)
-        centre = np.rint(-low / _usable(high - low) * self.qmax)
+        centre = np.rint(-low / usable(high - low) * self.qmax)
         around = np.arange(-2, 3) if self.bits > 3 else np.arange(-self.qmax, self.qmax + 1)
         best = None
         for shift in around:
             zero = np.clip(centre + shift, 0, self.qmax)
             if best is not None and (zero != centre + shift).all():
                 continue
-            cover = _usable(np.maximum(high / np.maximum(self.qmax - zero, 0.5), -low / np.maximum(zero, 0.5)))
+            cover = usable(np.maximum(high / np.maximum(self.qmax - zero, 0.5), -low / np.maximum(zero, 0.5)))
             snap = lambda unit, zero=zero: self._snap(unit, zero[:, None])  # noqa: E731
             scale, score = best_scale(blocks, h, (cover * r for r in self._ratios()), snap, rounds=1)
             if best is None:
@@ -144,12 +144,6 @@ class IntFormat(Format):
         scale, zero, _ = best
         # The stored zero point is a code, so a group keeps its sign convention: a negative scale mirrors the zero.
         return np.where(scale < 0, -scale, scale), np.where(scale < 0, self.qmax - zero, zero).astype(np.uint8)
-
-
-def _usable(scale: np.ndarray) -> np.ndarray:
-    """Replace scales of zero (all-zero groups) or too small to divide by with 1, so that zeros stay zeros."""
-    tiny = np.finfo(np.float32).tiny
-    return np.where(np.abs(scale) < tiny, 1, scale).astype(np.float32)
 
 
 @dataclass(frozen=True)

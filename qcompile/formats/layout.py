@@ -14,6 +14,7 @@ Example: ``BitLayout(4, k=(-1, 2, 4), n=(-1, 8), order="n0 k0 n1 k2 k1 b")`` hol
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -66,27 +67,112 @@ class BitLayout:
         return tuple(dims) + ((inside // 8,) if inside > 8 else ())
 
     def pack(self, codes: np.ndarray) -> np.ndarray:
-        """Pack unsigned ``codes`` ``(K, N)`` into uint8 of `shape`."""
+        """Pack the low ``bits`` bits of ``codes`` ``(K, N)`` into uint8 of `shape`."""
         k, n = codes.shape
         sizes = self.factors(k, n)
         padded = np.full((sizes["k0"] * self.k_tile, sizes["n0"] * self.n_tile), self.pad_code, np.uint8)
         padded[:k, :n] = codes
-        split = padded.reshape(
-            [sizes[f"k{i}"] for i in range(len(self.k))] + [sizes[f"n{i}"] for i in range(len(self.n))]
-        )
-        axes = [f"k{i}" for i in range(len(self.k))] + [f"n{i}" for i in range(len(self.n))] + ["b"]
-        bits = (split[..., None] >> np.arange(self.bits, dtype=np.uint8)) & 1
-        ordered = bits.transpose([axes.index(a) for a in self.order.split()])
-        return np.packbits(ordered.reshape(-1, 8), axis=1, bitorder="little").reshape(self.shape(k, n))
+        plan = self._plan(k, n)
+        if plan is None:
+            return self._pack_bits(padded, sizes).reshape(self.shape(k, n))
+        packed = np.zeros(plan.outer_shape, np.uint8)
+        split = padded.reshape(plan.split_shape).transpose(plan.code_axes)
+        for inner, bit, place, plane in plan.places():
+            codes_here, bytes_here = split[inner], packed[plane]
+            if bit is None:
+                bytes_here |= (codes_here & (1 << self.bits) - 1) << place
+            else:
+                bytes_here |= (codes_here >> bit & 1) << place
+        return packed.reshape(self.shape(k, n))
 
     def unpack(self, packed: np.ndarray, k: int, n: int) -> np.ndarray:
         """Inverse of `pack`: the ``(k, n)`` uint8 codes."""
         sizes = self.factors(k, n)
+        rows, columns = sizes["k0"] * self.k_tile, sizes["n0"] * self.n_tile
+        plan = self._plan(k, n)
+        if plan is None:
+            return self._unpack_bits(packed, sizes).reshape(rows, columns)[:k, :n]
+        packed = np.ascontiguousarray(packed).reshape(plan.outer_shape)
+        codes = np.zeros(plan.split_shape, np.uint8)
+        split = codes.transpose(plan.code_axes)
+        for inner, bit, place, plane in plan.places():
+            if bit is None:
+                split[inner] = packed[plane] >> place & (1 << self.bits) - 1
+            else:
+                split[inner] |= (packed[plane] >> place & 1) << bit
+        return codes.reshape(rows, columns)[:k, :n]
+
+    def _plan(self, k: int, n: int) -> _BytePlan | None:
+        """Return how bytes are put together, or None if some code straddles bytes."""
+        sizes = self.factors(k, n)
+        outer, inner, room = [], [], 8
+        for name in reversed(self.order.split()):
+            # An axis lies outside bytes, inside them, or is cut into an outer and an inner part.
+            inside = min(room, sizes[name])
+            if room % inside or sizes[name] % inside:
+                return None
+            room //= inside
+            if inside > 1:
+                inner.insert(0, (name, inside))
+            outer.insert(0, (name, sizes[name] // inside))
+        return _BytePlan(self, sizes, outer, inner) if room == 1 else None
+
+    def _pack_bits(self, padded: np.ndarray, sizes: dict[str, int]) -> np.ndarray:
+        axes = [*self._matrix_axes(), "b"]
+        split = padded.reshape([sizes[a] for a in axes[:-1]])
+        bits = (split[..., None] >> np.arange(self.bits, dtype=np.uint8)) & 1
+        ordered = bits.transpose([axes.index(a) for a in self.order.split()])
+        return np.packbits(ordered.reshape(-1, 8), axis=1, bitorder="little")
+
+    def _unpack_bits(self, packed: np.ndarray, sizes: dict[str, int]) -> np.ndarray:
         names = self.order.split()
-        bits = np.unpackbits(np.ascontiguousarray(packed).reshape(-1), bitorder="little").reshape(
-            [sizes[a] for a in names]
-        )
-        axes = [f"k{i}" for i in range(len(self.k))] + [f"n{i}" for i in range(len(self.n))] + ["b"]
-        split = bits.transpose([names.index(a) for a in axes])
-        codes = (split << np.arange(self.bits, dtype=np.uint8)).sum(-1, dtype=np.uint8)
-        return codes.reshape(sizes["k0"] * self.k_tile, sizes["n0"] * self.n_tile)[:k, :n]
+        bits = np.unpackbits(np.ascontiguousarray(packed).reshape(-1), bitorder="little")
+        split = bits.reshape([sizes[a] for a in names]).transpose([names.index(a) for a in [*self._matrix_axes(), "b"]])
+        return (split << np.arange(self.bits, dtype=np.uint8)).sum(-1, dtype=np.uint8)
+
+    def _matrix_axes(self) -> list[str]:
+        return [f"k{i}" for i in range(len(self.k))] + [f"n{i}" for i in range(len(self.n))]
+
+
+class _BytePlan:
+    """Where each code goes, byte position by byte position, so that packing moves whole strided arrays.
+
+    Attributes:
+        outer_shape: the packed array by the outer parts of the axes of ``order``.
+        split_shape: the padded code matrix by outer and inner parts of its axes.
+        code_axes: transposes that to the outer axes in their order, then the inner ones.
+    """
+
+    def __init__(
+        self, layout: BitLayout, sizes: dict[str, int], outer: list[tuple[str, int]], inner: list[tuple[str, int]]
+    ) -> None:
+        self.bits, self.outer, self.inner = layout.bits, outer, inner
+        self.outer_shape = tuple(size for _, size in outer)
+        within = dict(inner)
+        split = []
+        for name in layout._matrix_axes():
+            split += [(name, "outer", sizes[name] // within.get(name, 1)), (name, "inner", within.get(name, 1))]
+        self.split_shape = tuple(size for _, _, size in split)
+        where = {(name, part): i for i, (name, part, _) in enumerate(split)}
+        ordered = [where[name, "outer"] for name, _ in outer if name != "b"]
+        codes_inside = [name for name, _ in inner if name != "b"]
+        rest = [i for i, (name, part, _) in enumerate(split) if part == "inner" and name not in codes_inside]
+        self.code_axes = ordered + rest + [where[name, "inner"] for name in codes_inside]
+        self._lead = (slice(None),) * len(ordered) + (0,) * len(rest)
+
+    def places(self) -> Iterator[tuple[tuple, int | None, int, tuple]]:
+        """Yield ``(index into codes, bit or None for the whole code, place in the byte, index into bytes)``."""
+        strides, stride = {}, 1
+        for name, size in reversed(self.inner):
+            strides[name] = stride
+            stride *= size
+        codes_inside = [(name, size) for name, size in self.inner if name != "b"]
+        planes_inside = dict(self.inner).get("b", 1)
+        whole = planes_inside == self.bits and strides.get("b", 1) == 1
+        b = [name for name, _ in self.outer].index("b")
+        for index in np.ndindex(*[size for _, size in codes_inside]):
+            place = sum(i * strides[name] for i, (name, _) in zip(index, codes_inside, strict=True))
+            for bit in range(1 if whole else self.bits):
+                plane = (slice(None),) * b + (bit // planes_inside,)
+                shift = 0 if whole else bit % planes_inside * strides.get("b", 1)
+                yield self._lead + index, None if whole else bit, place + shift, plane

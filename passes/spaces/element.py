@@ -9,7 +9,7 @@ Coordinates of parity -1 act contragrediently, with ``A^-T``.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -63,6 +63,8 @@ class Element:
             for orbit in np.unique(family.orbit[family.orbit >= 0]):
                 rows = np.flatnonzero(family.orbit == orbit)
                 e.source[family.classes[rows]] = family.classes[rng.permutation(rows)]
+        for units in solution.unit_orbits:
+            e.source[units] = e.source[units[rng.permutation(len(units))]]
         return e
 
     @property
@@ -141,23 +143,38 @@ class Actor:
         c = self.solution.class_of[index_map.flat]
         return bool(self.moved[c].any() or (self.diagonal[c] != 1).any() or (self.cell_of[c] >= 0).any())
 
-    def act(self, array: np.ndarray, index_map: IndexMap) -> np.ndarray:
-        """Return ``array`` (float64) with its channels along ``index_map`` transformed."""
-        axes = index_map.axes
-        front = np.moveaxis(array, axes, range(len(axes)))
-        flat = front.reshape(index_map.size, -1)
-        flat = self._act_rows(flat, index_map.flat)
-        return np.moveaxis(flat.reshape(front.shape), range(len(axes)), axes)
+    def transform(self, array: np.ndarray, maps: Sequence[IndexMap]) -> np.ndarray:
+        """Return ``array`` (float64) with all its channels transformed.
 
-    def _act_rows(self, rows: np.ndarray, coordinates: np.ndarray) -> np.ndarray:
-        s = self.solution
-        classes, parity = s.class_of[coordinates], s.parity[coordinates]
-        copy = occurrence(classes, parity)
-        if self.moved[classes].any():
-            rows = rows[_source_rows(classes, self.element.source[classes], parity, copy)]
+        Permutations come first. Maps that share an axis (heads or groups of both sides of a weight) permute it
+        together, so what one of them has moved is not moved again by the next.
+        """
+        maps = [m for m in maps if self.touches(m)]
+        where = [m.table for m in maps]
+        for i, m in enumerate(maps):
+            wanted = self.element.source[self.solution.class_of[m.flat]]
+            held = self.solution.class_of[where[i].reshape(-1)]
+            if np.array_equal(wanted, held):
+                continue
+            source = source_rows(held, wanted, self.solution.parity[m.flat])
+            array = _along(array, m, lambda rows, source=source: rows[source])
+            for j in range(len(maps)):
+                shared = [a for a in maps[j].axes if a in m.axes]
+                if j != i and shared:
+                    where[j] = _move_shared(where[j], m, source, shared)
+        for m in maps:
+            array = _along(array, m, lambda rows, m=m: self._mix(rows, m.flat))
+        return array
+
+    def _mix(self, rows: np.ndarray, coordinates: np.ndarray) -> np.ndarray:
+        """Diagonals and matrices along the first axis."""
+        classes, parity = self.solution.class_of[coordinates], self.solution.parity[coordinates]
         single = self.cell_of[classes] < 0
         factor = np.where(single, self.diagonal[classes], 1.0) ** parity
         result = rows * factor[:, None]
+        if single.all():
+            return result
+        copy = occurrence(classes, parity)
         for index in np.unique(self.cell_of[classes[~single]]):
             cell = self.cells[index]
             inside = np.flatnonzero(self.cell_of[classes] == index)
@@ -167,6 +184,27 @@ class Actor:
                 matrix = cell.matrix if parity[positions[0]] > 0 else cell.dual
                 result[positions] = matrix @ rows[positions]
         return result
+
+
+def _along(array: np.ndarray, m: IndexMap, function: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+    """Apply a function of ``(channels, rest)`` along the axes of a map."""
+    axes = m.axes
+    front = np.moveaxis(array, axes, range(len(axes)))
+    rows = function(front.reshape(m.size, -1))
+    return np.moveaxis(rows.reshape(front.shape), range(len(axes)), axes)
+
+
+def _move_shared(table: np.ndarray, m: IndexMap, source: np.ndarray, shared: Sequence[int]) -> np.ndarray:
+    """Move another map's table the way ``source`` (rows of ``m``) moves the axes that both have."""
+    sizes = [m.table.shape[a] for a in m.axes]
+    grid = np.stack(np.unravel_index(source, sizes)).reshape(len(sizes), *sizes)
+    at = tuple(slice(None) if a in shared else 0 for a in m.axes)
+    moved = [grid[k][at].reshape(-1) for k, a in enumerate(m.axes) if a in shared]
+    axes = [a for a in m.axes if a in shared]
+    front = np.moveaxis(table, axes, range(len(axes)))
+    lead = front.shape[: len(axes)]
+    rows = front.reshape(int(np.prod(lead)), -1)[np.ravel_multi_index(moved, lead)]
+    return np.moveaxis(rows.reshape(front.shape), range(len(axes)), axes)
 
 
 def occurrence(classes: np.ndarray, parity: np.ndarray) -> np.ndarray:
@@ -181,14 +219,14 @@ def occurrence(classes: np.ndarray, parity: np.ndarray) -> np.ndarray:
     return result
 
 
-def _source_rows(classes: np.ndarray, source: np.ndarray, parity: np.ndarray, copy: np.ndarray) -> np.ndarray:
-    """Position that holds the content each position receives: same copy, class ``source``."""
-    here = np.lexsort((copy, parity, classes))
-    wanted = np.lexsort((copy, parity, source))
-    if not np.array_equal(classes[here], source[wanted]):
+def source_rows(held: np.ndarray, wanted: np.ndarray, parity: np.ndarray) -> np.ndarray:
+    """Row that holds the content each row wants: the same copy of the wanted class."""
+    here = np.lexsort((occurrence(held, parity), parity, held))
+    there = np.lexsort((occurrence(wanted, parity), parity, wanted))
+    if not np.array_equal(held[here], wanted[there]):
         raise AssertionError("a permutation moves channels out of a tensor")
-    result = np.empty(len(classes), np.int64)
-    result[wanted] = here
+    result = np.empty(len(held), np.int64)
+    result[there] = here
     return result
 
 

@@ -38,10 +38,7 @@ def transform(
     result = array.astype(np.float64)
     if overwritten is not None:
         result = np.where(overwritten.reshape(result.shape), 1.0, result)
-    for m in maps:
-        if actor.touches(m):
-            result = actor.act(result, m)
-    return result
+    return actor.transform(result, maps)
 
 
 def _lazy(

@@ -111,7 +111,7 @@ def restrict(element: Element, spaces: Spaces, family: int) -> Element:
     """The part of ``element`` that acts on one family."""
     s = spaces.solution
     alone = Element.identity(s)
-    inside = s.family_of_class == family
+    inside = s.family_of == family
     alone.log[inside], alone.sign[inside] = element.log[inside], element.sign[inside]
     alone.source[inside] = element.source[inside]
     alone.blocks = {c: m for c, m in element.blocks.items() if inside[s.cells[c][0]]}

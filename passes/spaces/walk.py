@@ -224,22 +224,7 @@ class NodeView:
 
     def is_zero(self, i: int) -> bool:
         """Whether input ``i`` is known to be all zeros."""
-        value: ir.Value | None = self.value(i)
-        for _ in range(4):
-            node = value.producer() if value is not None else None
-            if value is None:
-                return False
-            if node is None:
-                if value.const_value is None or int(np.prod(value.const_value.shape)) > 1 << 16:
-                    return False
-                return not np.any(value.const_value.numpy())
-            if node.op_type == "ConstantOfShape":
-                fill = attribute(node, "value")
-                return fill is None or not np.any(fill.numpy())  # type: ignore[attr-defined]
-            if node.op_type not in ("Expand", "Cast", "Reshape", "Identity", "Unsqueeze"):
-                return False
-            value = node.inputs[0]
-        return False
+        return _is_zero(self.value(i), 8)
 
     def tie(self, index_map: IndexMap, axes: Sequence[int]) -> IndexMap:
         """Give all positions along ``axes`` one basis, so that the map no longer varies there."""
@@ -260,3 +245,21 @@ def dims(value: ir.Value) -> tuple[Dim, ...] | None:
     if shape is None:
         return None
     return tuple(d if isinstance(d, int) else d.value for d in shape)
+
+
+def _is_zero(value: ir.Value | None, depth: int) -> bool:
+    if value is None or depth == 0:
+        return False
+    node = value.producer()
+    if node is None:
+        if value.const_value is None or value.is_graph_input() or int(np.prod(value.const_value.shape)) > 1 << 12:
+            return False
+        return not np.any(value.const_value.numpy())
+    if node.op_type == "ConstantOfShape":
+        fill = attribute(node, "value")
+        return fill is None or not np.any(fill.numpy())  # type: ignore[attr-defined]
+    if node.op_type == "Mul":
+        return any(_is_zero(v, depth - 1) for v in node.inputs)
+    if node.op_type in ("Expand", "Cast", "Reshape", "Identity", "Unsqueeze"):
+        return _is_zero(node.inputs[0], depth - 1)
+    return False

@@ -77,5 +77,7 @@ def llama_graph(
         x = node("Add", [x, node("MatMul", [gate, weight(f"{i}.down", inner, hidden)], [b, s, hidden])], [b, s, hidden])
     x = node("RMSNormalization", [x, weight("norm", hidden)], [b, s, hidden])
     logits = node("MatMul", [x, weight("head", hidden, vocabulary)], [b, s, vocabulary])
-    graph = ir.Graph([ids, cos, sin], [logits], nodes=nodes, initializers=initializers, opset_imports={"": 23}, name="g")
+    graph = ir.Graph(
+        [ids, cos, sin], [logits], nodes=nodes, initializers=initializers, opset_imports={"": 23}, name="g"
+    )
     return ir.Model(graph, ir_version=10)

@@ -62,7 +62,13 @@ def export(module: nn.Module, inputs: tuple, dynamic: tuple, names: list[str]) -
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
             program = torch.onnx.export(
-                module, inputs, dynamo=True, opset_version=23, dynamic_shapes=dynamic if len(names) > 1 or not isinstance(module, Call) else (dynamic,), input_names=names, verbose=False
+                module,
+                inputs,
+                dynamo=True,
+                opset_version=23,
+                dynamic_shapes=dynamic if len(names) > 1 or not isinstance(module, Call) else (dynamic,),
+                input_names=names,
+                verbose=False,
             )
     finally:
         logging.disable(level)
@@ -197,7 +203,9 @@ def opt():
 
 @miniature
 def gpt2():
-    return _causal("GPT2Config", "GPT2LMHeadModel", n_embd=24, n_layer=2, n_head=4, n_positions=64, bos_token_id=0, eos_token_id=0)
+    return _causal(
+        "GPT2Config", "GPT2LMHeadModel", n_embd=24, n_layer=2, n_head=4, n_positions=64, bos_token_id=0, eos_token_id=0
+    )
 
 
 @miniature
@@ -208,7 +216,12 @@ def phi3():
 @miniature
 def mixtral():
     return _causal(
-        "MixtralConfig", "MixtralForCausalLM", **_DECODER, num_local_experts=3, num_experts_per_tok=2, tie_word_embeddings=False
+        "MixtralConfig",
+        "MixtralForCausalLM",
+        **_DECODER,
+        num_local_experts=3,
+        num_experts_per_tok=2,
+        tie_word_embeddings=False,
     )
 
 
@@ -321,13 +334,12 @@ def vit():
 
 @miniature
 def swin():
-    from transformers import SwinConfig, SwinForImageClassification
+    from transformers import SwinConfig, SwinModel
 
     torch.manual_seed(0)
-    config = SwinConfig(
-        image_size=32, patch_size=4, embed_dim=12, depths=[2, 1], num_heads=[2, 4], window_size=2, num_labels=5
-    )
-    return _image(SwinForImageClassification(config), lambda m, x: m(x).logits, 32)
+    config = SwinConfig(image_size=32, patch_size=4, embed_dim=12, depths=[2, 1], num_heads=[2, 4], window_size=2)
+    module = nn.ModuleDict({"body": SwinModel(config, add_pooling_layer=False), "head": nn.Linear(24, 5)})
+    return _image(module, lambda m, x: m["head"](m["body"](x).last_hidden_state.mean(1)), 32)
 
 
 @miniature
@@ -353,7 +365,9 @@ def convnext():
     from transformers import ConvNextConfig, ConvNextForImageClassification
 
     torch.manual_seed(0)
-    config = ConvNextConfig(hidden_sizes=[8, 12], depths=[1, 1], num_stages=2, patch_size=4, num_labels=5, layer_scale_init_value=0.5)
+    config = ConvNextConfig(
+        hidden_sizes=[8, 12], depths=[1, 1], num_stages=2, patch_size=4, num_labels=5, layer_scale_init_value=0.5
+    )
     return _image(ConvNextForImageClassification(config), lambda m, x: m(x).logits, 16)
 
 
@@ -371,8 +385,12 @@ class DiTBlock(nn.Module):
 
     def forward(self, x, c):
         b, s, w = x.shape
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(torch.nn.functional.silu(c))[:, None].chunk(6, -1)
-        q, k, v = self.qkv(self.norm1(x) * (1 + scale1) + shift1).reshape(b, s, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(torch.nn.functional.silu(c))[:, None].chunk(
+            6, -1
+        )
+        q, k, v = (
+            self.qkv(self.norm1(x) * (1 + scale1) + shift1).reshape(b, s, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        )
         a = torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, s, w)
         x = x + gate1 * self.out(a)
         h = torch.nn.functional.gelu(self.up(self.norm2(x) * (1 + scale2) + shift2), approximate="tanh")

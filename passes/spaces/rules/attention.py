@@ -42,9 +42,6 @@ def attention(n: NodeView) -> None:
         n.pin_inputs("the number of heads is not static")
         return
     q, k, v = (_per_head(n, i, heads, flat) for i, heads in ((0, q_heads), (1, kv_heads), (2, kv_heads)))
-    for i in range(3, len(n.node.inputs)):
-        if n.has(i):
-            n.fixed(n.maps(i), "mask", "is added to attention scores")
     repeats = q_heads // kv_heads
     group = np.repeat(np.arange(kv_heads), repeats)[:, None]
     if q is not None and k is not None:
@@ -54,6 +51,8 @@ def attention(n: NodeView) -> None:
     for mine, other, label in ((q, k, "keys"), (k, q, "queries")):
         if mine is not None and other is None:
             n.pin(mine, "scores", f"the {label} belong to no space")
+    if n.has(3):
+        _mask(n, next((t for t in (k, v) if t is not None), None), q_heads, kv_heads)
     if v is None:
         return
     n.use(v, "value", GL, mix=np.arange(kv_heads)[:, None], unit=np.arange(kv_heads)[:, None])
@@ -61,6 +60,27 @@ def attention(n: NodeView) -> None:
         n.c.unit_link(k[:, :1], v[:, :1])
     out = np.repeat(v, repeats, 0)
     n.set([IndexMap(out.reshape(1, 1, -1) if flat else out[None, :, None, :])])
+
+
+def _mask(n: NodeView, units: np.ndarray | None, q_heads: int, kv_heads: int) -> None:
+    """A bias per head (relative positions) moves with its head; if it cannot, heads keep their places."""
+    shape = n.shape(3)
+    heads = shape[-3] if shape is not None and len(shape) >= 3 else 1 if shape is not None else None
+    if heads == 1 or units is None:
+        n.fixed(n.maps(3), "mask")
+        return
+    axis = len(shape) - 3 if shape is not None else 0
+    found = next((m for m in n.maps(3) if m.axes == (axis,)), None)
+    if found is None and n.is_constant(3) and n.is_float(3) and heads == q_heads:
+        found = n.claim(3, [axis])
+    for m in n.maps(3):
+        if m is not found:
+            n.pin(m.table, "mask", "is added to attention scores")
+    if found is None:
+        n.use(units, "heads", color=np.arange(kv_heads)[:, None])
+        return
+    n.fixed([found], "mask")
+    n.c.unit_link(found.flat, np.repeat(units[:, 0], q_heads // kv_heads))
 
 
 def _per_head(n: NodeView, i: int, heads: int, flat: bool) -> np.ndarray | None:

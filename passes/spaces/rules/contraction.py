@@ -216,12 +216,13 @@ def convolution(n: NodeView) -> None:
         return
     rank = len(w)
     major, minor = int(w[0]), int(w[1])  # type: ignore[arg-type]
+    depthwise = groups == major and minor == 1
     name = n.value(1).name or n.name
     small = n.c.fresh(groups * minor, name, (1,), reader=not transposed)
     big = n.c.fresh(major, name, (0,), reader=transposed)
     group_small, group_big = np.arange(groups * minor) // minor, np.arange(major) // (major // groups)
     for coordinates, group in ((small, group_small), (big, group_big)):
-        keys = {} if groups == 1 else {"mix": group, "unit": group}
+        keys = {} if groups == 1 else {"mix": group} if depthwise else {"mix": group, "unit": group}
         n.use(coordinates, "kernel axis", GL, **keys)
     # The minor axis is another space for each group: it varies along both axes of the kernel.
     by_row = small.reshape(groups, minor)[group_big]
@@ -231,10 +232,10 @@ def convolution(n: NodeView) -> None:
         IndexMap(first.reshape(*first.shape, *tail)),
         IndexMap(big.reshape(major, 1, *tail)),
     )
-    if groups > 1:
+    if depthwise:
+        n.c.link(small, big)
+    elif groups > 1:
         n.c.unit_link(by_row, np.broadcast_to(big[:, None], by_row.shape))
-        if minor == 1:
-            n.c.link(by_row[:, 0], big)
     inputs, outputs = (big, small) if transposed else (small, big)
     _read(n, inputs)
     out = IndexMap(outputs.reshape(1, -1, *tail))

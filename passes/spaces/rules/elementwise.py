@@ -26,10 +26,9 @@ def per_channel(n: NodeView, limit: Limit, i: int = 0) -> None:
 
 @rule("Identity", "Neg", "Cast", "CastLike", "Dropout")
 def linear_per_tensor(n: NodeView) -> None:
-    """f(x) = c x: B = A for every matrix. A cast to integers is a rounding, which nothing survives."""
+    """f(x) = c x: B = A for every matrix. A cast to integers rounds: permutations only."""
     if n.op == "Cast" and n.attr("to") not in (1, 10, 11, 16):
-        n.pin_inputs("cast to integers")
-        return
+        n.fixed(n.maps(0), "cast to integers")
     n.set(n.maps(0))
 
 
@@ -101,7 +100,7 @@ def extremum(n: NodeView) -> None:
         array = n.array(i) if n.is_constant(i) and not n.maps(i) and _elements(n, i) == 1 else None
         if array is not None and np.any(array):
             limit = FIXED
-    out = _additive(n, list(range(len(n.node.inputs))))
+    out = additive(n, list(range(len(n.node.inputs))))
     for index_map in out:
         n.use(index_map.table, "operand", limit, single=True)
     n.set(out)
@@ -174,20 +173,28 @@ def addition(n: NodeView) -> None:
 
     A number added to all channels alike is only preserved by permutations.
     """
-    n.set(_additive(n, list(range(len(n.node.inputs)))))
+    n.set(additive(n, list(range(len(n.node.inputs)))))
 
 
 @rule("Where")
 def selection(n: NodeView) -> None:
-    """A choice per position between two tensors is linear in both; a choice per channel pins the channels."""
-    out = _additive(n, [1, 2])
+    """A choice per position between two tensors is linear in both.
+
+    A choice per channel lets channels trade places together with their condition, if that is computed per channel too.
+    """
+    out = additive(n, [1, 2])
     shape = n.shape(0)
-    for index_map in out:
-        for axis in index_map.axes:
-            size = shape[axis - index_map.rank] if shape is not None and len(shape) >= index_map.rank - axis else 1
-            if size != 1:
-                n.pin(index_map.table, "choice", "a condition chooses per channel")
-                break
+    for m in out:
+        axes = [a for a in m.axes if shape is None or (a - m.rank >= -len(shape) and shape[a - m.rank] != 1)]
+        if not axes:
+            continue
+        n.use(m.table, "choice", GL, single=True)
+        condition = next((x.pad_rank(m.rank) for x in n.maps(0) if x.pad_rank(m.rank).axes == m.axes), None)
+        if condition is None:
+            n.use(m.table, "choice", color=np.arange(m.size).reshape(m.table.shape))
+        else:
+            n.fixed([condition], "condition")
+            n.c.link(m.table, condition.table)
     n.set(out)
 
 
@@ -201,6 +208,8 @@ def multiplication(n: NodeView) -> None:
     x, y = (1, 0) if (n.is_constant(0), len(n.maps(0))) > (n.is_constant(1), len(n.maps(1))) else (0, 1)
     if not n.maps(x) and n.maps(y) and not n.is_constant(y):
         x, y = y, x
+    if n.is_zero(x) or n.is_zero(y):
+        return
     # A constant that also varies along positions cannot be peeled: it stays an ordinary factor.
     peelable = n.is_constant(y) and not n.is_constant(x) and sum(d != 1 for d in n.shape(y) or ()) <= 1
     if n.value(x) is n.value(y) and _squares_are_summed(n):
@@ -291,6 +300,13 @@ def _with_leftovers(n: NodeView, i: int, j: int, out: list[IndexMap]) -> Layout:
         return ()
     taken = {a for m in out for a in m.axes}
     rank = max(len(left), len(right))
+    if n.is_constant(j) and n.is_float(j) and not n.is_constant(i) and out:
+        # What else a constant varies along, where the other operand does not: an outer product.
+        for axis in range(rank - len(right), rank):
+            size = right[axis - rank + len(right)]
+            alone = axis - rank + len(left) < 0 or left[axis - rank + len(left)] == 1
+            if alone and isinstance(size, int) and size != 1 and axis not in taken:
+                n.claim(j, [axis - rank + len(right)])
     for b in n.maps(j):
         b = b.pad_rank(rank)
         if set(b.axes) & taken:
@@ -306,7 +322,7 @@ def _elements(n: NodeView, i: int) -> int:
     return 1 if not shape else int(np.prod([d if isinstance(d, int) else 2 for d in shape]))
 
 
-def _additive(n: NodeView, inputs: list[int]) -> Layout:
+def additive(n: NodeView, inputs: list[int]) -> Layout:
     """Join the factors of all operands; returns the layout of the sum."""
     inputs = [i for i in inputs if n.has(i)]
     first = next(
@@ -323,9 +339,11 @@ def _additive(n: NodeView, inputs: list[int]) -> Layout:
         for k, (a, b) in enumerate(pairs):
             if isinstance(b, IndexMap):
                 n.c.same(a.table, np.broadcast_to(b.table, a.table.shape))
+            elif n.is_zero(j):
+                pass
             elif isinstance(b, Untransformed):
                 n.pin(a.table, f"input {first}", f"meets channels of {n.value(j).name!r} that belong to no space")
-            elif not n.is_zero(j):
+            else:
                 n.use(a.table, "operand", FIXED, single=True, reason="a number is added to all its channels alike")
             out[k] = a
         out = list(_with_leftovers_of_sum(n, first, j, out))

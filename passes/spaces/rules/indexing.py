@@ -11,6 +11,7 @@ import numpy as np
 from qcompile.passes.spaces.groups import FIXED
 from qcompile.passes.spaces.index_map import IndexMap
 from qcompile.passes.spaces.rules.registry import rule
+from qcompile.passes.spaces.rules.elementwise import additive
 from qcompile.passes.spaces.rules.structure import claimed
 from qcompile.passes.spaces.walk import NodeView
 
@@ -27,8 +28,9 @@ def gather(n: NodeView) -> None:
     rank = len(shape)
     axis = int(n.attr("axis", 0)) % rank
     if n.is_constant(0) and not n.is_constant(1):
+        # Rows chosen at run time share one basis per remaining axis (embeddings; weights of experts picked by a router).
         for other in range(rank):
-            if other != axis and shape[other] != 1 and isinstance(shape[other], int) and other == rank - 1:
+            if other != axis and shape[other] != 1 and isinstance(shape[other], int):
                 n.claim(0, [other])
     indices = n.array(1) if n.is_constant(1) else None
     maps = claimed(n) if indices is not None else n.maps(0)
@@ -45,7 +47,7 @@ def gather(n: NodeView) -> None:
     n.set(out)
 
 
-@rule("GatherND")
+@rule("GatherND", always=True)
 def gather_nd(n: NodeView) -> None:
     """Picks positions along the leading axes; channels on the trailing axes pass."""
     shape, index_shape = n.shape(0), n.shape(1)
@@ -54,6 +56,10 @@ def gather_nd(n: NodeView) -> None:
         return
     batch = int(n.attr("batch_dims", 0))
     picked = batch + index_shape[-1]
+    if n.is_constant(0) and n.is_float(0) and not n.is_constant(1):
+        for axis in range(picked, len(shape)):
+            if shape[axis] != 1 and isinstance(shape[axis], int):
+                n.claim(0, [axis])
     lead = len(index_shape) - 1
     out = []
     for m in n.maps(0):
@@ -119,8 +125,10 @@ def selection_by_value(n: NodeView) -> None:
 
 @rule("Greater", "Less", "GreaterOrEqual", "LessOrEqual", "Equal", "IsNaN", "IsInf", "And", "Or", "Not", "Xor")
 def comparison(n: NodeView) -> None:
-    """A yes or no per channel: nothing that changes the channels survives."""
-    n.pin_inputs("is compared with a number")
+    """A yes or no per channel: permutations only."""
+    out = additive(n, list(range(len(n.node.inputs)))) if len(n.node.inputs) > 1 else n.maps(0)
+    n.fixed(out, "compared")
+    n.set(out)
 
 
 @rule("Shape", "Size")

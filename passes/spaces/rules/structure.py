@@ -106,7 +106,7 @@ def unsqueeze(n: NodeView) -> None:
     follow(n, lambda m: m.insert_axes(axes), "")
 
 
-@rule("Expand", "Tile")
+@rule("Expand", "Tile", always=True)
 def expand(n: NodeView) -> None:
     """Copies share their coordinates: one element for all repetitions (repeat_kv ties the group)."""
     old, new = n.shape(0), n.out_shape()

@@ -38,12 +38,22 @@ class Codebook(Format):
 
     def fit_grid(self, weight: np.ndarray, importance: np.ndarray | None = None) -> Grid:
         blocks, h = self.split(weight, importance)
-        scale = usable(np.abs(blocks).max(1))
+        start = self.minmax_grid(weight)
+        largest = start.scale.max()
+
+        def error(grid: Grid) -> float:
+            levels, table = grid.scale / largest, grid.aux["codebook"]
+            unit = blocks / largest
+            delta = unit - table[_index(unit / levels[:, None], table)] * levels[:, None]
+            return float(np.vdot(delta * h, delta))
+
+        grids, scale = [start], start.scale
         for _ in range(3):
             # An error at scale s counts s^2 times.
-            table = self._learn(blocks / scale[:, None], h * np.square(scale / scale.max())[:, None])
+            table = self._learn(blocks / scale[:, None], h * np.square(scale / largest)[:, None])
             scale = self._scales(blocks, h, scale, table)
-        return Grid(scale, None, {"codebook": table})
+            grids.append(Grid(scale, None, {"codebook": table}))
+        return min(grids, key=error)
 
     def fit_group(self, weight: np.ndarray, importance: np.ndarray, grid: Grid) -> Grid:
         blocks, h = self.split(weight, importance)
@@ -64,8 +74,10 @@ class Codebook(Format):
         return self.bits + scale_bits * self.groups(k) / k + 16 * 2**self.bits / (k * n)
 
     def _scales(self, blocks: np.ndarray, h: np.ndarray, scale: np.ndarray, table: np.ndarray) -> np.ndarray:
-        proposals = [scale * np.float32(r) for r in np.linspace(1.3, 0.7, 9)]
-        return usable(best_scale(blocks, h, proposals, lambda unit: table[_index(unit, table)])[0])
+        norm = scale[:, None]
+        proposals = [np.full_like(scale, r) for r in np.linspace(1.3, 0.7, 9)]
+        factor, _ = best_scale(blocks / norm, h, proposals, lambda unit: table[_index(unit, table)])
+        return usable(factor * scale)
 
     def _learn(self, unit: np.ndarray, weight: np.ndarray) -> np.ndarray:
         """Weighted k-means in one dimension: sorted values make every cluster a range, and sums of ranges differences."""

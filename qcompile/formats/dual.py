@@ -11,6 +11,7 @@ Source: Zhang et al., "Dual Grained Quantization: Efficient Fine-Grained Quantiz
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -47,8 +48,9 @@ class DualInt4(Format):
         return self._grid(np.concatenate([c for c, _ in parts], axis=1), np.concatenate([g for _, g in parts], axis=1))
 
     def fit_group(self, weight: np.ndarray, importance: np.ndarray, grid: Grid) -> Grid:
-        blocks, h = self.split(weight, importance)
-        return self._grid(grid.scale, self._best_group_scale(blocks, h, grid.scale, range(1, _TOP + 1))[0])
+        blocks, h = self.split(weight / grid.scale, importance)
+        one = np.ones_like(grid.scale)
+        return self._grid(grid.scale, self._best_group_scale(blocks, h, one, range(1, _TOP + 1))[0])
 
     def rescale(self, grid: Grid, factor: np.ndarray) -> Grid | None:
         return self._grid(grid.scale, np.rint(grid.aux["group_scale"] * factor))
@@ -71,28 +73,27 @@ class DualInt4(Format):
 
     def _fit(self, weight: np.ndarray, importance: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
         """First the best real scale per group, then the channel scale of which they are nearly integer multiples."""
-        blocks, h = self.split(weight, importance)
+        unit = usable(np.abs(weight).max(0, keepdims=True))
+        blocks, h = self.split(weight / unit, importance)
         norm = usable(np.abs(blocks).max(1))
-        unit = blocks / norm[:, None]
         proposals = (np.full_like(norm, r / 7.5) for r in np.linspace(1, 0.55, 14))
-        scale, _ = best_scale(unit, h, proposals, _snap)
-        wanted = np.abs(scale) * norm
-        best = None
+        wanted = np.abs(best_scale(blocks / norm[:, None], h, proposals, _snap)[0]) * norm
+        covering = self.minmax_grid(weight / unit)
+        channel, group = covering.scale, covering.aux["group_scale"]
+        best = channel, *self._best_group_scale(blocks, h, channel, [group])
         for shrink in np.linspace(1, 0.6, 9, dtype=np.float32):
             channel = usable(wanted.max(0, keepdims=True) * shrink / _TOP)
             near = np.rint(wanted / channel)
             group, error = self._best_group_scale(blocks, h, channel, [near - 1, near, near + 1])
-            error = error.sum(0, keepdims=True)
-            if best is None:
-                best = (channel, group, error)
-            else:
-                best = tuple(
-                    np.where(error < best[2], new, old) for new, old in zip((channel, group, error), best, strict=True)
-                )
-        return best[0], best[1]
+            better = error.sum(0, keepdims=True) < best[2].sum(0, keepdims=True)
+            best = tuple(np.where(better, new, old) for new, old in zip((channel, group, error), best, strict=True))
+        return best[0] * unit, best[1]
 
     @staticmethod
-    def _best_group_scale(blocks: np.ndarray, h: np.ndarray, channel: np.ndarray, candidates) -> tuple:
+    def _best_group_scale(
+        blocks: np.ndarray, h: np.ndarray, channel: np.ndarray, candidates: Iterable
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return the best of some integer group scales, ``(G, N)``, and its errors."""
         best = None
         for candidate in candidates:
             group = np.broadcast_to(np.clip(candidate, 1, _TOP), (blocks.shape[0], blocks.shape[2])).astype(np.float32)

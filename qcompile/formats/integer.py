@@ -117,11 +117,12 @@ class IntFormat(Format):
 
     def _fit_symmetric(self, blocks: np.ndarray, h: np.ndarray) -> tuple[np.ndarray, None]:
         extreme = np.where(-blocks.min(1) > blocks.max(1), np.float32(-1), np.float32(1))
-        full = np.where(extreme == 0, 1, extreme) / self.qmin
+        half, full = np.full_like(extreme, 1 / max(self.qmax, 1)), extreme / self.qmin
         # Below 5 bits the spare code is worth a search with either sign; above, one step in 32 hardly matters.
-        signs = (1, -1) if self.bits < 5 else (1,)
-        scale, _ = best_scale(blocks, h, (full * (r * sign) for sign in signs for r in self._ratios()), self._snap)
-        return scale, None
+        proposals = [half, full] + [full * r for r in self._ratios()]
+        if self.bits < 5:
+            proposals += [full * -r for r in self._ratios()]
+        return best_scale(blocks, h, proposals, self._snap)[0], None
 
     def _fit_asymmetric(self, blocks: np.ndarray, h: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         low, high = np.minimum(blocks.min(1), 0), np.maximum(blocks.max(1), 0)

@@ -24,8 +24,8 @@ from qcompile.codegen.kernels.x86.unpack import as_bytes, field, repeat_byte
 from qcompile.formats import IntFormat
 from qcompile.targets.target import Target
 
-MADDUBS = "llvm.x86.avx2.pmadd.ub.sw"
-MADDWD = "llvm.x86.avx2.pmadd.wd"
+MADDUBS = {8: "llvm.x86.avx2.pmadd.ub.sw", 16: "llvm.x86.avx512.pmaddubs.w.512"}
+MADDWD = {8: "llvm.x86.avx2.pmadd.wd", 16: "llvm.x86.avx512.pmaddw.d.512"}
 
 
 class DotGemm(TiledGemm):
@@ -152,12 +152,12 @@ def products(fmt: IntFormat) -> int:
 
 
 class MaddubsGemm(DotGemm):
-    """``vpmaddubsw`` on 256-bit registers for codes of at most 7 bits."""
+    """``vpmaddubsw`` on 256- or 512-bit registers for codes of at most 7 bits."""
 
     name = "x86-maddubs"
 
     def lanes(self, target: Target) -> int:
-        return 8
+        return 16 if target.has("avx512") else 8
 
     def refuse(self, problem: LinearProblem, target: Target) -> str:
         if not target.has("avx2", "fma", "f16c"):
@@ -171,9 +171,11 @@ class MaddubsGemm(DotGemm):
         return ""
 
     def macs_per_cycle(self, problem: LinearProblem, target: Target) -> float:
-        return 40.0
+        return 50.0 if target.has("avx512") else 36.0
 
     def tiles(self, problem: LinearProblem, target: Target) -> list[tuple[int, int]]:
+        if target.has("avx512"):
+            return [(6, 3), (8, 2), (12, 1)]
         return [(4, 2), (6, 2), (3, 3), (12, 1)]
 
     def reduce(self, e: Emission, panel: Any, first: Any, sums: Tile, group: Any) -> None:
@@ -196,7 +198,7 @@ class MaddubsGemm(DotGemm):
                     for r, line in enumerate(partial):
                         a = v.let(self.activations(e, first + r, k))
                         for acc, w in zip(line, weights):
-                            pair = T.call_llvm_pure_intrin(f"int16x{2 * p.lanes}", MADDUBS, a, w)
+                            pair = T.call_llvm_pure_intrin(f"int16x{2 * p.lanes}", MADDUBS[p.lanes], a, w)
                             acc.set(pair if fresh else acc.get() + pair)
                     if together * p.per_byte > limit and (index % limit == limit - 1 or index == p.per_byte - 1):
                         widen()
@@ -207,7 +209,7 @@ class MaddubsGemm(DotGemm):
             ones = v.const(1, 2 * p.lanes, "int16")
             for line, narrow in zip(sums, partial):
                 for acc, short in zip(line, narrow):
-                    wide = T.call_llvm_pure_intrin(f"int32x{p.lanes}", MADDWD, short.get(), ones)
+                    wide = T.call_llvm_pure_intrin(f"int32x{p.lanes}", MADDWD[p.lanes], short.get(), ones)
                     acc.set(acc.get() + wide)
 
         chunks, rest = divmod(p.rows_per_group, together)

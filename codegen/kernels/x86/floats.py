@@ -1,7 +1,8 @@
 """Weight-only GEMM: float32 activations, integer weights turned to float32 in registers.
 
 A code is cut out of its 32-bit lane by two shifts (signed) or a shift and a mask, converted, and multiplied by one FMA
-per row. Scales multiply the sum of a group, not every weight.
+per row. With AVX-512 a code of at most 4 bits is shifted to the bottom of its lane and looked up in a register of 16
+floats (``vpermps`` reads 4 index bits and ignores the others). Scales multiply the sum of a group, not every weight.
 """
 
 from __future__ import annotations
@@ -16,8 +17,10 @@ from qcompile.codegen.kernels.x86 import vector as v
 from qcompile.codegen.kernels.x86 import vmath
 from qcompile.codegen.kernels.x86.gemm import Emission, Tile, TiledGemm
 from qcompile.codegen.kernels.x86.panels import Panels
-from qcompile.codegen.kernels.x86.unpack import field, signed_field, unsigned_field
+from qcompile.codegen.kernels.x86.unpack import field, shift, signed_field, unsigned_field
 from qcompile.targets.target import Target
+
+PERMUTE = "llvm.x86.avx512.permvar.sf.512"
 
 
 class FloatGemm(TiledGemm):
@@ -79,6 +82,15 @@ class FloatGemm(TiledGemm):
     ) -> Iterator[tuple[int, Any]]:
         """For each of the consecutive k at ``index``: its offset and the weights of every vector, without scales."""
         cut = signed_field if zeros is None else unsigned_field
+        if p.lanes == 16 and p.bits in (1, 2, 4):
+            sign = 1 << (p.bits - 1) if p.twos_complement else 0
+            values = [((i & ((1 << p.bits) - 1)) ^ sign) - sign for i in range(16)]
+            table = v.let(T.Shuffle([T.float32(value) for value in values], list(range(16))))
+            for offset in range(p.depth):
+                shifts = [shift(planes[0], -(8 * offset + index * p.bits), p.lanes) for planes in raw]
+                codes = [T.call_llvm_pure_intrin("float32x16", PERMUTE, table, moved) for moved in shifts]
+                yield offset, [v.let(c if zeros is None else c - zeros[i]) for i, c in enumerate(codes)]
+            return
         if p.planes:  # gather the bits of a code in its byte first
             sources = [v.let(field(planes, index, p, 8)) for planes in raw]
         else:

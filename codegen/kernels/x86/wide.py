@@ -14,12 +14,10 @@ from tvm.tirx.script.builder import ir as B
 
 from qcompile.codegen.kernels.base import LinearProblem
 from qcompile.codegen.kernels.x86 import vector as v
-from qcompile.codegen.kernels.x86.dot import products
+from qcompile.codegen.kernels.x86.dot import MADDWD, products
 from qcompile.codegen.kernels.x86.gemm import Emission, Tile, TiledGemm
 from qcompile.codegen.kernels.x86.panels import Panels
 from qcompile.targets.target import Target
-
-MADDWD = {8: "llvm.x86.avx2.pmadd.wd", 16: "llvm.x86.avx512.pmaddw.d.512"}
 
 
 class WideGemm(TiledGemm):

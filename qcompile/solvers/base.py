@@ -106,7 +106,7 @@ def get_solver(name: str, **options: Any) -> Solver:
         RecipeError: there is no such solver or option, or the option's value is out of range.
     """
     if name not in _SOLVERS:
-        raise RecipeError(f"unknown solver {name!r}; known: {', '.join(_SOLVERS)}")
+        raise RecipeError(f"unknown solver {name!r}; known: {', '.join(sorted(_SOLVERS))}")
     known = {field.name for field in fields(_SOLVERS[name])}
     if unknown := sorted(set(options) - known):
         raise RecipeError(

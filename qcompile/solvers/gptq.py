@@ -18,6 +18,7 @@ its turn comes.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -83,8 +84,7 @@ class Gptq(Solver):
         factor = factor.astype(np.float32)
         codes = np.empty((k, n), np.int16)
         group = -1
-        for start in range(0, k, self.block):
-            stop = min(start + self.block, k)
+        for start, stop in self._blocks(group_of):
             errors = np.empty((stop - start, n), np.float32)
             for i in range(start, stop):
                 row = work[i : i + 1]
@@ -102,6 +102,19 @@ class Gptq(Solver):
             work[stop:] -= factor[start:stop, stop:].T @ errors
             progress(stop / k)
         return grid.with_codes(codes.astype(code.dtype))
+
+    def _blocks(self, group_of: np.ndarray) -> Iterator[tuple[int, int]]:
+        """Yield blocks of rows. One ends where a group begins that it could not hold: grids are fitted to rows that all
+        earlier errors have reached."""
+        k = len(group_of)
+        begins = np.flatnonzero(np.diff(group_of, prepend=-1))
+        start = 0
+        while start < k:
+            stop = min(start + self.block, k)
+            if self.refit and stop < k and (whole := begins[np.searchsorted(begins, stop, side="right") - 1]) > start:
+                stop = int(whole)
+            yield start, stop
+            start = stop
 
 
 def inverse_factor(hessian: np.ndarray, damping: float) -> np.ndarray:

@@ -71,7 +71,8 @@ def let(value: Any) -> Any:
     """Evaluate once and give it a name.
 
     TVM's simplifier substitutes integer bindings back into their uses, which makes a chain of reductions grow
-    exponentially. Integers are therefore kept in a small buffer, which LLVM turns back into a register.
+    exponentially and bounds made of minima slow to analyse. Integers are therefore kept in a small buffer, which LLVM
+    turns back into a register.
     """
     dtype = value.ty.dtype
     if not str(dtype).startswith(("int", "uint")):
@@ -79,11 +80,6 @@ def let(value: Any) -> Any:
     home = B.alloc_buffer((dtype.lanes,), str(dtype).partition("x")[0])
     store(home, [0], value, dtype.lanes)
     return load(home, [0], dtype.lanes)
-
-
-def let_index(value: Any) -> Any:
-    """Name an index expression; TVM may substitute it back, which does no harm to an address."""
-    return B.Bind(value)
 
 
 def fma(a: Any, b: Any, c: Any) -> Any:

@@ -16,13 +16,13 @@ from onnx_shape_inference import SYM_DATA_KEY, infer_symbolic_shapes
 from qcompile.passes.recognise.pattern import small_constant
 
 Dim = int | str
-_ANONYMOUS = re.compile(r"\b_d\d+\b")
+_ANONYMOUS = re.compile(r"\b(_d|unk__)\d+\b")  # symbols that inference made up: here, and in ONNX's own
 
 
 def infer(model: ir.Model) -> None:
     """Infer all shapes and types of ``model`` in place; what cannot be inferred stays unknown.
 
-    Dimensions that an earlier inference could only number (``_d0``) are inferred anew.
+    Dimensions that an earlier inference could only number (``_d0``, ``unk__0``) are inferred anew.
     """
     for node in model.graph.all_nodes():
         for value in node.outputs:

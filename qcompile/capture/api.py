@@ -12,7 +12,7 @@ from typing import Any
 import onnx_ir as ir
 
 from qcompile.capture.captured import Captured
-from qcompile.capture.metadata import clean_metadata, name_modules
+from qcompile.capture.metadata import clean_metadata, name_modules, name_weights
 from qcompile.errors import ModelError, QcompileError
 from qcompile.passes.opset import convert_opset
 from qcompile.passes.validate import validate
@@ -41,7 +41,7 @@ def capture(
         dynamic: True makes the first dimension of every module input the symbolic ``batch``; False keeps shapes
             static; otherwise what ``torch.onnx.export`` takes as ``dynamic_shapes``, e.g. ``({0: "batch", 1: "sequence"},)``.
             Hugging Face models are always symbolic in ``batch`` and ``sequence``.
-        opset: default-domain opset to export with.
+        opset: default-domain opset to export torch modules with, at least 18.
         task: overrides what a Hugging Face architecture implies: ``"text-generation"``, ``"features"``,
             ``"classification"``, ``"image-features"``, ``"image-classification"``.
         kv_cache: export one decoding step with past keys and values as inputs.
@@ -123,6 +123,7 @@ def _from_ir(model: ir.Model, source: dict[str, Any], example_inputs: Any, name:
     convert_opset(model, OPSET)
     name_modules(model)
     clean_metadata(model)
+    name_weights(model)
     return Captured(model, source, example_inputs=dict(example_inputs) if example_inputs else None, task=task)
 
 

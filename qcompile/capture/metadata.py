@@ -6,6 +6,7 @@ Exporters write more: file paths and stack traces of the machine that exported, 
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import MutableMapping
 
 import onnx_ir as ir
@@ -59,6 +60,31 @@ def name_modules(model: ir.Model) -> None:
         parts = (node.name or "").split("/")
         if len(parts) > 2 and not parts[0]:
             node.metadata_props[MODULE_KEY] = ".".join(parts[1:-1])
+
+
+_ANONYMOUS_WEIGHT = re.compile(r"(onnx::\w+_\d+|val_\d+)")
+
+
+def name_weights(model: ir.Model) -> None:
+    """Exporters number the weights they transposed (``onnx::MatMul_407``): name them after the module that reads them."""
+    graph = model.graph
+    for value in list(graph.initializers.values()):
+        uses = value.uses()
+        if len(uses) != 1 or value.const_value is None or not _ANONYMOUS_WEIGHT.fullmatch(value.name or ""):
+            continue
+        node = next(iter(uses)).node
+        path = node.metadata_props.get(MODULE_KEY)
+        floating = value.const_value.dtype.is_floating_point()
+        if (
+            node.op_type not in ("MatMul", "Gemm", "Conv")
+            or not path
+            or not floating
+            or len(value.const_value.shape) < 2
+        ):
+            continue
+        name = f"{path}.weight"
+        if name not in graph.initializers:
+            value.name = name
 
 
 def literal_list(text: str | None) -> list[str]:

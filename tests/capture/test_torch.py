@@ -100,7 +100,7 @@ def test_reference_to_something_else(tmp_path: Path, attribute: str, match: str)
 
 @pytest.mark.parametrize("text", ["no_such_package_xyz:model", "no/such/file.py:model"])
 def test_reference_to_nothing(text: str) -> None:
-    with pytest.raises(ModelError, match="no_such|not found"):
+    with pytest.raises(ModelError, match=r"no_such|not found"):
         capture(text)
 
 

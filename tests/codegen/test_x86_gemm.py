@@ -332,7 +332,7 @@ def test_a_tuned_config_wins_over_the_cost_model():
     assert (choice.family.name, choice.config, choice.reason) == ("x86-maddwd", {"mr": 4}, "measured")
 
 
-@pytest.mark.parametrize("fmt", ["int8", "int4/g32"])
+@pytest.mark.parametrize("fmt", ["int8", "int4"])
 def test_accumulators_stay_in_registers(fmt):
     """Between two dot products of the default tile no vector is stored to the stack."""
     problem = LinearProblem(256, 192, parse_format(fmt), parse_activation("int8"))

@@ -47,7 +47,26 @@ DequantizePerToken (codes, scale) => (x)
 }
 """
 
-_BODIES = {"QuantizePerToken": QUANTIZE_PER_TOKEN, "DequantizePerToken": DEQUANTIZE_PER_TOKEN}
+BLOCK_ROTATE = """
+<domain: "qcompile", opset_import: ["" : 23]>
+BlockRotate (x, matrix) => (y)
+{
+    whole = Shape (x)
+    lead = Shape <end: int = -1> (x)
+    order = Shape <start: int = 0, end: int = 1> (matrix)
+    rest = Constant <value_ints: ints = [-1]> ()
+    blocks = Concat <axis: int = 0> (lead, rest, order)
+    split = Reshape (x, blocks)
+    rotated = MatMul (split, matrix)
+    y = Reshape (rotated, whole)
+}
+"""
+
+_BODIES = {
+    "QuantizePerToken": QUANTIZE_PER_TOKEN,
+    "DequantizePerToken": DEQUANTIZE_PER_TOKEN,
+    "BlockRotate": BLOCK_ROTATE,
+}
 
 
 def function(name: str) -> ir.Function:

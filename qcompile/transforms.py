@@ -84,17 +84,41 @@ def list_transforms() -> dict[str, str]:
 
 
 @transform("smooth")
-def smooth(model: ir.Model, context: TransformContext, alpha: float = 0.5, **options: Any) -> tuple[ir.Model, str]:
+def smooth(model: ir.Model, context: TransformContext, **options: Any) -> tuple[ir.Model, str]:
     """Move activation outliers into the weights, channel by channel, wherever the analysis finds it legal."""
-    from qcompile.passes.asks.smooth import smooth_model
+    from qcompile.passes.asks import Smooth
 
-    sites = context.quantized_sites(model)
-    values = list(dict.fromkeys(s.x.name or "" for s in sites))
-    if not context.feeds:
-        context.report.refuse("smooth", "all spaces", "no calibration data; pass --calibration")
-        return model, "skipped, no calibration data"
-    statistics = context.statistics(model, values)
-    model, done, refused = smooth_model(model, {n: s.absmax for n, s in statistics.items()}, alpha=alpha, **options)
+    return _ask(model, context, Smooth(**options))
+
+
+@transform("rotate-inputs")
+def rotate_inputs(model: ir.Model, context: TransformContext, block: int = 128) -> tuple[ir.Model, str]:
+    """Rotate the input of every quantized linear operator by Hadamard blocks at run time; its weight takes the inverse."""
+    from qcompile.passes.rotate_inputs import rotate
+
+    done, refused = rotate(model, context.quantized_sites(model), block)
     for where, reason in refused:
-        context.report.refuse("smooth", where, reason)
-    return model, f"{done} spaces scaled"
+        context.report.refuse("rotate-inputs", where, reason)
+    return model, f"{done} activations rotated in blocks of up to {block}"
+
+
+def _ask(model: ir.Model, context: TransformContext, ask: Any) -> tuple[ir.Model, str]:
+    """Apply one ask to every space of the model and fold the result."""
+    from qcompile.passes.asks import apply_asks
+    from qcompile.passes.spaces import analyse
+
+    if not context.feeds:
+        context.report.refuse(ask.name, "all spaces", "no calibration data; pass --calibration")
+        return model, "skipped, no calibration data"
+    sites = context.quantized_sites(model)
+    quantized = {s.weight.name or "" for s in sites}
+
+    def ranges(current: ir.Model) -> dict[str, Any]:
+        values = list(dict.fromkeys(s.x.name or "" for s in linear_sites(current) if s.weight.name in quantized))
+        return {name: s.absmax for name, s in context.statistics(current, values).items()}
+
+    folded, report = apply_asks(model, analyse(model), [ask], stats=ranges, quantized=quantized)
+    for entry in report.entries:
+        if not entry.done:
+            context.report.refuse(entry.ask, f"space {entry.space}", entry.text)
+    return folded, f"{len(report.applied)} spaces changed"

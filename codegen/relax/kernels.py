@@ -199,6 +199,7 @@ def rowwise(ctx: Context, node: ir.Node, x: Any, gamma: Any = None, beta: Any = 
         f32_output=wanted[0],
         quantize="token" if quantize else "",
         bits=attr(node, "bits", 8),
+        hadamard=attr(node, "hadamard", 0) if quantize else 0,
     )
     lead = shape[:-1]
     m = ctx.dims.product(lead)

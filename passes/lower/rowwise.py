@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
 import onnx_ir as ir
 
+from qcompile.errors import FormatError
+from qcompile.formats.hadamard import hadamard_matrix
 from qcompile.passes.domain import DOMAIN
-from qcompile.passes.graph import attribute, constant_shape, is_op, sole_use
+from qcompile.passes.graph import attribute, constant, constant_shape, is_op, sole_use
 from qcompile.passes.lower.kernel_ops import is_kernel, kernel_node, same_shape, take_over
 from qcompile.passes.lower.linear import activation_name, merge_linears
 
@@ -37,38 +40,63 @@ def _quantizer(graph: ir.Graph, quantize: ir.Node) -> None:
     producer = x.producer()
     kind, inputs, attributes = "identity", [x], {}
     consumed: list[ir.Node] = []
+    reader = quantize
+    order = _hadamard_order(producer) if sole_use(x) is quantize else 0
+    if order:
+        assert producer is not None and producer.inputs[0] is not None
+        reader, x = producer, producer.inputs[0]
+        inputs, producer = [x], x.producer()
     keep_float = False
     if producer is not None and (norm := _norm(producer)) is not None:
         kind, inputs, attributes = norm
         keep_float = len(x.uses()) > 1 or x.is_graph_output()
         consumed = [producer]
-    elif producer is not None and sole_use(x) is quantize and (gated := _gated(graph, producer)) is not None:
+    elif producer is not None and sole_use(x) is reader and (gated := _gated(graph, producer)) is not None:
         kind, inputs, consumed = gated
-    elif producer is not None and sole_use(x) is quantize and (found := activation_name(producer)):
+    elif producer is not None and sole_use(x) is reader and (found := activation_name(producer)):
         kind, inputs, consumed = found, [producer.inputs[0]], [producer]  # type: ignore[list-item]
     row = kernel_node(
         "Rowwise",
         inputs,
         [x if keep_float else None, quantize.outputs[0], quantize.outputs[1]],
-        {"producer": kind, "bits": bits, **attributes},
+        {"producer": kind, "bits": bits, "hadamard": order, **attributes},
         like=producer if consumed else quantize,
     )
     row.outputs[1].type = ir.TensorType(ir.DataType.UINT8)
-    anchor = consumed[0] if consumed else quantize
+    anchor = consumed[0] if consumed else reader
     graph.insert_after(anchor, [row])
     if keep_float:
         # The quantizer itself reads x: detach it first, so that only the other readers move to the fused output.
         take_over(quantize.outputs[0], row.outputs[1])
         take_over(quantize.outputs[1], row.outputs[2])
         graph.remove(quantize, safe=True)
+        if reader is not quantize:
+            graph.remove(reader, safe=True)
         take_over(x, row.outputs[0])
     else:
         row.outputs[0].name = ""
         take_over(quantize.outputs[0], row.outputs[1])
         take_over(quantize.outputs[1], row.outputs[2])
         graph.remove(quantize, safe=True)
+        if reader is not quantize:
+            graph.remove(reader, safe=True)
     for node in consumed:
         graph.remove(node, safe=True)
+
+
+def _hadamard_order(node: ir.Node | None) -> int:
+    """Order of the blocks if ``node`` rotates by the Hadamard matrix that the kernels know, else 0."""
+    if not is_op(node, "BlockRotate", domain=DOMAIN):
+        return 0
+    assert node is not None
+    matrix = constant(node.inputs[1])
+    if matrix is None or matrix.ndim != 2:
+        return 0
+    try:
+        known = hadamard_matrix(len(matrix))
+    except FormatError:
+        return 0
+    return len(matrix) if np.array_equal(matrix, known.astype(matrix.dtype)) else 0
 
 
 def _norm(node: ir.Node) -> tuple[str, list[ir.Value | None], dict[str, object]] | None:

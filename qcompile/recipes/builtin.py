@@ -3,6 +3,7 @@
 from qcompile.recipes.recipe import Recipe, Step, register_recipe
 
 SMOOTH = Step("smooth", {"alpha": 0.5})
+ROTATE = Step("rotate-inputs", {"block": 128})
 
 register_recipe(
     Recipe(
@@ -19,7 +20,7 @@ register_recipe(
         "Weights int8 per channel, activations int8 per token, smoothed.",
         "Xiao et al., SmoothQuant (2022)",
         solver="mse",
-        transforms=(SMOOTH,),
+        transforms=(SMOOTH, ROTATE),
     )
 )
 register_recipe(
@@ -29,7 +30,7 @@ register_recipe(
         "Xiao et al., SmoothQuant (2022)",
         activation="int8/tensor",
         solver="mse",
-        transforms=(SMOOTH,),
+        transforms=(SMOOTH, ROTATE),
     )
 )
 register_recipe(
@@ -39,7 +40,7 @@ register_recipe(
         "Frantar et al., GPTQ (2022)",
         weight="int4/g32/asym",
         solver="gptq",
-        transforms=(SMOOTH,),
+        transforms=(SMOOTH, ROTATE),
     )
 )
 register_recipe(
@@ -49,7 +50,7 @@ register_recipe(
         "Frantar et al., GPTQ (2022)",
         weight="int4/g128/asym",
         solver="gptq",
-        transforms=(SMOOTH,),
+        transforms=(SMOOTH, ROTATE),
     )
 )
 register_recipe(
@@ -58,7 +59,7 @@ register_recipe(
         "Weights int3 in groups of 32 by GPTQ, activations int8 per token.",
         weight="int3/g32/asym",
         solver="gptq",
-        transforms=(SMOOTH,),
+        transforms=(SMOOTH, ROTATE),
     )
 )
 register_recipe(
@@ -67,7 +68,7 @@ register_recipe(
         "Weights int2 in groups of 32 by GPTQ, activations int8 per token.",
         weight="int2/g32/asym",
         solver="gptq",
-        transforms=(SMOOTH,),
+        transforms=(SMOOTH, ROTATE),
     )
 )
 register_recipe(

@@ -4,8 +4,7 @@
     n = (s - mean(s)) / sqrt(var(s) + epsilon) * gamma + beta  if `norm` is "layer"
         s / sqrt(mean(s^2) + epsilon) * gamma                  if `norm` is "rms"
     a = activation(n), or activation(n[:D]) * n[D:]        the latter if `gated`
-    y = a @ H(D)                                           if `hadamard`, the orthonormal Walsh-Hadamard transform
-    codes, scale = quantize(y)                             if `quantize`
+    codes, scale = quantize(a), or quantize(a @ blockdiag(H, ..., H)) with orthonormal Walsh-Hadamard blocks, if `quantize`
 
 Every row is read from memory once and its intermediate values stay in the first-level cache.
 
@@ -34,6 +33,7 @@ from qcompile.codegen.kernels.base import ACTIVATIONS
 from qcompile.codegen.kernels.x86 import vector as v
 from qcompile.codegen.kernels.x86 import vmath
 from qcompile.errors import TargetError
+from qcompile.formats.hadamard import hadamard_matrix
 from qcompile.targets.target import Target
 
 _MAGIC = 12582912.0  # 1.5 * 2^23: adding it to |t| < 2^22 rounds t to an integer, half to even
@@ -58,7 +58,7 @@ class Rowwise:
         norm: ``""``, ``"layer"`` or ``"rms"``; `gamma` and `beta` say whether it has a gain and an offset.
         activation: a key of `ACTIVATIONS`.
         gated: a gated linear unit over the two halves of ``x``; excludes `residual` and `norm`.
-        hadamard: rotate the row before it is stored and quantized.
+        hadamard: order of the Walsh-Hadamard blocks that rotate the row before it is quantized; a divisor of `width`, or 0.
         sum_output: store ``x + residual`` too; needs `norm` (without it the sum is ``y``).
         f32_output: store ``y``.
         quantize: ``""``, ``"token"`` (scale = max|y| / (2^(bits-1) - 1), or 1 for a zero row) or ``"tensor"``.
@@ -74,7 +74,7 @@ class Rowwise:
     epsilon: float = 1e-5
     activation: str = ""
     gated: bool = False
-    hadamard: bool = False
+    hadamard: int = 0
     sum_output: bool = False
     f32_output: bool = False
     quantize: str = "token"
@@ -91,6 +91,8 @@ class Rowwise:
             if self.activation not in ACTIVATIONS
             else f"unknown quantizer {self.quantize!r}"
             if self.quantize not in ("", "token", "tensor")
+            else f"blocks of {self.hadamard} do not divide it"
+            if self.hadamard and (self.hadamard < 1 or self.width % self.hadamard)
             else "bits must be 2 to 8"
             if not 2 <= self.bits <= 8
             else "a gated activation takes neither residual nor norm"
@@ -140,14 +142,16 @@ class Rowwise:
     def _rows(self, begin: Any, end: Any, names: dict[str, Any], lanes: int) -> None:
         d = self.width
         keeps = bool(self.residual or self.norm or self.activation or self.gated or self.hadamard)
-        scratch = B.alloc_buffer((d,), "float32") if self.quantize and keeps and not self.f32_output else None
+        own = self.quantize and keeps and (not self.f32_output or self.hadamard)
+        scratch = B.alloc_buffer((d,), "float32") if own else None
         total = B.alloc_buffer((d,), "float32") if self.residual and self.norm and not self.sum_output else None
         with v.span(begin, end) as i:
 
             def row(buffer: Any) -> Any:
                 return lambda s: [s] if buffer is scratch or buffer is total else [i, s]
 
-            y = names.get("y", scratch)
+            y = names.get("y") if scratch is None else scratch
+            copy = names.get("y") if self.hadamard else None
             value = self._input(i, names, total if total is not None else names.get("sum"), lanes)
             value = self._normalised(value, names, lanes)
             value = self._activated(value, i, names)
@@ -158,6 +162,8 @@ class Rowwise:
                 def keep(s: Any, n: int) -> Any:
                     a = v.let(value(s, n))
                     v.store(y, at_y(s), a, n)
+                    if copy is not None:
+                        v.store(copy, [i, s], a, n)
                     return _magnitude(a, n)
 
                 if self.quantize == "token" and not self.hadamard:
@@ -167,7 +173,7 @@ class Rowwise:
                 if self.hadamard:
                     from qcompile.codegen.kernels.x86.hadamard import transform_row
 
-                    transform_row(y, at_y, d, lanes)
+                    transform_row(y, at_y, d, lanes, self.hadamard)
                 value = lambda s, n: v.load(y, at_y(s), n)  # noqa: E731
             if self.quantize == "token":
                 if absmax is None:
@@ -291,13 +297,13 @@ class Rowwise:
             a = a * given.get("gamma", 1.0) + given.get("beta", 0.0)
         with np.errstate(over="ignore"):
             a = ACTIVATIONS[self.activation](a[:, :d]) * (a[:, d:] if self.gated else 1.0)
-        if self.hadamard:
-            from qcompile.formats.hadamard import hadamard_matrix
-
-            a = a @ hadamard_matrix(d)
         out["y"] = a.astype(np.float32)
         if self.quantize:
-            out["codes"], out["scale"] = self.quantized(out["y"], given.get("static_scale"))
+            rotated = out["y"]
+            if self.hadamard:
+                blocks = a.reshape(len(a), -1, self.hadamard) @ hadamard_matrix(self.hadamard)
+                rotated = blocks.reshape(a.shape).astype(np.float32)
+            out["codes"], out["scale"] = self.quantized(rotated, given.get("static_scale"))
         return out
 
     def quantized(self, y: np.ndarray, static_scale: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:

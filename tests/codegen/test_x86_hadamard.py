@@ -1,0 +1,48 @@
+"""Rotations fused into the row kernels equal the matrix product."""
+
+import numpy as np
+import pytest
+
+from qcompile.codegen.kernels.x86.harness import TARGETS, run
+from qcompile.codegen.kernels.x86.rowwise import Rowwise
+from qcompile.formats.hadamard import hadamard_matrix
+
+
+@pytest.mark.parametrize("target", TARGETS, ids=str)
+@pytest.mark.parametrize(
+    ("width", "block"),
+    [
+        (1, 1),
+        (2, 2),
+        (12, 4),
+        (24, 8),
+        (48, 16),
+        (60, 12),
+        (60, 20),
+        (96, 32),
+        (88, 44),
+        (384, 128),
+        (384, 384),
+        (256, 256),
+    ],
+)
+def test_rotation_before_the_quantizer(target, width, block):
+    x = np.random.default_rng(0).standard_normal((5, width)).astype(np.float32)
+    x[:, 0] *= 30
+    x[3] = 0
+    kernel = Rowwise(width, hadamard=block)
+    got = run(kernel, target, {"M": 5}, x)
+    want = (x.reshape(5, -1, block).astype(np.float64) @ hadamard_matrix(block)).reshape(5, width)
+    scale = np.abs(want).max(1) / 127
+    np.testing.assert_allclose(got["scale"], np.where(scale == 0, 1, scale), rtol=1e-5)
+    back = (got["codes"].astype(np.float64) - 128) * got["scale"][:, None]
+    assert (np.abs(back - want) <= 0.501 * got["scale"][:, None] + 1e-6).all()
+
+
+def test_the_float_output_is_not_rotated():
+    x = np.random.default_rng(0).standard_normal((3, 64)).astype(np.float32)
+    kernel = Rowwise(64, norm="rms", gamma=False, f32_output=True, hadamard=32)
+    got, want = run(kernel, TARGETS[0], {"M": 3}, x), kernel.reference(x)
+    np.testing.assert_allclose(got["y"], want["y"], rtol=1e-5, atol=1e-6)
+    assert np.abs(got["codes"].astype(int) - want["codes"].astype(int)).max() <= 1
+    np.testing.assert_allclose(got["scale"], want["scale"], rtol=1e-5)

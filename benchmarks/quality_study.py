@@ -9,8 +9,7 @@ their codes, activations to int8 with one scale per token. The rows of the table
 
 from __future__ import annotations
 
-import argparse
-import json
+import contextlib
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,7 +32,10 @@ class Setting:
     Attributes:
         quantized_prefix: take statistics behind the already quantized part of the model, activations rounded.
         centered: take the mean out of the Hessian, and put the mean error into the bias.
-        correct: move the weights to the least-squares solution for the rounded inputs before rounding them.
+        correct: move the weights to the least-squares solution for the rounded inputs before rounding them, with this
+            damping.
+        shift: stages whose inputs are centred on their calibration mean before they are rounded.
+        smooth: stages whose input channels are divided by ``max|x|^alpha / max|w|^(1 - alpha)`` before rounding.
     """
 
     weights: str
@@ -43,15 +45,17 @@ class Setting:
     quantized_prefix: bool = True
     centered: bool = False
     correct: float | None = None
-    strength: float = 1.0
+    shift: tuple[int, ...] = ()
+    smooth: tuple[int, ...] = ()
+    alpha: float = 0.5
 
     def __str__(self) -> str:
         parts = [self.weights, f"A{self.act_bits}" if self.act_bits else "A32", self.solver]
         parts += [f"{k}={v}" for k, v in self.options.items()]
         parts += ["float-prefix"] * (self.solver != "rtn" and not self.quantized_prefix)
-        parts += ["bias"] * self.centered + (
-            [f"correct={self.correct}x{self.strength}"] if self.correct is not None else []
-        )
+        parts += ["bias"] * self.centered + [f"correct={self.correct}"] * (self.correct is not None)
+        parts += [f"shift={self.shift}"] * bool(self.shift)
+        parts += [f"smooth={self.smooth}^{self.alpha}"] * bool(self.smooth)
         return " ".join(parts)
 
 
@@ -63,8 +67,14 @@ class SimulatedLinear(nn.Module):
         self.weight, self.bias = linear.weight.data, None if linear.bias is None else linear.bias.data
         self.float_weight, self.float_bias = self.weight, self.bias
         self.act_bits, self.quantized, self.inputs = act_bits, False, None
+        self.shift, self.smooth = torch.zeros(linear.in_features), torch.ones(linear.in_features)
+
+    def transform(self, x: torch.Tensor) -> torch.Tensor:
+        return (x - self.shift) / self.smooth
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.quantized:
+            x = self.transform(x)
         if self.quantized and self.act_bits:
             top = 2 ** (self.act_bits - 1) - 1
             scale = x.abs().amax(-1, keepdim=True).clamp_min(1e-12) / top
@@ -106,10 +116,8 @@ def inputs_of(
 
     handle = layer.register_forward_hook(stop)
     for h, kw in zip(hidden, kwargs, strict=True):
-        try:
+        with contextlib.suppress(_StopForward):
             block(h, **kw)
-        except _StopForward:
-            pass
     handle.remove()
     rows = torch.cat([x.reshape(-1, x.shape[-1])[m.reshape(-1)] for x, m in zip(layer.inputs, masks, strict=True)])
     layer.inputs = None
@@ -132,10 +140,8 @@ def capture_blocks(model: nn.Module, blocks: list[nn.Module], batches: list[dict
 
     handle = blocks[0].register_forward_pre_hook(grab, with_kwargs=True)
     for batch in batches:
-        try:
+        with contextlib.suppress(_StopForward):
             model(**batch)
-        except _StopForward:
-            pass
     handle.remove()
     return hidden, kwargs
 
@@ -159,21 +165,33 @@ class Moments:
         return cls(*(m.double().numpy() for m in (hessian, cross, mean, float_mean)))
 
 
+def choose_transforms(layers: list[SimulatedLinear], stage: int, setting: Setting, y: torch.Tensor) -> None:
+    """Set the shift and smoothing that the layers of one stage share, from their inputs in the float model."""
+    shift = y.mean(0) if stage in setting.shift else torch.zeros(y.shape[1])
+    smooth = torch.ones(y.shape[1])
+    if stage in setting.smooth:
+        weight = torch.cat([layer.float_weight for layer in layers]).abs().amax(0).clamp_min(1e-4)
+        smooth = (y - shift).abs().amax(0).clamp_min(1e-4) ** setting.alpha / weight ** (1 - setting.alpha)
+    for layer in layers:
+        layer.shift, layer.smooth = shift, smooth
+
+
 def quantize_layer(layer: SimulatedLinear, setting: Setting, moments: Moments) -> None:
     """Choose the codes of one layer, and correct its bias."""
+    float_weight = layer.float_weight * layer.smooth
+    offset = layer.float_weight @ layer.shift
+    layer.weight, layer.bias = float_weight, offset if layer.float_bias is None else layer.float_bias + offset
     if setting.weights == "float":
         return
     fmt = parse_format(setting.weights)
-    weight = layer.float_weight.T.float().contiguous().numpy()
-    target = weight
+    weight = target = float_weight.T.float().contiguous().numpy()
     if setting.correct is not None:
         target = correct_weight(weight, moments.hessian, moments.cross, damping=setting.correct)
-        target = weight + setting.strength * (target - weight)
     quantized = fmt.decode(get_solver(setting.solver, **setting.options).solve(target, fmt, hessian=moments.hessian))
     layer.weight = torch.from_numpy(quantized.T.copy())
-    if setting.centered and layer.bias is not None:
+    if setting.centered and layer.float_bias is not None:
         layer.bias = torch.from_numpy(
-            correct_bias(layer.float_bias.numpy(), weight, quantized, moments.float_mean, moments.mean)
+            correct_bias(layer.bias.numpy(), weight, quantized, moments.float_mean, moments.mean)
         )
 
 
@@ -181,7 +199,7 @@ def quantize_model(task: MiniLM | DocsLlama, setting: Setting) -> None:
     """Replace the linear layers by simulated ones and quantize them in order of execution."""
     blocks, stages = task.blocks, task.stages
     for block in blocks:
-        for name in sum(stages, []):
+        for name in [name for stage in stages for name in stage]:
             owner, leaf = block.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
             old = getattr(owner, leaf)
             if isinstance(old, SimulatedLinear):
@@ -200,10 +218,13 @@ def quantize_model(task: MiniLM | DocsLlama, setting: Setting) -> None:
     hidden, float_inputs = task.hidden, iter(task.float_inputs)
     needs_prefix = setting.quantized_prefix and (setting.solver not in ("rtn", "mse") or setting.centered)
     for block in blocks:
-        for names in stages:
+        for stage, names in enumerate(stages):
             layers = [block.get_submodule(n) for n in names]
             y = next(float_inputs)
+            choose_transforms(layers, stage, setting, y)
             x = inputs_of(block, layers[0], hidden, task.kwargs, task.masks, True) if needs_prefix else y
+            y = layers[0].transform(y)
+            x = x if needs_prefix else y
             moments = Moments.of(x, y, setting.centered)
             for layer in layers:
                 quantize_layer(layer, setting, moments)

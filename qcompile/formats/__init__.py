@@ -18,6 +18,7 @@ from qcompile.formats.integer import ActivationFormat, IntFormat, parse_activati
 from qcompile.formats.layout import BitLayout
 from qcompile.formats.microscaling import MxFloat, NvFp4
 from qcompile.formats.powers import FixedPoint, PowerOfTwoSum
+from qcompile.formats.table import dequantize_rows, quantize_rows
 from qcompile.formats.ternary import Ternary
 
 __all__ = [
@@ -39,8 +40,10 @@ __all__ = [
     "Quantized",
     "Ternary",
     "check_weight",
+    "dequantize_rows",
     "list_formats",
     "parse_activation",
     "parse_format",
+    "quantize_rows",
     "register_format",
 ]

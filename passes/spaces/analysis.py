@@ -58,13 +58,14 @@ class Space:
     Attributes:
         index: number of the space.
         family: family in the solution; spaces of one family share one permutation.
-        column: column of the family.
+        columns: columns of the family.
         classes: ``(n,)``, the solver's classes in index order.
         cells: ``(n,)``, block each channel mixes in, numbered from 0; every channel its own if nothing mixes.
         limit: restrictions on a block.
         scalable: whether a free positive diagonal acts on single channels.
         signed: whether single channels may change sign.
         permutable: whether some channels may trade places.
+        units: how many units (heads, groups) of it may trade places as a whole; 0 if none.
         leader: index of the space that this one follows through a peeled scaling, or None.
         follows: name of that scaling's node.
         members: constants.
@@ -74,13 +75,14 @@ class Space:
 
     index: int
     family: int
-    column: int
+    columns: tuple[int, ...]
     classes: np.ndarray
     cells: np.ndarray
     limit: Limit
     scalable: bool
     signed: bool
     permutable: bool
+    units: int = 0
     leader: int | None = None
     follows: str = ""
     members: list[Member] = field(default_factory=list)
@@ -101,9 +103,8 @@ class Space:
     @property
     def pinned(self) -> bool:
         """Whether only the identity acts."""
-        return not (self.scalable or self.signed or self.permutable or self.leader is not None) and not any(
-            g.mixes or g.scalable for _, g in self.blocks
-        )
+        free = self.scalable or self.signed or self.permutable or self.units or self.leader is not None
+        return not free and not any(g.mixes or g.scalable for _, g in self.blocks)
 
     @property
     def group(self) -> str:
@@ -130,6 +131,8 @@ class Space:
                     parts.append(_power(text, count))
         if self.permutable:
             parts.append("S")
+        if self.units:
+            parts.append(f"S_{self.units} of units")
         return " x ".join(parts) or "1"
 
 
@@ -267,28 +270,28 @@ def analyse(model: ir.Model) -> Spaces:
 
 
 def _spaces(s: Solution) -> tuple[list[Space], np.ndarray]:
+    """Columns of a family that the same uses touch form one space."""
     found = []
     for number, family in enumerate(s.families):
-        for column in range(family.classes.shape[1]):
-            classes = np.sort(family.classes[:, column])
-            first = classes[0]
-            limit = Limit(int(s.limit_of[first]))
-            following = s.leader[first] >= 0
-            order = np.argsort(classes)
-            _, cells = np.unique(s.cell_of[classes], return_inverse=True)
-            mixes = not following and s.cell_of[classes[0]] in s.cells
-            if not mixes:
+        groups: dict[tuple[int, int, bool], list[int]] = {}
+        for column, c in enumerate(family.classes[0]):
+            groups.setdefault((int(s.signature[c]), int(s.limit_of[c]), s.leader[c] >= 0), []).append(column)
+        for (_, limit, following), columns in groups.items():
+            classes = np.sort(family.classes[:, columns].reshape(-1))
+            if not following and int(s.cell_of[classes[0]]) in s.cells:
+                _, cells = np.unique(s.cell_of[classes], return_inverse=True)
+            else:
                 cells = np.arange(len(classes))
             found.append(
                 Space(
                     0,
                     number,
-                    column,
-                    classes[order],
+                    tuple(columns),
+                    classes,
                     cells,
-                    limit,
-                    scalable=bool((family.logs[column] != 0).any()),
-                    signed=bool(family.signs[column].any()),
+                    Limit(limit),
+                    scalable=bool((family.logs[columns] != 0).any()),
+                    signed=bool(family.signs[columns].any()),
                     permutable=bool((family.orbit >= 0).any()),
                 )
             )
@@ -300,6 +303,9 @@ def _spaces(s: Solution) -> tuple[list[Space], np.ndarray]:
     for i, space in enumerate(found):
         space.index = i
         space_of_class[space.classes] = i
+    for units in s.unit_orbits:
+        for i in np.unique(space_of_class[units]):
+            found[i].units = max(found[i].units, len(units))
     for space in found:
         number = s.leader[space.classes[0]]
         if number >= 0:

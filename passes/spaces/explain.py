@@ -12,6 +12,9 @@ def table(spaces: Spaces) -> str:
     """One block per space: size, group, members, and what restricts it."""
     lines = []
     for space in spaces:
+        if not space.members and not space.values:
+            # Bookkeeping of the order of heads; shown at the spaces that have heads.
+            continue
         lines.append(f"#{space.index:<4} {space.size:>6}  {space.group}")
         for role in ("writer", "reader", "parameter"):
             names = [f"{m.name}{list(m.axes)}" for m in space.members if m.role == role]
@@ -37,6 +40,7 @@ def _space(space: Space) -> dict:
         "scalable": space.scalable,
         "signed": space.signed,
         "permutable": space.permutable,
+        "units": space.units,
         "follows": space.leader,
         "members": [{"name": m.name, "axes": list(m.axes), "role": m.role} for m in space.members],
         "values": [{"name": name, "axes": list(axes)} for name, axes in space.values],

@@ -113,6 +113,11 @@ def _orbits(s: Solution, views: Views, bundle_of: np.ndarray, make: np.ndarray, 
     np.add.at(place, bundle_of, hashed(hashed(views.unit, 53) + make, 34))
     shared = ~single
     np.add.at(place, bundle_of[shared], hashed(views.cell[shared], 36))
+    for number, (a, b) in enumerate(c.unit_links):
+        # A bundle that stands for a unit does not move without the unit's channels, nor they without it.
+        one, other = bundle_of[s.class_of[a]], bundle_of[s.class_of[b]]
+        np.add.at(place, one, hashed(other, number * 2 + 100))
+        np.add.at(place, other, hashed(one, number * 2 + 101))
     place = np.where(alone, hashed(0, 37), place + hashed(unit, 38)) + hashed(color, 39)
     orbit, counts = rank(place)
     free = (counts[orbit] > 1) & ~mixes
@@ -146,9 +151,15 @@ def _unit_orbits(
             continue
         tables = [s.families[f].classes[r] for f, r in zip(family[members], row[members])]
         classes = np.concatenate(tables)
-        _, pattern = np.unique(np.where(single[classes], -1, views.cell[classes]), return_inverse=True)
+        pattern = _first_occurrence(np.where(single[classes], -1, views.cell[classes]))
         shapes.setdefault(color[members].tobytes() + pattern.tobytes(), []).append(classes)
     s.unit_orbits = [np.stack(units) for units in shapes.values() if len(units) > 1]
+
+
+def _first_occurrence(keys: np.ndarray) -> np.ndarray:
+    """Number keys in the order in which they first occur."""
+    _, first, inverse = np.unique(keys, return_index=True, return_inverse=True)
+    return np.argsort(np.argsort(first))[inverse]
 
 
 def _spanning(views: Views, bundle_of: np.ndarray, unit: np.ndarray, single: np.ndarray) -> np.ndarray:

@@ -32,16 +32,28 @@ def scale(spaces: Spaces, element: Element, space: Space, factor: np.ndarray) ->
     if not admits_diagonal(space):
         raise RecipeError(f"space #{space.index} ({space.group}) does not admit scales")
     if space.scalable:
-        family = solution.families[space.family]
-        row = family.logs[space.column]
-        logs = np.outer(np.log(factor), row / (row @ row)) @ family.logs.T
-        element.log[family.classes[solution.row_of[space.classes]]] += logs
+        _scale_family(spaces, element, space, np.log(factor))
         return
     for cell in np.unique(solution.cell_of[space.classes]):
         members = solution.cells[int(cell)]
         place = np.searchsorted(space.classes, members)
         old = element.blocks.get(int(cell), np.eye(len(members)))
         element.blocks[int(cell)] = factor[place][:, None] * old
+
+
+def _scale_family(spaces: Spaces, element: Element, space: Space, logs: np.ndarray) -> None:
+    solution = spaces.solution
+    family = solution.families[space.family]
+    columns = list(space.columns)
+    wanted = np.zeros((len(family.classes), len(columns)))
+    place = {column: k for k, column in enumerate(columns)}
+    at = np.array([place[c] for c in solution.column_of[space.classes].tolist()])
+    wanted[solution.row_of[space.classes], at] = logs
+    basis = family.logs[columns]
+    free = wanted @ np.linalg.pinv(basis).T
+    if np.abs(free @ basis.T - wanted).max() > 1e-9 * max(1.0, np.abs(wanted).max()):
+        raise RecipeError(f"space #{space.index} ({space.group}): some of its scales are tied to each other")
+    element.log[family.classes] += free @ family.logs.T
 
 
 def mix(spaces: Spaces, element: Element, space: Space, cell: int, matrix: np.ndarray) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from qcompile.passes.spaces.groups import GL, PLANE
+from qcompile.passes.spaces.groups import FIXED, GL, PLANE
 from qcompile.passes.spaces.index_map import IndexMap
 from qcompile.passes.spaces.rules.registry import rule
 from qcompile.passes.spaces.walk import NodeView
@@ -43,30 +43,33 @@ def attention(n: NodeView) -> None:
         return
     q, k, v = (_per_head(n, i, heads, flat) for i, heads in ((0, q_heads), (1, kv_heads), (2, kv_heads)))
     repeats = q_heads // kv_heads
-    group = np.repeat(np.arange(kv_heads), repeats)[:, None]
+    # One index per key-value head: what belongs to a head moves with it.
+    units = n.c.fresh(kv_heads, f"{n.name} heads", (1,), constant=False)[:, None]
+    n.use(units, "heads", FIXED, single=True)
+    for table, role in ((q, "query"), (k, "key"), (v, "value")):
+        if table is not None:
+            mine = units if role != "query" else np.repeat(units, repeats, 0)
+            heads = np.arange(len(table))[:, None]
+            n.use(table, role, GL, mix=heads, unit=np.repeat(np.arange(kv_heads), len(table) // kv_heads)[:, None])
+            n.c.unit_link(table, np.broadcast_to(mine, table.shape))
     if q is not None and k is not None:
         n.c.dual(q, np.repeat(k, repeats, 0))
-        n.use(q, "query", GL, mix=np.arange(q_heads)[:, None], unit=group)
-        n.use(k, "key", GL, mix=np.arange(kv_heads)[:, None], unit=np.arange(kv_heads)[:, None])
     for mine, other, label in ((q, k, "keys"), (k, q, "queries")):
         if mine is not None and other is None:
             n.pin(mine, "scores", f"the {label} belong to no space")
     if n.has(3):
-        _mask(n, next((t for t in (k, v) if t is not None), None), q_heads, kv_heads)
+        _mask(n, units, q_heads, kv_heads)
     if v is None:
         return
-    n.use(v, "value", GL, mix=np.arange(kv_heads)[:, None], unit=np.arange(kv_heads)[:, None])
-    if k is not None:
-        n.c.unit_link(k[:, :1], v[:, :1])
     out = np.repeat(v, repeats, 0)
     n.set([IndexMap(out.reshape(1, 1, -1) if flat else out[None, :, None, :])])
 
 
-def _mask(n: NodeView, units: np.ndarray | None, q_heads: int, kv_heads: int) -> None:
+def _mask(n: NodeView, units: np.ndarray, q_heads: int, kv_heads: int) -> None:
     """A bias per head (relative positions) moves with its head; if it cannot, heads keep their places."""
     shape = n.shape(3)
     heads = shape[-3] if shape is not None and len(shape) >= 3 else 1 if shape is not None else None
-    if heads == 1 or units is None:
+    if heads == 1:
         n.fixed(n.maps(3), "mask")
         return
     axis = len(shape) - 3 if shape is not None else 0
@@ -77,7 +80,7 @@ def _mask(n: NodeView, units: np.ndarray | None, q_heads: int, kv_heads: int) ->
         if m is not found:
             n.pin(m.table, "mask", "is added to attention scores")
     if found is None:
-        n.use(units, "heads", color=np.arange(kv_heads)[:, None])
+        n.use(units, "heads", FIXED, single=True, color=np.arange(kv_heads)[:, None])
         return
     n.fixed([found], "mask")
     n.c.unit_link(found.flat, np.repeat(units[:, 0], q_heads // kv_heads))

@@ -21,7 +21,7 @@ NEWEST = 24
 
 
 def convert_opset(model: ir.Model, target: int) -> None:
-    """Raise ``model`` to default-domain opset ``target``; a model that is there already is left alone.
+    """Raise ``model`` and its functions to default-domain opset ``target``; what is there already is left alone.
 
     Raises:
         ModelError: the model's opset is below 13, missing, or above ``NEWEST``.
@@ -36,19 +36,21 @@ def convert_opset(model: ir.Model, target: int) -> None:
         raise ModelError(
             f"opset {version} is newer than {NEWEST}; export the model again with opset {NEWEST} or earlier"
         )
-    for node in list(model.graph.all_nodes()):
-        if node.domain in ("", "ai.onnx"):
+    model.opset_imports.pop("ai.onnx", None)
+    model.opset_imports[""] = version  # the graph's imports are the model's
+    bodies: list[ir.Graph | ir.Function] = [model.graph, *model.functions.values()]
+    for body in bodies:
+        start = body.opset_imports.get("", body.opset_imports.get("ai.onnx", version))
+        for node in list(body.all_nodes()):
+            if node.domain not in ("", "ai.onnx"):
+                continue
             node.domain = ""
             node.version = None
             for op_type, since, adapt in _ADAPTERS:
-                if node.op_type == op_type and version < since <= target:
+                if node.op_type == op_type and start < since <= target:
                     adapt(node)
-    for holder in (model, model.graph):
-        holder.opset_imports.pop("ai.onnx", None)
-        holder.opset_imports[""] = max(version, target)
-    for function in model.functions.values():
-        if "" in function.opset_imports and function.domain != "qcompile":
-            function.opset_imports[""] = max(function.opset_imports[""], target)
+        body.opset_imports.pop("ai.onnx", None)
+        body.opset_imports[""] = max(start, target)
     model.ir_version = max(model.ir_version or 0, 10)
 
 

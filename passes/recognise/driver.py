@@ -70,10 +70,10 @@ def recognise(model: ir.Model) -> tuple[ir.Model, Recognised]:
 
 def prepare(model: ir.Model) -> None:
     """Inline functions of other domains, make constants initializers, raise the opset number."""
+    convert_opset(model, OPSET)
     common_passes.InlinePass()(model)
     common_passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     common_passes.RemoveInitializersFromInputsPass()(model)
-    convert_opset(model, OPSET)
     common_passes.CommonSubexpressionEliminationPass()(model)
 
 

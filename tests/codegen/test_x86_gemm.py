@@ -314,6 +314,9 @@ def test_selection_gives_its_reason_and_the_refusals():
     choice = select(problem, x86.VNNI)
     assert choice.family.name == "x86-vnni" and "rows" in choice.reason and "int16" in choice.refused["x86-maddubs"]
     assert select(problem, x86.AVX2).family.name == "x86-maddwd"
+    for fmt in ("int4", "int4/g32", "int3/g64/asym", "int2"):
+        narrow = LinearProblem(384, 1152, parse_format(fmt), parse_activation("int8"))
+        assert select(narrow, x86.VNNI).family.name == "x86-vnni", "VNNI does the work of three instructions in one"
     assert (
         select(LinearProblem(64, 64, IntFormat(4, 32), parse_activation("int8")), x86.AVX2).family.name == "x86-maddubs"
     )

@@ -42,10 +42,6 @@ class DotGemm(TiledGemm):
     def unit(self, panels: Panels) -> int:
         return 1 << (8 - panels.bits) if panels.twos_complement else 1
 
-    def unpack_cycles(self, problem: LinearProblem) -> float:
-        bits = problem.weight.bits
-        return {8: 0.0, 4: 2.0, 2: 2.0, 1: 2.0}.get(bits, 2.0 * bits)
-
     # Micro-kernel
 
     def codes(
@@ -109,8 +105,9 @@ class VnniGemm(DotGemm):
             return f"{self.name} multiplies integer activations; this operator has float ones"
         return byte_refusal(self.name, problem)
 
-    def macs_per_cycle(self, problem: LinearProblem, target: Target) -> float:
-        return 55.0
+    def speed(self, problem: LinearProblem, target: Target) -> tuple[float, float]:
+        bits = problem.weight.bits
+        return 60.0, 0.5 * bits if 8 % bits else 0.0 if bits == 8 else 0.5
 
     def tiles(self, problem: LinearProblem, target: Target) -> list[tuple[int, int]]:
         if not target.has("avx512", "vnni"):
@@ -170,8 +167,10 @@ class MaddubsGemm(DotGemm):
             return f"{self.name}: two products with {problem.weight} codes may overflow int16"
         return ""
 
-    def macs_per_cycle(self, problem: LinearProblem, target: Target) -> float:
-        return 50.0 if target.has("avx512") else 36.0
+    def speed(self, problem: LinearProblem, target: Target) -> tuple[float, float]:
+        bits = problem.weight.bits
+        unpack = 0.6 * bits if 8 % bits else 0.9
+        return (41.0, 2 * unpack) if target.has("avx512") else (44.0, unpack)
 
     def tiles(self, problem: LinearProblem, target: Target) -> list[tuple[int, int]]:
         if target.has("avx512"):

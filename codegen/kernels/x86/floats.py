@@ -52,11 +52,11 @@ class FloatGemm(TiledGemm):
             return [(8, 3), (6, 4), (12, 2)]
         return [(4, 2), (6, 2), (4, 3), (12, 1)]
 
-    def macs_per_cycle(self, problem: LinearProblem, target: Target) -> float:
-        return 14.0 if target.has("avx512") else 12.0
-
-    def unpack_cycles(self, problem: LinearProblem) -> float:
-        return 8.0 if problem.weight.bits in (1, 2, 4, 8) else 8.0 + 2 * problem.weight.bits
+    def speed(self, problem: LinearProblem, target: Target) -> tuple[float, float]:
+        bits = problem.weight.bits
+        if target.has("avx512"):
+            return 16.0, 8.0 + bits if 8 % bits else 8.0 if bits == 8 else 4.0
+        return 15.0, 5.0 + bits if 8 % bits else 5.0
 
     def micro(self, e: Emission, panel: Any, first: Any, rows: int) -> None:
         self.by_group(e, panel, "float32", rows, lambda group, sums: self._reduce(e, panel, first, sums, group))

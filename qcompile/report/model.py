@@ -92,5 +92,8 @@ class Report:
         return bits / weights if weights else 32.0
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values that JSON can hold."""
-        return {**dataclasses.asdict(self), "bits_per_weight": self.bits_per_weight}
+        """Plain values that JSON can hold; channel ranges are left to the plots."""
+        content = dataclasses.asdict(self)
+        for layer in content["layers"]:
+            del layer["before"], layer["after"]
+        return {**content, "bits_per_weight": self.bits_per_weight}

@@ -9,6 +9,7 @@ their codes, activations to int8 with one scale per token. The rows of the table
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import time
 from dataclasses import dataclass, field
@@ -323,3 +324,54 @@ def study(task: MiniLM | DocsLlama, settings: list[Setting]) -> None:
         solved = time.perf_counter() - start
         quality = "  ".join(f"{k} {v:.4f}" for k, v in task.quality().items())
         print(f"{setting!s:75s} {quality}   {solved:5.1f} s", flush=True)
+
+
+LN_SHIFT = (0, 1, 2)
+"""Stages of MiniLM whose inputs can be shifted for free: the shift moves into LayerNorm, value and output biases."""
+
+
+def minilm_settings() -> list[Setting]:
+    rows = [Setting("float", act_bits=8), Setting("int8", act_bits=0), Setting("int8")]
+    rows += [
+        Setting("int8", "gptq", centered=True),
+        Setting("int8", "gptq", centered=True, shift=LN_SHIFT),
+        Setting("int8", "gptq", centered=True, shift=LN_SHIFT, smooth=(0,)),
+    ]
+    for weights in ("int4/g32", "int2/g32"):
+        rows += [
+            Setting(weights),
+            Setting(weights, "mse"),
+            Setting(weights, "gptq", quantized_prefix=False),
+            Setting(weights, "gptq"),
+            Setting(weights, "gptq", centered=True),
+            Setting(weights, "quantease", centered=True),
+            Setting(weights, "quantease", centered=True, correct=0.1),
+            Setting(weights, "quantease", centered=True, correct=0.1, shift=LN_SHIFT),
+            Setting(f"{weights}/asym", "quantease", centered=True, correct=0.1, shift=LN_SHIFT),
+        ]
+    return [*rows, Setting("bitplane2/g32", "quantease", centered=True, correct=0.1, shift=LN_SHIFT)]
+
+
+def llama_settings() -> list[Setting]:
+    rows = [Setting("float", act_bits=0), Setting("float", act_bits=8), Setting("int8")]
+    weights = "int4/g128"
+    rows += [Setting(weights), Setting(weights, "mse"), Setting(weights, "gptq"), Setting(weights, "quantease")]
+    return [*rows, Setting(weights, "quantease", correct=0.1), Setting("int4/g32", "quantease")]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("task", choices=["minilm", "llama"])
+    parser.add_argument("path", nargs="?", help="Hugging Face directory; minilm needs none")
+    parser.add_argument("--only", metavar="TEXT", help="run the rows whose description contains this")
+    arguments = parser.parse_args()
+    if arguments.task == "llama" and arguments.path is None:
+        parser.error("llama needs the path of the model")
+    torch.set_grad_enabled(False)
+    task = MiniLM(arguments.path) if arguments.task == "minilm" else DocsLlama(arguments.path)
+    settings = minilm_settings() if arguments.task == "minilm" else llama_settings()
+    study(task, [s for s in settings if arguments.only is None or arguments.only in str(s)])
+
+
+if __name__ == "__main__":
+    main()

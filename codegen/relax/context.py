@@ -40,6 +40,7 @@ class Known:
     tensor: ir.TensorProtocol | None = None
     symbolic: np.ndarray | None = None
     sequence: list[Any] | None = None
+    run_time: list[Dim] | None = None
 
     def is_constant(self) -> bool:
         """Whether the contents are known now."""
@@ -134,10 +135,13 @@ class Context:
 
         The new variables stand for whatever the tensor holds when the program runs, so they can be negative.
         """
-        known = self.symbolic(value)
-        if known is not None:
-            return list(known.reshape(-1))
-        return self.dims_from_tensor(self.expr(value), value.name or "value")
+        symbolic = self.symbolic(value)
+        if symbolic is not None:
+            return list(symbolic.reshape(-1))
+        known = self.known(value)
+        if known.run_time is None:
+            known.run_time = self.dims_from_tensor(self.expr(value), value.name or "value")
+        return list(known.run_time)
 
     def dtype(self, value: ir.Value) -> ir.DataType:
         """The ONNX element type of a value."""

@@ -22,7 +22,7 @@ from qcompile.codegen.relax.fold import fold
 from qcompile.codegen.relax.program import RelaxProgram, TensorSpec
 from qcompile.codegen.relax.registry import converters
 from qcompile.codegen.relax.shape_values import evaluate
-from qcompile.codegen.relax.specification import output_dtypes, specified_function
+from qcompile.codegen.relax.specification import default_attributes, output_dtypes, specified_function
 from qcompile.errors import ModelError, QcompileError, UnsupportedOperatorError
 from qcompile.targets.target import Target
 
@@ -45,16 +45,20 @@ def to_relax(model: ir.Model, *, target: Target | None = None, params_threshold:
     ctx.scope = Scope(dict(graph.opset_imports))
     inputs = [v for v in graph.inputs if v.const_value is None]
     variables = [_input(ctx, v) for v in inputs]
-    with ctx.bb.function("main"):
-        with ctx.bb.dataflow():
-            convert_nodes(ctx, graph)
-            results = [_output(ctx, v) for v in graph.outputs]
-            specs = [
-                _spec(v.name or f"output_{i}", ctx.dtype(v), ctx.shape(r))
-                for i, (v, r) in enumerate(zip(graph.outputs, results))
-            ]
-            output = ctx.bb.emit_output(results[0] if len(results) == 1 else relax.Tuple(results))
-        ctx.bb.emit_func_output(output, params=[*variables, *ctx.param_vars])
+    try:
+        with ctx.bb.function("main"):
+            with ctx.bb.dataflow():
+                convert_nodes(ctx, graph)
+                results = [_output(ctx, v) for v in graph.outputs]
+                specs = [
+                    _spec(v.name or f"output_{i}", ctx.dtype(v), ctx.shape(r))
+                    for i, (v, r) in enumerate(zip(graph.outputs, results))
+                ]
+                output = ctx.bb.emit_output(results[0] if len(results) == 1 else relax.Tuple(results))
+            ctx.bb.emit_func_output(output, params=[*variables, *ctx.param_vars])
+    except BaseException:
+        ctx.bb._end_block()  # an abandoned block would be reported as a mistake of ours
+        raise
     mod = ctx.bb.finalize()
     main = mod["main"].with_attr("num_input", len(variables))
     mod.update_func(mod.get_global_var("main"), main)
@@ -243,7 +247,7 @@ def _expand(ctx: Context, node: ir.Node) -> bool:
 def call_function(ctx: Context, node: ir.Node, function: ir.Function) -> None:
     """Converts a function's body with the node's inputs and attributes as its arguments."""
     function = function.clone()
-    _resolve_attributes(function, node, function.attributes)
+    _resolve_attributes(function, node, {**default_attributes(ctx, node), **function.attributes})
     inner = Scope(dict(function.opset_imports))
     for i, formal in enumerate(function.inputs):
         actual = node.inputs[i] if i < len(node.inputs) else None

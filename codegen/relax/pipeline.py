@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import tvm
-from tvm import relax, tirx
-from tvm.s_tir.stmt import SBlock, SBlockRealize
+from tvm import relax
 
+from qcompile.codegen.relax.initialization import initialize_empty_reductions
 from qcompile.codegen.relax.program import RelaxProgram
 from qcompile.targets.target import Target
 
@@ -40,7 +40,7 @@ def compile_relax(
         mod = lower(mod, fuse=fuse)
         if schedule and target is not None:
             mod = _schedule(mod, target)
-        mod = _reshapes_as_views(mod)
+        mod = initialize_empty_reductions(mod)
         return tvm.compile(mod, target=tvm_target, relax_pipeline=tvm.transform.Sequential(_build_passes()))
 
 
@@ -48,7 +48,8 @@ def lower(mod: tvm.IRModule, *, fuse: bool = True) -> tvm.IRModule:
     """The target-independent passes: every operator a kernel, chains of kernels fused."""
     passes = [
         relax.transform.EliminateCommonSubexpr(),
-        relax.transform.LegalizeOps(),
+        # a reshape stays one: the virtual machine makes a view of it
+        relax.transform.LegalizeOps(skip_ops=["relax.reshape"]),
         relax.transform.DeadCodeElimination(["main"]),
     ]
     if fuse:
@@ -62,7 +63,7 @@ def lower(mod: tvm.IRModule, *, fuse: bool = True) -> tvm.IRModule:
 
 
 def _build_passes() -> list[Any]:
-    """What brings a module of kernels and calls to the virtual machine, after `_reshapes_as_views`."""
+    """What brings a module of kernels and calls to the virtual machine."""
     t = relax.transform
     return [
         t.ToNonDataflow(),
@@ -76,25 +77,6 @@ def _build_passes() -> list[Any]:
         t.VMShapeLower(),
         t.AttachGlobalSymbol(),
     ]
-
-
-def _reshapes_as_views(mod: tvm.IRModule) -> tvm.IRModule:
-    """Turn kernels that only reshape into views.
-
-    The pass looks into every kernel and expects its body in a root block, which hand-written kernels do not have (it
-    makes their lowering slow); they get one for its duration.
-    """
-    bare = {}
-    for name, function in mod.functions_items():
-        if isinstance(function, tirx.PrimFunc) and not isinstance(function.body, SBlockRealize):
-            bare[name] = function
-            root = SBlockRealize([], True, SBlock([], [], [], "root", function.body))
-            mod.update_func(name, function.with_body(root))
-    mod = relax.transform.RewriteDataflowReshape()(mod)
-    for name, function in bare.items():
-        if any(name.name_hint == other.name_hint for other in mod.get_global_vars()):
-            mod.update_func(mod.get_global_var(name.name_hint), function)
-    return mod
 
 
 def _schedule(mod: tvm.IRModule, target: Target) -> tvm.IRModule:

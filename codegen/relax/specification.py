@@ -53,6 +53,15 @@ def _output_dtype(
     return None
 
 
+def default_attributes(ctx: Context, node: ir.Node) -> dict[str, ir.Attr]:
+    """The attributes the specification gives a default."""
+    spec = schema(node.domain, node.op_type, ctx.version(node))
+    if spec is None:
+        return {}
+    found = {name: a.default_value for name, a in spec.attributes.items()}
+    return {name: ir.from_proto(proto) for name, proto in found.items() if proto is not None and proto.name}
+
+
 def specified_function(ctx: Context, node: ir.Node) -> ir.Function | None:
     """The operator's body as the specification defines it, for the opset in use; ``None`` if it is not a function."""
     version = ctx.version(node)
@@ -74,6 +83,10 @@ def specified_function(ctx: Context, node: ir.Node) -> ir.Function | None:
         return None
     function_proto = onnx.FunctionProto()
     function_proto.ParseFromString(proto)
+    made = {*function_proto.input, *(name for n in function_proto.node for name in n.output)}
+    outputs = [name for name in function_proto.output if name in made]  # bodies for fewer outputs still list them all
+    del function_proto.output[:]
+    function_proto.output.extend(outputs)
     return ir.from_proto(function_proto)
 
 

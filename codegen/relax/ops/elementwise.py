@@ -13,7 +13,9 @@ from tvm import relax, tirx
 from qcompile.codegen.relax import dtypes
 from qcompile.codegen.relax.attributes import attr
 from qcompile.codegen.relax.context import Context
-from qcompile.codegen.relax.ops._kernels import elementwise, maximum, minimum
+from qcompile.codegen.relax.dims import as_expr
+from qcompile.codegen.relax.ops._kernels import elementwise, index_of, maximum, minimum
+from qcompile.codegen.relax.ops._loops import grid, load, loop, loops, scalar, store, when
 from qcompile.codegen.relax.registry import converter
 
 
@@ -216,24 +218,46 @@ def _divide(a: Any, b: Any) -> Any:
     return tirx.Select(zero, _c(0, a), tirx.truncdiv(a, tirx.Select(zero, _c(1, b), b)))
 
 
+def _xor(a: Any, b: Any) -> Any:
+    return tirx.Or(tirx.And(a, tirx.Not(b)), tirx.And(tirx.Not(a), b))
+
+
 def _power(a: Any, b: Any) -> Any:
-    """``a ** b`` in the type of ``a``; integer powers of integers are exact modulo 2^bits."""
+    """``a ** b`` in the type of ``a``."""
     if _is_float(a):
         return tirx.power(a, b.astype(_dtype(a)))
-    if _is_float(b):
-        return tirx.power(a.astype("float64"), b.astype("float64")).astype(_dtype(a))
-    result, square = _c(1, a), a
-    for i in range(min(dtypes.bits(_dtype(b)), 63)):
-        bit = tirx.bitwise_and(tirx.shift_right(b, _c(i, b)), _c(1, b))
-        result = tirx.Select(tirx.EQ(bit, _c(1, b)), result * square, result)
-        square = square * square
-    if dtypes.is_unsigned(_dtype(b)):
-        return result
-    odd = tirx.EQ(tirx.bitwise_and(b, _c(1, b)), _c(1, b))
-    inverse = tirx.Select(tirx.EQ(a, _c(1, a)), _c(1, a), _c(0, a))
-    if dtypes.is_signed(_dtype(a)):
-        inverse = tirx.Select(tirx.EQ(a, _c(-1, a)), tirx.Select(odd, _c(-1, a), _c(1, a)), inverse)
-    return tirx.Select(b < _c(0, b), inverse, result)
+    return tirx.power(a.astype("float64"), b.astype("float64")).astype(_dtype(a))
+
+
+def _integer_power(ctx: Context, a: relax.Expr, b: relax.Expr) -> relax.Expr:
+    """Integer powers of integers by repeated squaring, exact modulo 2^bits; a negative power of anything but +-1 is 0."""
+    dtype, shape = ctx.storage(a), ctx.broadcast(ctx.shape(a), ctx.shape(b))
+    signed = dtypes.is_signed(ctx.storage(b))
+    one, zero = tirx.const(1, dtype), tirx.const(0, dtype)
+
+    def body(base: Any, exponent: Any, out: Any) -> None:
+        square, left = scalar(dtype), scalar("int64")
+        with grid(*shape) as i:
+            value = load(base, index_of(ctx.shape(a), shape, i, ctx))
+            power = load(exponent, index_of(ctx.shape(b), shape, i, ctx)).astype("int64")
+            store(square, [0], value)
+            store(left, [0], power)
+            store(out, i, one)
+            with loop(0, 63), when(load(left, [0]) > as_expr(0)):
+                with when(tirx.EQ(load(left, [0]) % 2, as_expr(1))):
+                    store(out, i, load(out, i) * load(square, [0]))
+                store(square, [0], load(square, [0]) * load(square, [0]))
+                store(left, [0], load(left, [0]) // 2)
+            if signed:
+                with when(power < as_expr(0)):
+                    inverse = tirx.Select(tirx.EQ(value, one), one, zero)
+                    if dtypes.is_signed(dtype):
+                        even = tirx.EQ(tirx.floormod(power, as_expr(2)), as_expr(0))
+                        minus = tirx.const(-1, dtype)
+                        inverse = tirx.Select(tirx.EQ(value, minus), tirx.Select(even, one, minus), inverse)
+                    store(out, i, inverse)
+
+    return loops(ctx, body, [a, b], [(shape, dtype)], name="integer_power")[0]
 
 
 def _register_binary(op_type: str, function: Callable[[Any, Any], Any], promote: bool = True) -> None:
@@ -257,7 +281,7 @@ for _name, _function in {
     "Div": _divide,
     "And": lambda a, b: tirx.And(a, b),
     "Or": lambda a, b: tirx.Or(a, b),
-    "Xor": lambda a, b: tirx.NE(a, b),
+    "Xor": lambda a, b: _xor(a, b),
     "Equal": lambda a, b: tirx.EQ(a, b),
     "Less": lambda a, b: tirx.LT(a, b),
     "LessOrEqual": lambda a, b: tirx.LE(a, b),
@@ -285,6 +309,8 @@ def _pow(ctx: Context, node: ir.Node, a: relax.Expr, b: relax.Expr) -> relax.Exp
         }
         if power in special and exponent.ndim <= ctx.rank(a):
             return elementwise(ctx, special[power], a, name="pow")
+    if dtypes.is_integer(ctx.storage(a)) and dtypes.is_integer(ctx.storage(b)):
+        return _integer_power(ctx, a, b)
     return elementwise(ctx, _power, a, b, name="pow", dtype=ctx.storage(a))
 
 
@@ -295,11 +321,13 @@ def _mod(ctx: Context, node: ir.Node, a: relax.Expr, b: relax.Expr) -> relax.Exp
 
     def modulo(x: Any, y: Any) -> Any:
         if _is_float(x):
-            remainder = tirx.fmod(x, y)
+            dtype = _dtype(x)
+            remainder = tirx.call_pure_extern(dtype, "fmod" if dtype == "float64" else "fmodf", x, y)
             if c_style:
                 return remainder
-            wrong_sign = tirx.And(tirx.NE(remainder, _c(0, x)), tirx.NE(remainder < _c(0, x), y < _c(0, x)))
-            return tirx.Select(wrong_sign, remainder + y, remainder)
+            zero = _c(0, x)
+            opposite = tirx.Or(tirx.And(remainder < zero, y > zero), tirx.And(remainder > zero, y < zero))
+            return tirx.Select(opposite, remainder + y, remainder)
         zero = tirx.EQ(y, _c(0, y))
         divisor = tirx.Select(zero, _c(1, y), y)
         return tirx.truncmod(x, divisor) if c_style else tirx.floormod(x, divisor)
@@ -309,12 +337,21 @@ def _mod(ctx: Context, node: ir.Node, a: relax.Expr, b: relax.Expr) -> relax.Exp
 
 @converter("", "BitShift")
 def _bit_shift(ctx: Context, node: ir.Node, a: relax.Expr, b: relax.Expr) -> relax.Expr:
-    """Shifts of the whole width or more give 0."""
-    shift = tirx.shift_left if attr(node, "direction") == "LEFT" else tirx.shift_right
+    """Shifting by the whole width or more, or by a negative count, moves every bit out: 0, or -1 for a negative right-shifted."""
+    left = attr(node, "direction") == "LEFT"
+    shift = tirx.shift_left if left else tirx.shift_right
 
     def shifted(x: Any, y: Any) -> Any:
-        width = _c(dtypes.bits(_dtype(x)), y)
-        return tirx.Select(y < width, shift(x, tirx.Select(y < width, y, _c(0, y))), _c(0, x))
+        dtype = _dtype(x)
+        width = dtypes.bits(dtype)
+        valid = y < _c(width, y)
+        if dtypes.is_signed(_dtype(y)):
+            valid = tirx.And(valid, y >= _c(0, y))
+        rest = _c(0, x)
+        if not left and dtypes.is_signed(dtype):
+            rest = tirx.Select(x < _c(0, x), _c(-1, x), rest)
+        count = tirx.Select(valid, y, _c(0, y)).astype("int64").astype(dtype)
+        return tirx.Select(valid, shift(x, count), rest)
 
     return elementwise(ctx, shifted, a, b, name="bitshift")
 

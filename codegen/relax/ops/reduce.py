@@ -11,60 +11,63 @@ from tvm import relax, te, tirx
 from qcompile.codegen.relax import dtypes
 from qcompile.codegen.relax.attributes import attr
 from qcompile.codegen.relax.context import Context
-from qcompile.codegen.relax.dims import as_expr
+from qcompile.codegen.relax.dims import Dim, as_expr
 from qcompile.codegen.relax.ops import _kernels as kernels
+from qcompile.codegen.relax.ops._axes import Axes
+from qcompile.codegen.relax.ops._loops import OPAQUE
 from qcompile.codegen.relax.registry import converter
 
 
-def reduction_axes(ctx: Context, node: ir.Node, x: relax.Expr) -> list[int]:
+def reduction_axes(ctx: Context, node: ir.Node, x: relax.Expr) -> Axes:
     """The axes of a Reduce* node, from its input or attribute; all of them where none are given."""
     rank = ctx.rank(x)
-    axes = attr(node, "axes", None)
-    if len(node.inputs) > 1 and node.inputs[1] is not None:
-        constant = ctx.constant(node.inputs[1])
-        if constant is None:
-            if ctx.dims.product(ctx.shape(ctx.expr(node.inputs[1]))) == 0:
-                constant = ()
-            else:
-                raise ctx.unsupported(node, "the axes must be constant: they determine the shape of the result")
-        axes = [int(a) for a in constant]
-    if not axes:
-        return [] if attr(node, "noop_with_empty_axes", 0) else list(range(rank))
-    return sorted({a % rank for a in axes})
+    axes = Axes.of_node(ctx, node, rank)
+    if axes is None or axes.count == 0:
+        return Axes.of(ctx, rank, [] if attr(node, "noop_with_empty_axes", 0) else range(rank))
+    return axes
 
 
-def _reduce(op_type: str, reducer: Any, before: Callable[[Any], Any], after: Callable[[Any, Any], Any]) -> None:
+def _reduction(
+    ctx: Context, node: ir.Node, x: relax.Expr, build: Callable[[te.Tensor, Axes, list[Dim]], te.Tensor]
+) -> relax.Expr:
+    """Emits a reduction; ``build`` leaves the axes with size 1, they are removed here where the node says so."""
+    axes = reduction_axes(ctx, node, x)
+    ones = axes.ones(ctx.shape(x))
+    attrs = None if axes.static else OPAQUE
+    out = ctx.te(lambda t: build(t, axes, ones), x, name=node.op_type.lower(), attrs=attrs)
+    return out if attr(node, "keepdims", 1) else ctx.reshape(out, axes.removed(ctx.shape(x)))
+
+
+def _register(
+    op_type: str,
+    reducer: Any,
+    before: Callable[[Any], Any] = lambda v: v,
+    after: Callable[[Any, Any], Any] | None = None,
+) -> None:
+    """A reduction of ``before(x)``, then ``after(total, number of elements)``."""
+
     @converter("", op_type)
     def convert(ctx: Context, node: ir.Node, x: relax.Expr, axes_input: Any = None) -> relax.Expr:
-        axes = reduction_axes(ctx, node, x)
-        keepdims = bool(attr(node, "keepdims", 1))
         dtype = ctx.storage(x)
         acc = kernels.compute_dtype(dtype)
-        count = ctx.dims.product([ctx.shape(x)[a] for a in axes])
 
-        def build(t: te.Tensor) -> te.Tensor:
-            total = kernels.reduce_te(
-                ctx, t, axes, reducer, keepdims=keepdims, before=lambda v: before(v.astype(acc)), name=op_type.lower()
-            )
-            finish = lambda v: after(v, count).astype(dtype)  # noqa: E731
-            if after is _identity and acc == dtype:
+        def build(t: te.Tensor, axes: Axes, ones: list[Dim]) -> te.Tensor:
+            total = axes.reduce(t, ones, reducer, before=lambda v: before(v.astype(acc)), name="total")
+            if after is None and acc == dtype:
                 return total
-            return te.compute(total.shape, lambda *i: finish(total(*i)), name="finish")
+            count = as_expr(axes.size(ctx.shape(x)))
 
-        return ctx.te(build, x, name=op_type.lower())
+            def finish(*i: Any) -> Any:
+                return (after(total(*i), count) if after else total(*i)).astype(dtype)
 
+            return te.compute(total.shape, finish, name="finish")
 
-def _identity(v: Any, count: Any) -> Any:
-    return v
-
-
-def _same(v: Any) -> Any:
-    return v
+        return _reduction(ctx, node, x, build)
 
 
 def _mean(total: Any, count: Any) -> Any:
     dtype = str(total.ty.dtype)
-    n = as_expr(count).astype(dtype)
+    n = count.astype(dtype)
     if dtypes.is_float(dtype):
         return total / n
     return tirx.truncdiv(total, tirx.Select(tirx.EQ(n, tirx.const(0, dtype)), tirx.const(1, dtype), n))
@@ -75,92 +78,80 @@ def _magnitude(v: Any) -> Any:
 
 
 def _through_float(function: Callable[[Any], Any]) -> Callable[[Any, Any], Any]:
-    def apply(v: Any, count: Any) -> Any:
-        return function(v) if dtypes.is_float(str(v.ty.dtype)) else function(v.astype("float64"))
-
-    return apply
+    return lambda v, count: function(v if dtypes.is_float(str(v.ty.dtype)) else v.astype("float64"))
 
 
-_reduce("ReduceSum", kernels.SUM, _same, _identity)
-_reduce("ReduceMean", kernels.SUM, _same, _mean)
-_reduce("ReduceProd", kernels.PRODUCT, _same, _identity)
-_reduce("ReduceL1", kernels.SUM, _magnitude, _identity)
-_reduce("ReduceL2", kernels.SUM, lambda v: v * v, _through_float(tirx.sqrt))
-_reduce("ReduceSumSquare", kernels.SUM, lambda v: v * v, _identity)
-_reduce("ReduceLogSum", kernels.SUM, _same, _through_float(tirx.log))
+_register("ReduceSum", kernels.SUM)
+_register("ReduceMean", kernels.SUM, after=_mean)
+_register("ReduceProd", kernels.PRODUCT)
+_register("ReduceL1", kernels.SUM, before=_magnitude)
+_register("ReduceL2", kernels.SUM, before=lambda v: v * v, after=_through_float(tirx.sqrt))
+_register("ReduceSumSquare", kernels.SUM, before=lambda v: v * v)
+_register("ReduceLogSum", kernels.SUM, after=_through_float(tirx.log))
 
 
-def _reduce_extreme(op_type: str, reducer: Any, logical: Any) -> None:
-    @converter("", op_type)
-    def convert(ctx: Context, node: ir.Node, x: relax.Expr, axes_input: Any = None) -> relax.Expr:
-        axes = reduction_axes(ctx, node, x)
-        chosen = logical if ctx.storage(x) == "bool" else reducer
-        return ctx.te(
-            lambda t: kernels.reduce_te(
-                ctx, t, axes, chosen, keepdims=bool(attr(node, "keepdims", 1)), name=op_type.lower()
-            ),
-            x,
-            name=op_type.lower(),
-        )
+@converter("", "ReduceMax", "ReduceMin")
+def _reduce_extreme(ctx: Context, node: ir.Node, x: relax.Expr, axes_input: Any = None) -> relax.Expr:
+    dtype = ctx.storage(x)
+    acc = kernels.compute_dtype(dtype)
+    largest = node.op_type == "ReduceMax"
+    reducer = kernels.MAX if largest else kernels.MIN
+    if dtype == "bool":
+        reducer = kernels.ANY if largest else kernels.ALL
 
+    def build(t: te.Tensor, axes: Axes, ones: list[Dim]) -> te.Tensor:
+        out = axes.reduce(t, ones, reducer, before=lambda v: v.astype(acc), name="extreme")
+        return out if acc == dtype else te.compute(out.shape, lambda *i: out(*i).astype(dtype), name="rounded")
 
-_reduce_extreme("ReduceMax", kernels.MAX, kernels.ANY)
-_reduce_extreme("ReduceMin", kernels.MIN, kernels.ALL)
+    return _reduction(ctx, node, x, build)
 
 
 @converter("", "ReduceLogSumExp")
 def _reduce_log_sum_exp(ctx: Context, node: ir.Node, x: relax.Expr, axes_input: Any = None) -> relax.Expr:
     """``m + log(sum(exp(x - m)))`` with ``m`` the maximum (0 where that is infinite)."""
-    axes, keepdims = reduction_axes(ctx, node, x), bool(attr(node, "keepdims", 1))
     dtype = ctx.storage(x)
     acc = kernels.compute_dtype(dtype) if dtypes.is_float(dtype) else "float64"
 
-    def build(t: te.Tensor) -> te.Tensor:
-        peak = kernels.reduce_te(
-            ctx, t, axes, kernels.FAST_MAX, keepdims=True, before=lambda v: v.astype(acc), name="peak"
-        )
+    def build(t: te.Tensor, axes: Axes, ones: list[Dim]) -> te.Tensor:
+        peak = axes.reduce(t, ones, kernels.FAST_MAX, before=lambda v: v.astype(acc), name="peak")
         infinity = tirx.infinity(acc)
-        zero = tirx.const(0, acc)
 
-        def base(*i: Any) -> Any:
-            p = peak[i]
-            return tirx.Select(tirx.Or(tirx.EQ(p, infinity), tirx.EQ(p, -infinity)), zero, p)
+        def finite(*i: Any) -> Any:
+            unbounded = tirx.Or(tirx.EQ(peak(*i), infinity), tirx.EQ(peak(*i), -infinity))
+            return tirx.Select(unbounded, tirx.const(0, acc), peak(*i))
 
-        shift = te.compute(peak.shape, base, name="shift")
+        shift = te.compute(peak.shape, finite, name="shift")
+        total = axes.reduce(
+            t,
+            ones,
+            kernels.SUM,
+            value=lambda *i: tirx.exp(t(*i).astype(acc) - shift(*axes.zeroed(i))),
+            name="total",
+        )
+        return te.compute(total.shape, lambda *i: (tirx.log(total(*i)) + shift(*i)).astype(dtype), name="logsumexp")
 
-        def pick(index: Any) -> tuple[Any, ...]:
-            return tuple(as_expr(0) if i in axes else v for i, v in enumerate(index))
-
-        powers = te.compute(t.shape, lambda *i: tirx.exp(t[i].astype(acc) - shift[pick(i)]), name="powers")
-        total = kernels.reduce_te(ctx, powers, axes, kernels.SUM, keepdims=True, name="total")
-        out = te.compute(total.shape, lambda *i: (tirx.log(total[i]) + shift[i]).astype(dtype), name="logsumexp")
-        return out
-
-    out = ctx.te(build, x, name="reduce_log_sum_exp")
-    if keepdims:
-        return out
-    return ctx.reshape(out, [d for i, d in enumerate(ctx.shape(x)) if i not in axes])
+    return _reduction(ctx, node, x, build)
 
 
 @converter("", "ArgMax", "ArgMin")
 def _arg_extreme(ctx: Context, node: ir.Node, x: relax.Expr) -> relax.Expr:
     """The first (or last) position of the extreme value; a NaN counts as more extreme than any number."""
     axis = attr(node, "axis", 0) % ctx.rank(x)
-    keepdims, last = attr(node, "keepdims", 1), attr(node, "select_last_index", 0)
+    last = attr(node, "select_last_index", 0)
     largest = node.op_type == "ArgMax"
-    dtype = ctx.storage(x)
-    is_float = dtypes.is_float(dtype)
+    acc = kernels.compute_dtype(ctx.storage(x))
 
     def better(a: Any, b: Any) -> Any:
         """Whether value ``a`` is strictly more extreme than ``b``."""
         more = a > b if largest else a < b
-        return tirx.Or(more, tirx.And(tirx.isnan(a), tirx.Not(tirx.isnan(b)))) if is_float else more
+        return tirx.Or(more, tirx.And(tirx.isnan(a), tirx.Not(tirx.isnan(b)))) if dtypes.is_float(acc) else more
 
     def combine(a: Any, b: Any) -> Any:
-        earlier = tirx.Or(a[0] > b[0], b[0] < 0) if last else tirx.Or(a[0] < b[0], b[0] < 0)
-        earlier = tirx.And(a[0] >= 0, earlier)
+        earlier = a[0] > b[0] if last else a[0] < b[0]
         equal = tirx.Not(tirx.Or(better(a[1], b[1]), better(b[1], a[1])))
         take_a = tirx.Or(better(a[1], b[1]), tirx.And(equal, earlier))
+        # position -1 is the identity's: any real element replaces it
+        take_a = tirx.And(a[0] >= as_expr(0), tirx.Or(take_a, b[0] < as_expr(0)))
         return tirx.Select(take_a, a[0], b[0]), tirx.Select(take_a, a[1], b[1])
 
     def identity(index_dtype: str, value_dtype: str) -> Any:
@@ -174,13 +165,15 @@ def _arg_extreme(ctx: Context, node: ir.Node, x: relax.Expr) -> relax.Expr:
 
         def body(*index: Any) -> Any:
             full = [k.var if i == axis else v for i, v in enumerate(index)]
-            return reducer((k.var, t(*full)), axis=k)
+            return reducer((k.var, t(*full).astype(acc)), axis=k)
 
         pairs = te.compute(out, body, name="extreme")
-        return te.compute(out, lambda *i: pairs[0][i], name="position")
+        return te.compute(out, lambda *i: pairs[0](*i), name="position")
 
     out = ctx.te(build, x, name=node.op_type.lower())
-    return out if keepdims else ctx.reshape(out, [d for i, d in enumerate(ctx.shape(x)) if i != axis])
+    if attr(node, "keepdims", 1):
+        return out
+    return ctx.reshape(out, [d for i, d in enumerate(ctx.shape(x)) if i != axis])
 
 
 @converter("", "Softmax", "LogSoftmax")
@@ -209,28 +202,20 @@ def _hardmax(ctx: Context, node: ir.Node, x: relax.Expr) -> relax.Expr:
 def _hardmax_axis(ctx: Context, x: relax.Expr, axis: int) -> relax.Expr:
     dtype = ctx.storage(x)
     acc = kernels.compute_dtype(dtype)
+    axes = Axes.of(ctx, ctx.rank(x), [axis])
+    ones = axes.ones(ctx.shape(x))
+    smallest = te.comm_reducer(tirx.min, lambda t: tirx.max_value(t), name="first")
 
     def build(t: te.Tensor) -> te.Tensor:
-        def pick(index: Any) -> tuple[Any, ...]:
-            return tuple(as_expr(0) if i == axis else v for i, v in enumerate(index))
+        peak = axes.reduce(t, ones, kernels.MAX, before=lambda v: v.astype(acc), name="peak")
 
-        peak = kernels.reduce_te(
-            ctx, t, [axis], kernels.MAX, keepdims=True, before=lambda v: v.astype(acc), name="peak"
-        )
-        k = te.reduce_axis((as_expr(0), t.shape[axis]), name="k")
-        first = te.compute(
-            peak.shape,
-            lambda *i: te.min(
-                tirx.Select(
-                    tirx.EQ(t[tuple(k.var if n == axis else v for n, v in enumerate(i))].astype(acc), peak[i]),
-                    k.var,
-                    tirx.max_value("int64"),
-                ),
-                axis=k,
-            ),
-            name="first",
-        )
+        def candidate(*i: Any) -> Any:
+            return tirx.Select(tirx.EQ(t(*i).astype(acc), peak(*axes.zeroed(i))), i[axis], tirx.max_value("int64"))
+
+        first = axes.reduce(t, ones, smallest, value=candidate, name="first")
         one, zero = tirx.const(1, "float32").astype(dtype), tirx.const(0, "float32").astype(dtype)
-        return te.compute(t.shape, lambda *i: tirx.Select(tirx.EQ(first[pick(i)], i[axis]), one, zero), name="hardmax")
+        return te.compute(
+            t.shape, lambda *i: tirx.Select(tirx.EQ(first(*axes.zeroed(i)), i[axis]), one, zero), name="hardmax"
+        )
 
     return ctx.te(build, x, name="hardmax")

@@ -12,6 +12,7 @@ from tvm import relax, te, tirx
 from qcompile.codegen.relax.attributes import attr
 from qcompile.codegen.relax.context import Context, Known
 from qcompile.codegen.relax.dims import Dim, as_expr
+from qcompile.codegen.relax.ops._axes import Axes
 from qcompile.codegen.relax.ops._kernels import index_of
 from qcompile.codegen.relax.registry import converter
 
@@ -39,7 +40,7 @@ def _reshape(ctx: Context, node: ir.Node, x: relax.Expr, shape_input: Any = None
     else:
         wanted = ctx.symbolic_or_dynamic(node.inputs[1])
     old = ctx.shape(x)
-    static = all(isinstance(d, int) for d in wanted)
+    known = shape_input is None or ctx.symbolic(node.inputs[1]) is not None
     result: list[Dim] = []
     unknown = []
     allowzero = attr(node, "allowzero", 0)
@@ -50,16 +51,14 @@ def _reshape(ctx: Context, node: ir.Node, x: relax.Expr, shape_input: Any = None
             elif d == -1:
                 unknown.append(i)
                 d = 1
-        elif shape_input is not None and ctx.symbolic(node.inputs[1]) is None:
-            # known at run time only: 0 copies the dimension, -1 is what remains
-            if not allowzero and i < len(old):
-                d = tirx.Select(tirx.EQ(d, as_expr(0)), as_expr(old[i]), d)
+        elif not known and not allowzero and i < len(old):  # 0 copies the dimension
+            d = tirx.Select(tirx.EQ(d, as_expr(0)), as_expr(old[i]), d)
         result.append(d)
     total = ctx.dims.product(old)
     if unknown:
         rest = ctx.dims.product(result)
         result[unknown[0]] = _quotient(ctx, old, result, total, rest)
-    elif not static and shape_input is not None and ctx.symbolic(node.inputs[1]) is None:
+    elif not known:  # one of them may be -1 and stand for what remains
         rest = as_expr(1)
         for d in result:
             rest = rest * tirx.Select(tirx.EQ(as_expr(d), as_expr(-1)), as_expr(1), as_expr(d))
@@ -100,24 +99,26 @@ def _flatten(ctx: Context, node: ir.Node, x: relax.Expr) -> relax.Expr:
 
 @converter("", "Squeeze")
 def _squeeze(ctx: Context, node: ir.Node, x: relax.Expr, axes_input: Any = None) -> relax.Expr:
-    axes, shape = constant_axes(ctx, node), ctx.shape(x)
+    shape = ctx.shape(x)
+    axes = Axes.of_node(ctx, node, len(shape))
     if axes is None:
         if any(not isinstance(d, int) for d in shape):
             raise ctx.unsupported(node, "without axes the dimensions of size 1 must be known; give the axes")
-        axes = [i for i, d in enumerate(shape) if d == 1]
-    axes = [a % len(shape) for a in axes]
-    for a in axes:
-        ctx.require_equal(shape[a], 1)
-    return ctx.reshape(x, [d for i, d in enumerate(shape) if i not in axes])
+        axes = Axes.of(ctx, len(shape), [i for i, d in enumerate(shape) if d == 1])
+    if axes.static:
+        for i in axes.indices:
+            ctx.require_equal(shape[i], 1)
+    return ctx.reshape(x, axes.removed(shape))
 
 
 @converter("", "Unsqueeze")
 def _unsqueeze(ctx: Context, node: ir.Node, x: relax.Expr, axes_input: Any = None) -> relax.Expr:
-    axes = constant_axes(ctx, node)
-    rank = ctx.rank(x) + len(axes)
-    axes = [a % rank for a in axes]
-    old = iter(ctx.shape(x))
-    return ctx.reshape(x, [1 if i in axes else next(old) for i in range(rank)])
+    if len(node.inputs) > 1:
+        count = ctx.dims.product(ctx.shape(axes_input))
+    else:
+        count = len(attr(node, "axes"))
+    axes = Axes.of_node(ctx, node, ctx.rank(x) + count)
+    return ctx.reshape(x, axes.inserted(ctx.shape(x)))
 
 
 @converter("", "Transpose")
@@ -233,7 +234,8 @@ def _slice(ctx: Context, node: ir.Node, x: relax.Expr, *inputs: Any) -> relax.Ex
         axes, steps = attr(node, "axes", list(range(len(starts)))), [1] * len(starts)
     else:
         starts, ends = ctx.symbolic_or_dynamic(node.inputs[1]), ctx.symbolic_or_dynamic(node.inputs[2])
-        axes = constant_axes(ctx, node, 3) if len(inputs) > 2 and inputs[2] is not None else list(range(len(starts)))
+        given = len(inputs) > 2 and inputs[2] is not None
+        axes = ctx.symbolic_or_dynamic(node.inputs[3]) if given else list(range(len(starts)))
         steps = [1] * len(starts)
         if len(inputs) > 3 and inputs[3] is not None:
             steps = ctx.symbolic_or_dynamic(node.inputs[4])
@@ -241,15 +243,25 @@ def _slice(ctx: Context, node: ir.Node, x: relax.Expr, *inputs: Any) -> relax.Ex
     stride: list[Dim] = [1] * rank
     out = list(shape)
     for start, end, axis, step in zip(starts, ends, axes, steps):
-        axis %= rank
-        begin[axis], out[axis] = _slice_range(ctx, start, end, step, shape[axis])
-        stride[axis] = step
+        if isinstance(axis, int):
+            axis %= rank
+            begin[axis], out[axis] = _slice_range(ctx, start, end, step, shape[axis])
+            stride[axis] = step
+            continue
+        for d in range(rank):  # known at run time only: any axis may be the one
+            here = tirx.Or(tirx.EQ(axis, as_expr(d)), tirx.EQ(axis, as_expr(d - rank)))
+            first, count = _slice_range(ctx, start, end, step, shape[d])
+            begin[d] = tirx.Select(here, as_expr(first), as_expr(begin[d]))
+            out[d] = tirx.Select(here, as_expr(count), as_expr(out[d]))
+            stride[d] = tirx.Select(here, as_expr(step), as_expr(stride[d]))
+    if any(not isinstance(a, int) for a in axes):
+        out = [ctx.new_dim(d, "slice") for d in out]
     if all(isinstance(s, int) and s == 1 for s in stride) and all(ctx.dims.equal(a, b) for a, b in zip(out, shape)):
         return x
 
     def build(t: te.Tensor) -> te.Tensor:
         def body(*index: Any) -> Any:
-            return t[tuple(i * as_expr(s) + as_expr(b) for i, s, b in zip(index, stride, begin))]
+            return t(*(i * as_expr(s) + as_expr(b) for i, s, b in zip(index, stride, begin)))
 
         return te.compute([as_expr(d) for d in out], body, name="slice")
 

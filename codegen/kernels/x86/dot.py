@@ -44,13 +44,9 @@ class DotGemm(TiledGemm):
 
     # Micro-kernel
 
-    def codes(
-        self, e: Emission, panel: Any, row: Any, zeros: list[Any] | None, few: bool
-    ) -> Iterator[tuple[int, list[Any]]]:
+    def codes(self, e: Emission, panel: Any, row: Any, zeros: list[Any] | None) -> Iterator[tuple[int, list[Any]]]:
         """Emit the loads of one panel row; yield for each position in it the signed bytes of every vector."""
         p = e.panels
-        if few:
-            self.fetch_ahead(e, panel, row)
         raw = self.load_row(e, panel, row)
         for index in range(p.per_byte):
             yield index, [v.let(self.signed(p, raw[vec], index, zeros and zeros[vec])) for vec in range(p.vectors)]
@@ -123,7 +119,7 @@ class VnniGemm(DotGemm):
         bits = f"int32x{p.lanes}"
         zeros = self.zero_vectors(e, panel, group)
         with T.serial(p.rows_per_group) as row:
-            for index, weights in self.codes(e, panel, group * p.rows_per_group + row, zeros, len(sums) <= 2):
+            for index, weights in self.codes(e, panel, group * p.rows_per_group + row, zeros):
                 k = self.position(e, group, row, index)
                 for r, line in enumerate(sums):
                     a = v.let(self.activations(e, first + r, k))
@@ -191,7 +187,7 @@ class MaddubsGemm(DotGemm):
                         register.set(v.const(0, 2 * p.lanes, "int16"))
             with T.serial(e.rolled(count)) as i:
                 row = begin + i
-                for index, weights in self.codes(e, panel, group * p.rows_per_group + row, zeros, len(sums) <= 2):
+                for index, weights in self.codes(e, panel, group * p.rows_per_group + row, zeros):
                     k = self.position(e, group, row, index)
                     fresh = together * p.per_byte > limit and index % limit == 0
                     for r, line in enumerate(partial):

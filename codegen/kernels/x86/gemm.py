@@ -154,7 +154,7 @@ class TiledGemm(LinearKernel):
         padded = {shape: -(-problem.n // (lanes * shape[1])) * shape[1] for shape in shapes}
         ordered = sorted(shapes, key=lambda shape: (padded[shape] > 1.1 * min(padded.values()), shapes.index(shape)))
         kinds = ("float16", "float32") if problem.weight.group else ("float32",)
-        shared = {"panels": self.panels_per_item(), "block_rows": 256, "lanes": lanes, "prefetch": 1024}
+        shared = {"panels": self.panels_per_item(), "block_rows": 256, "lanes": lanes}
         return [{"mr": mr, "vectors": nr, "scales": kind, **shared} for kind in kinds for mr, nr in ordered]
 
     def cost(self, problem: LinearProblem, config: dict[str, Any], target: Target, m: int) -> float:
@@ -255,14 +255,6 @@ class TiledGemm(LinearKernel):
                     with T.serial(run * span, T.min((run + 1) * span, panels.count)) as panel:
                         self._panel(e, panel, first, rows)
         return builder.get()
-
-    def fetch_ahead(self, e: Emission, panel: Any, row: Any) -> None:
-        """Prefetch the weights some rows on; panels lie one behind the other, so this runs on into the next one."""
-        p = e.panels
-        ahead = e.config["prefetch"]
-        for line in range(0, p.row_bytes, 64) if ahead else ():
-            at = T.address_of(e.names["weight"][panel, row, line + ahead])
-            T.evaluate(T.call_intrin("void", "tirx.prefetch", at, T.int32(0), T.int32(3), T.int32(1)))
 
     def load_row(self, e: Emission, panel: Any, row: Any) -> list[list[Any]]:
         """Load one panel row as 32-bit lanes: ``[vector][plane]``, one plane unless the bits of a code are split."""

@@ -7,6 +7,7 @@ from collections import Counter
 import onnx_ir as ir
 import onnx_ir.passes.common as common_passes
 
+from qcompile.passes.domain import DOMAIN
 from qcompile.passes.graph import is_op, remove_unused_initializers
 from qcompile.passes.opset import convert_opset
 from qcompile.passes.recognise import linear, simplify, symbols
@@ -71,7 +72,7 @@ def recognise(model: ir.Model) -> tuple[ir.Model, Recognised]:
 def prepare(model: ir.Model) -> None:
     """Inline functions of other domains, make constants initializers, raise the opset number."""
     convert_opset(model, OPSET)
-    common_passes.InlinePass()(model)
+    common_passes.InlinePass(lambda function: function.domain != DOMAIN)(model)
     common_passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     common_passes.RemoveInitializersFromInputsPass()(model)
     common_passes.CommonSubexpressionEliminationPass()(model)

@@ -63,7 +63,7 @@ class GeluRule(Rule):
 
 
 def _has_number(node: ir.Node) -> bool:
-    return any((array := small_constant(value)) is not None and array.size == 1 for value in node.inputs)
+    return any(small_constant(value, 1) is not None for value in node.inputs)
 
 
 def _curve(x: ir.Value, value: ir.Value) -> tuple[str, tuple[ir.Node, ...], str] | None:
@@ -118,7 +118,7 @@ def product(node: ir.Node) -> tuple[float, list[ir.Value], tuple[ir.Node, ...]]:
     """
     scale, values, nodes = 1.0, [], (node,)
     for index, value in enumerate(node.inputs):
-        array = small_constant(value)
+        array = small_constant(value, 1)
         inner = value.producer() if value is not None else None
         if array is not None and array.size == 1:
             number = float(array.reshape(()))
@@ -136,7 +136,7 @@ def product(node: ir.Node) -> tuple[float, list[ir.Value], tuple[ir.Node, ...]]:
 def _is_product(node: ir.Node) -> bool:
     if node.domain or node.op_type not in ("Mul", "Div"):
         return False
-    return node.op_type == "Mul" or small_constant(node.inputs[1]) is not None
+    return node.op_type == "Mul" or small_constant(node.inputs[1], 1) is not None
 
 
 def product_of(value: ir.Value) -> tuple[float, list[ir.Value], tuple[ir.Node, ...]]:

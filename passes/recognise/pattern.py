@@ -19,6 +19,7 @@ import onnx_ir as ir
 
 from qcompile.passes.graph import constant
 
+_LARGEST = 1 << 22
 COMMUTATIVE = frozenset({"Add", "Mul", "And", "Or", "Max", "Min", "Equal"})
 
 
@@ -70,7 +71,7 @@ class Const(Pattern):
     tolerance: float = 1e-4
 
     def bind(self, value: ir.Value | None, match: Match) -> Iterator[Match]:
-        array = small_constant(value)
+        array = small_constant(value, 1 if self.near is not None else _LARGEST)
         if array is None:
             return
         if self.near is not None and not (
@@ -145,7 +146,7 @@ def first(pattern: Pattern, value: ir.Value) -> Match | None:
     return next(match(pattern, value), None)
 
 
-def small_constant(value: ir.Value | None, limit: int = 1 << 22) -> np.ndarray | None:
+def small_constant(value: ir.Value | None, limit: int = _LARGEST) -> np.ndarray | None:
     """Value of a constant of at most ``limit`` elements; weights beyond that are not loaded to match patterns."""
     if value is None or (value.const_value is not None and value.const_value.size > limit):
         return None

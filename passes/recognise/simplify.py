@@ -80,7 +80,7 @@ def _noop_source(node: ir.Node) -> ir.Value | None:
         case "Add" | "Sub" | "Mul" | "Div" | "And":
             neutral = {"Add": 0, "Sub": 0, "Mul": 1, "Div": 1, "And": True}[node.op_type]
             for this, other in ((0, 1), (1, 0)) if node.op_type in ("Add", "Mul", "And") else ((0, 1),):
-                array = small_constant(node.inputs[other])
+                array = small_constant(node.inputs[other], 1)
                 data = node.inputs[this]
                 if array is None or array.size != 1 or data is None or array.reshape(()) != neutral:
                     continue

@@ -143,7 +143,7 @@ def test_operator_without_lowering_is_named() -> None:
     pytest.importorskip("torch_mlir", reason="the extra mlir is not installed")
     text = "g (float[1, 1, 4, 4] x, int64[1, 1, 4, 4] i) => (float[1, 1, 8, 8] y) { y = MaxUnpool<kernel_shape = [2, 2], strides = [2, 2]>(x, i) }"
     model = ir.from_onnx_text(f'<ir_version: 10, opset_import: ["" : 20]> {text}')
-    with pytest.raises(UnsupportedOperatorError, match="ONNX operator MaxUnpool"):
+    with pytest.raises(UnsupportedOperatorError, match=r"(?i)max_?unpool"):
         emit_mlir(model, "linalg")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 
 from qcompile.passes.recognise import recognise
@@ -156,3 +157,33 @@ def test_rows_by_constant_indices(check) -> None:
         j = Constant<value = int64[2, 1] {2, 0}>() z = GatherND(x, j) }"""
     model, _ = check(text, {})
     assert sorted(kinds(model)) == ["GatherND", "Slice"]
+
+
+def test_large_weights_are_not_read() -> None:
+    """Recognition of a model larger than memory: matrices stay where they are unless a rewrite changes them."""
+
+    def read() -> ir.Tensor:
+        raise AssertionError("a weight was read")
+
+    def lazy(name: str, *shape: int) -> ir.Value:
+        tensor = ir.LazyTensor(read, dtype=ir.DataType.FLOAT, shape=ir.Shape(shape), name=name)
+        return ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(ir.DataType.FLOAT), const_value=tensor)
+
+    ids = ir.Value(name="ids", shape=ir.Shape(["b", "s"]), type=ir.TensorType(ir.DataType.INT64))
+    table, matrix, scale = lazy("table", 4000, 512), lazy("matrix", 512, 3000), lazy("scale", 2, 3000)
+    x = ir.node("Gather", [table, ids])
+    y = ir.node("MatMul", [x.outputs[0], matrix])
+    z = ir.node("Mul", [y.outputs[0], y.outputs[0]])
+    sums = ir.node("Add", [z.outputs[0], ir.node("Relu", [z.outputs[0]]).outputs[0]])
+    sums.outputs[0].name = "y"
+    sums.outputs[0].type = ir.TensorType(ir.DataType.FLOAT)
+    relu = sums.inputs[1].producer()
+    graph = ir.Graph(
+        [ids],
+        [sums.outputs[0]],
+        nodes=[x, y, z, relu, sums],
+        initializers=[table, matrix, scale],
+        opset_imports={"": 18},
+    )
+    result, report = recognise(ir.Model(graph, ir_version=9))
+    assert report.linears == 1 and [n.op_type for n in result.graph] == ["Gather", "MatMul", "Mul", "Relu", "Add"]

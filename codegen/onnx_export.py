@@ -51,15 +51,23 @@ class StoredWeight:
 
 
 class Emitter:
-    """Builds nodes before an anchor; every value gets a name under ``prefix``."""
+    """Builds nodes before an anchor; every value gets a name under ``prefix``.
 
-    def __init__(self, graph: ir.Graph, anchor: ir.Node, prefix: str) -> None:
+    ``constants`` may be shared by several emitters of one graph: equal constants are stored once.
+    """
+
+    def __init__(
+        self, graph: ir.Graph, anchor: ir.Node, prefix: str, constants: dict[object, ir.Value] | None = None
+    ) -> None:
         self.graph, self.anchor, self.prefix, self.count = graph, anchor, prefix, 0
+        self.constants = {} if constants is None else constants
 
     def constant(self, array: np.ndarray) -> ir.Value:
-        """A small constant as an initializer."""
-        name = f"{self.prefix}.c{self.count}"
-        self.count += 1
+        """A constant as an initializer."""
+        key = (array.dtype.str, array.shape, array.tobytes())
+        if key in self.constants:
+            return self.constants[key]
+        name = f"unpack.constant.{len(self.constants)}"
         value = ir.Value(
             name=name,
             const_value=ir.tensor(array, name=name),
@@ -67,6 +75,7 @@ class Emitter:
             type=ir.TensorType(ir.DataType.from_numpy(array.dtype)),
         )
         self.graph.register_initializer(value)
+        self.constants[key] = value
         return value
 
     def __call__(self, op: str, *inputs: ir.Value, **attributes: object) -> ir.Value:
@@ -104,7 +113,10 @@ def unpack(emit: Emitter, packed: ir.Value, layout: BitLayout, padded: tuple[int
 
 
 def share_weights(
-    model: ir.Model, stored: Mapping[str, StoredWeight], external: Callable[[str], ir.ExternalTensor], names: Collection[str]
+    model: ir.Model,
+    stored: Mapping[str, StoredWeight],
+    external: Callable[[str], ir.ExternalTensor],
+    names: Collection[str],
 ) -> ir.Model:
     """Return a copy of the quantized ``model`` whose weights are read from packed arrays.
 
@@ -117,11 +129,14 @@ def share_weights(
     emitted = model.clone()
     graph = emitted.graph
     shared: dict[str, ir.Value] = {}
+    constants: dict[object, ir.Value] = {}
 
     def array(name: str) -> ir.Value:
         if name not in shared:
             tensor = external(name)
-            value = ir.Value(name=f"packed.{name}", const_value=tensor, shape=tensor.shape, type=ir.TensorType(tensor.dtype))
+            value = ir.Value(
+                name=f"packed.{name}", const_value=tensor, shape=tensor.shape, type=ir.TensorType(tensor.dtype)
+            )
             graph.register_initializer(value)
             shared[name] = value
         return shared[name]
@@ -129,15 +144,30 @@ def share_weights(
     for name, value in graph.initializers.items():
         if name in names:
             value.const_value = external(name)
-    for node in list(graph):
+    for index, node in enumerate(list(graph)):
         if node.op_type != "DequantizeLinear" or node.domain not in ("", "ai.onnx") or node.inputs[0] is None:
             continue
         if (place := stored.get(node.inputs[0].name or "")) is not None:
-            _dequantize(Emitter(graph, node, f"{node.inputs[0].name}.unpacked"), node, place, array)
+            # Short names: spelled out, they would take more room than the graph itself.
+            _dequantize(Emitter(graph, node, f"u{index}", constants), node, place, array)
             graph.remove(node, safe=True)
     for name in [n for n, v in graph.initializers.items() if not v.uses() and not v.is_graph_output()]:
         del graph.initializers[name]
+    _strip_metadata(emitted)
     return emitted
+
+
+def _strip_metadata(model: ir.Model) -> None:
+    """Drop what exporters note beside nodes and values (stack traces, scopes): it outweighs the graph."""
+    for graph in (model.graph, *model.functions.values()):
+        for node in graph:
+            node.metadata_props.clear()
+            node.doc_string = None
+            for value in node.outputs:
+                value.metadata_props.clear()
+    for value in (*model.graph.inputs, *model.graph.initializers.values()):
+        value.metadata_props.clear()
+    model.metadata_props.clear()
 
 
 def _dequantize(emit: Emitter, node: ir.Node, place: StoredWeight, array: Callable[[str], ir.Value]) -> None:

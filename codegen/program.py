@@ -43,7 +43,8 @@ class BuiltProgram:
 
     def export(self, path: str | os.PathLike[str]) -> None:
         """Link the shared library."""
-        self.executable.export_library(os.fspath(Path(path)))
+        # -s: symbols are a fifth of the file; --build-id would be one more thing to differ between equal compiles.
+        self.executable.export_library(os.fspath(Path(path)), options=["-s", "-Wl,--build-id=none"])
 
     def share_weights(self, model: ir.Model, external: Callable[[str], ir.ExternalTensor]) -> ir.Model:
         """The quantized ``model`` with its weights read from `params`; see `codegen.onnx_export`."""

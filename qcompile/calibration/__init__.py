@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 
+import numpy as np
 import onnx_ir as ir
 
 from qcompile import ort
@@ -64,9 +65,11 @@ def collect(
         for name, array in arrays.items():
             if name not in found:
                 found[name] = ChannelStatistics(array.shape[-1], name in wanted_hessian)
-            found[name].update(array)
-            if not (found[name].absmax < float("inf")).all():
+            if not np.isfinite(array).all():
                 raise CalibrationError(f"calibration sample {index} makes {name} NaN or infinite")
+            found[name].update(array)
         if progress is not None:
             progress()
+    for statistics in found.values():
+        statistics.flush()
     return found

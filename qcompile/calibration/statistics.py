@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 _BINS = 512
+_GATHER = 1024  # rows
 _LOW, _HIGH = -24.0, 24.0  # log2 range of the magnitude histogram
 
 
@@ -52,10 +53,21 @@ class ChannelStatistics:
         self.squares = np.zeros(k)
         self.moment = np.zeros((k, k)) if self.with_hessian else None
         self.histogram = np.zeros(_BINS, np.int64)
+        self._waiting: list[np.ndarray] = []
 
     def update(self, batch: np.ndarray) -> None:
-        """Add a batch ``(..., K)``."""
-        rows = np.asarray(batch, np.float32).reshape(-1, self.channels)
+        """Add a batch ``(..., K)``. Small batches are gathered: a product of few rows costs as much as one of many."""
+        rows = np.array(batch, np.float32).reshape(-1, self.channels)
+        self._waiting.append(rows)
+        if sum(map(len, self._waiting)) >= _GATHER:
+            self.flush()
+
+    def flush(self) -> None:
+        """Take what was gathered into the sums; call it after the last `update`."""
+        if not self._waiting:
+            return
+        rows = np.concatenate(self._waiting)
+        self._waiting.clear()
         if not len(rows):
             return
         magnitude = np.abs(rows)

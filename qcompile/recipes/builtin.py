@@ -17,7 +17,7 @@ register_recipe(
 register_recipe(
     Recipe(
         "w8a8",
-        "Weights int8 per channel, activations int8 per token, smoothed.",
+        "Weights int8 per channel; smoothed, inputs rotated by Hadamard blocks and quantized to int8 per token.",
         "Xiao et al., SmoothQuant (2022)",
         solver="mse",
         transforms=(SMOOTH, ROTATE),
@@ -26,7 +26,7 @@ register_recipe(
 register_recipe(
     Recipe(
         "w8a8-static",
-        "Weights int8 per channel, activations int8 with one calibrated scale per tensor, smoothed.",
+        "Weights int8 per channel, smoothed; inputs rotated and quantized with one calibrated scale per tensor.",
         "Xiao et al., SmoothQuant (2022)",
         activation="int8/tensor",
         solver="mse",
@@ -36,9 +36,9 @@ register_recipe(
 register_recipe(
     Recipe(
         "w4a8",
-        "Weights int4 in groups of 32 by GPTQ, activations int8 per token, smoothed.",
+        "Weights int4 in groups of 32 by GPTQ; smoothed, inputs rotated by Hadamard blocks and quantized to int8 per token.",
         "Frantar et al., GPTQ (2022)",
-        weight="int4/g32/asym",
+        weight="int4/g32",
         solver="gptq",
         transforms=(SMOOTH, ROTATE),
     )
@@ -46,7 +46,7 @@ register_recipe(
 register_recipe(
     Recipe(
         "w4a8-g128",
-        "Weights int4 in groups of 128 by GPTQ, activations int8 per token, smoothed.",
+        "Weights int4 in groups of 128 by GPTQ; smoothed, inputs rotated by Hadamard blocks and quantized to int8 per token.",
         "Frantar et al., GPTQ (2022)",
         weight="int4/g128/asym",
         solver="gptq",

@@ -108,6 +108,7 @@ def test_statistics_equal_those_of_all_rows_at_once():
     statistics = ChannelStatistics(6, with_hessian=True)
     for batch in batches:
         statistics.update(batch)
+    statistics.flush()
     rows = np.concatenate([b.reshape(-1, 6) for b in batches]).astype(np.float64)
     assert statistics.tokens == len(rows)
     np.testing.assert_allclose(statistics.absmax, np.abs(rows).max(0), rtol=1e-6)

@@ -5,7 +5,8 @@
 with Q (batch, heads, queries, size), K and V (batch, kv heads, keys, size). The scale may sit on Q, on K, on the scores
 or be split between them; the mask is added, or selects between scores and a large negative number; keys and values that
 are repeated per group of heads (Unsqueeze, Expand, Reshape) give grouped-query attention. The result is always the
-four-axis form; the Transpose and Reshape around it stay operators of their own.
+four-axis form; the Transpose and Reshape around it stay operators of their own. A guard that replaces NaN weights by 0
+is dropped: it acts only on queries for which every key is masked, whose result means nothing (padding).
 Vaswani et al. 2017; Ainslie et al. 2023, "GQA"; ONNX Attention-23.
 """
 

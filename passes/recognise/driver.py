@@ -13,8 +13,9 @@ from qcompile.passes.opset import convert_opset
 from qcompile.passes.recognise import linear, simplify, symbols
 from qcompile.passes.recognise.activations import GeluRule, SwishRule
 from qcompile.passes.recognise.attention import AttentionRule, FourAxesRule, GroupedQueryRule
-from qcompile.passes.recognise.batch_norm import FoldBatchNorm
+from qcompile.passes.recognise.batch_norm import FoldBatchNorm, FoldBatchNormLinear
 from qcompile.passes.recognise.broadcast import expand_masks, expand_tables
+from qcompile.passes.recognise.einsum import EinsumToMatMul
 from qcompile.passes.recognise.embeddings import UniformLookup
 from qcompile.passes.recognise.layer_norm import LayerNormRule
 from qcompile.passes.recognise.masks import AlwaysTrueRule, CausalMaskRule, PaddingMaskRule
@@ -22,10 +23,13 @@ from qcompile.passes.recognise.result import COMPOSITES, Recognised
 from qcompile.passes.recognise.rms_norm import RmsNormRule
 from qcompile.passes.recognise.rotary import PartialRotaryRule, RotaryByHeadsRule, RotaryRule
 from qcompile.passes.recognise.rule import Rule, apply_rules
+from qcompile.passes.recognise.ties import merge_equal_weights
 
 OPSET = 24
 COMPOSITE_RULES: tuple[Rule, ...] = (
+    EinsumToMatMul(),
     FoldBatchNorm(),
+    FoldBatchNormLinear(),
     LayerNormRule(),
     RmsNormRule(),
     GeluRule(),
@@ -52,6 +56,7 @@ def recognise(model: ir.Model) -> tuple[ir.Model, Recognised]:
     model = model.clone()
     report = Recognised()
     prepare(model)
+    merge_equal_weights(model.graph, report)
     # Transposed weights before constants in general, so that they keep their names and stay views on mapped memory.
     apply_rules(model, linear.RULES, report)
     for _ in range(10):

@@ -115,6 +115,14 @@ def test_three_axis_attention_becomes_four(check) -> None:
     assert len(node.inputs[0].shape) == 4 and "q_num_heads" not in node.attributes
 
 
+def test_einsums_on_heads_after_positions(check) -> None:
+    body = """g (float[b, s, 4, 8] q, float[b, t, 4, 8] k, float[b, t, 4, 8] v) => (float[b, s, 4, 8] y) {
+        a = Einsum<equation = "bqhd,bkhd->bhqk">(q, k) c = Constant<value_float = 0.3>() p = Mul(a, c)
+        w = Softmax<axis = -1>(p) y = Einsum<equation = "bhqk,bkhd->bqhd">(w, v) }"""
+    model, _ = check(body, {"Attention": 1})
+    assert sorted(n.op_type for n in model.graph) == ["Attention", "Transpose", "Transpose", "Transpose", "Transpose"]
+
+
 REFUSED = {
     "softmax over queries": (f"{TURN} p = MatMul(q, kt) w = Softmax<axis = 2>(p) y = MatMul(w, v)", "", "", "axis 2"),
     "weights read elsewhere": (SCALES["none"], "", ", float[b, 4, s, t] w", "'w' is used elsewhere"),

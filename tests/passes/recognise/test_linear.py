@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qcompile.passes.recognise import recognise
+from qcompile.passes.recognise.einsum import as_product
 
 HEAD = "g (float[b, 6] x) => (float[b, 4] y)"
 
@@ -136,6 +137,75 @@ def test_batch_norm_alone_stays(check, random_weights) -> None:
     text = "g (float[b, 4, 6] x) => (float[b, 4, 6] y) { y = BatchNormalization(x, gain, beta, mean, var) }"
     model, _ = check(text, {}, **norm_weights(random_weights, 4))
     assert kinds(model) == ["BatchNormalization"]
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_batch_norm_folds_into_linear(check, random_weights, bias: bool) -> None:
+    linear = "m = MatMul(x, w) h = Add(m, c)" if bias else "h = MatMul(x, w)"
+    arrays = {"w": random_weights(6, 4), **({"c": random_weights(4)} if bias else {})}
+    text = f"{HEAD} {{ {linear} y = BatchNormalization(h, gain, beta, mean, var) }}"
+    model, _ = check(text, {}, **arrays, **norm_weights(random_weights, 4))
+    assert kinds(model) == ["MatMul", "Add"]
+
+
+def test_batch_norm_over_positions_does_not_fold_into_linear(check, random_weights) -> None:
+    """On (batch, positions, channels) the operator normalises axis 1, which is not the output of the linear operator."""
+    text = """g (float[b, 4, 6] x) => (float[b, 4, 4] y) { h = MatMul(x, w) y = BatchNormalization(h, gain, beta, mean, var) }"""
+    model, _ = check(text, {}, w=random_weights(6, 4), **norm_weights(random_weights, 4))
+    assert kinds(model) == ["MatMul", "BatchNormalization"]
+
+
+def test_weights_stored_twice_are_tied(check, random_weights) -> None:
+    text = """g (int64[b, s] ids, float[b, s, 12] x) => (float[b, s, 12] e, float[b, s, 12] y, float[b, s, 12] z) {
+        e = Gather(table, ids) y = MatMul(x, copy) z = MatMul(y, other) }"""
+    table = random_weights(12, 12)
+    other = table.copy()
+    other[5, 5] += 1  # as the copy but for one element in the middle
+    model, report = check(text, {}, table=table, copy=table.copy(), other=other)
+    assert report.raised()["merged weights"] == 1 and set(model.graph.initializers) == {"table", "other"}
+
+
+EINSUMS = [
+    ("bsk,kn->bsn", (2, 3, 4), (4, 5), ["MatMul"]),
+    ("bsk,nk->bsn", (2, 3, 4), (5, 4), ["MatMul"]),
+    ("bk,nk->nb", (2, 4), (5, 4), ["MatMul", "Transpose"]),
+]
+
+
+@pytest.mark.parametrize(("equation", "left", "right", "expected"), EINSUMS)
+def test_einsum_with_a_weight(check, random_weights, equation: str, left, right, expected: list[str]) -> None:
+    out = [
+        dict(zip(",".join(equation.split("->")[0].split(",")).replace(",", ""), left + right))[c]
+        for c in equation.split("->")[1]
+    ]
+    text = f'g (float{list(left)} x) => (float{out} y) {{ y = Einsum<equation = "{equation}">(x, w) }}'
+    model, report = check(text, {}, w=random_weights(*right))
+    assert kinds(model) == expected and report.linears == 1
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.data())
+def test_einsum_as_matrix_product_in_any_order(data) -> None:
+    """Whatever `as_product` accepts is what numpy's einsum computes, and all single-label products are accepted."""
+    batch = data.draw(st.sampled_from(["", "b", "bh"]))
+    a = "".join(data.draw(st.permutations(batch + "mc")))
+    b = "".join(data.draw(st.permutations(batch + "cn")))
+    y = "".join(data.draw(st.permutations(batch + "mn")))
+    form = as_product(f"{a},{b}->{y}")
+    assert form is not None
+    sizes = dict(zip("bhmcn", (2, 3, 4, 5, 6)))
+    rng = np.random.default_rng(0)
+    left, right = (rng.standard_normal([sizes[c] for c in labels]) for labels in (a, b))
+    got = (left.transpose(form.left) @ right.transpose(form.right)).transpose(form.result)
+    np.testing.assert_allclose(got, np.einsum(f"{a},{b}->{y}", left, right))
+
+
+@pytest.mark.parametrize(
+    "equation",
+    ["ij,jk", "ii,ij->j", "bsk,kn->bs", "ij,ij->ij", "ij,kl->ijkl", "...k,kn->...n", "ij,jk,kl->il", "bmc,bcn->mn"],
+)
+def test_other_einsums_are_no_matrix_products(equation: str) -> None:
+    assert as_product(equation) is None
 
 
 @settings(deadline=None, max_examples=25)

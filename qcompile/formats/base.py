@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -38,7 +38,7 @@ class Grid:
 
     scale: np.ndarray
     zero_point: np.ndarray | None = None
-    aux: dict[str, np.ndarray] | None = None
+    aux: dict[str, np.ndarray] = field(default_factory=dict)
 
     def with_codes(self, codes: np.ndarray) -> Quantized:
         """Return the quantized matrix that ``codes`` ``(K, N)`` make on this grid."""
@@ -60,11 +60,11 @@ class Grid:
             name: np.where(columns, dict(other._arrays())[name], array) if array.ndim > 1 else array
             for name, array in self._arrays()
         }
-        return Grid(merged.pop("scale"), merged.pop("zero_point", None), merged or None)
+        return Grid(merged.pop("scale"), merged.pop("zero_point", None), merged)
 
     def _arrays(self) -> list[tuple[str, np.ndarray]]:
         own = [("scale", self.scale)] + ([] if self.zero_point is None else [("zero_point", self.zero_point)])
-        return own + list((self.aux or {}).items())
+        return own + list(self.aux.items())
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class Quantized:
     codes: np.ndarray
     scale: np.ndarray
     zero_point: np.ndarray | None = None
-    aux: dict[str, np.ndarray] | None = None
+    aux: dict[str, np.ndarray] = field(default_factory=dict)
 
     @property
     def grid(self) -> Grid:
@@ -176,7 +176,7 @@ class Format(ABC):
         return Grid(
             take(grid.scale),
             None if grid.zero_point is None else take(grid.zero_point),
-            None if grid.aux is None else {name: take(array) for name, array in grid.aux.items()},
+            {name: take(array) for name, array in grid.aux.items()},
         )
 
     def split(self, weight: np.ndarray, importance: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
@@ -188,13 +188,13 @@ class Format(ABC):
         groups, length = self.groups(k), self.group_length(k)
         blocks = np.zeros((groups * length, n), np.float32)
         blocks[:k] = weight
-        h = np.zeros((groups * length, 1 if importance is None or importance.ndim == 1 else n))
-        h[:k] = 1 if importance is None else importance.reshape(k, -1)
-        h *= h.size / (h.sum() or 1)
-        h = h.reshape(groups, length, -1)
+        flat = np.zeros((groups * length, 1 if importance is None or importance.ndim == 1 else n))
+        flat[:k] = 1 if importance is None else importance.reshape(k, -1)
+        flat *= flat.size / (flat.sum() or 1)
+        h = flat.reshape(groups, length, -1)
         inside = (np.arange(groups * length) < k).reshape(groups, length, 1)
         h = np.where(h.any(1, keepdims=True), h, inside)
-        return blocks.reshape(groups, length, n), h.astype(np.float32, copy=False)
+        return blocks.reshape(groups, length, n), h.astype(np.float32)
 
 
 def check_weight(weight: np.ndarray, fmt: Format) -> np.ndarray:
@@ -234,23 +234,24 @@ class FormatInfo:
     example: Format
 
 
-_PARSERS: list[Callable[[str], Format | None]] = []
+Parser = Callable[[str], Format | None]
+
+_PARSERS: list[Parser] = []
 _INFO: list[FormatInfo] = []
 
 
-def register_format(
-    parser: Callable[[str], Format | None] | None = None, *, info: FormatInfo | None = None
-) -> Callable[..., Format | None]:
-    """Add a function that turns a spelling into a Format, or returns None if the spelling is not its own.
+def register_format(*, info: FormatInfo) -> Callable[[Parser], Parser]:
+    """Decorate a function that turns a spelling into a Format, or returns None if the spelling is not its own.
 
-    Used as a decorator; ``info`` puts the family into `list_formats`.
+    ``info`` puts the family into `list_formats`.
     """
-    if parser is None:
-        return lambda function: register_format(function, info=info)
-    _PARSERS.append(parser)
-    if info is not None:
+
+    def register(parser: Parser) -> Parser:
+        _PARSERS.append(parser)
         _INFO.append(info)
-    return parser
+        return parser
+
+    return register
 
 
 def parse_format(spelling: str) -> Format:

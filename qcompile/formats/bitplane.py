@@ -47,7 +47,7 @@ class BitPlane(Format):
             {"offset": np.concatenate([p.aux["offset"] for p in parts], axis=-1)},
         )
 
-    def rescale(self, grid: Grid, factor: np.ndarray) -> Grid | None:
+    def rescale(self, grid: Grid, factor: np.ndarray) -> Grid:
         scaled = (grid.aux["offset"] * factor).astype(np.float32)
         return Grid((grid.scale * factor).astype(np.float32), None, {"offset": scaled})
 
@@ -90,7 +90,8 @@ class BitPlane(Format):
         norm = usable(np.abs(blocks).max(1))
         blocks = blocks / norm[:, None]
         low, high = self._range(blocks, k)
-        best = least = None
+        best = self._uniform(low, high)
+        least = np.full_like(norm, np.inf)
         for clip in (1.0, 0.8, 0.6):
             grid = self._uniform(low * clip, high * clip)
             for round_ in range(_ROUNDS):
@@ -98,13 +99,9 @@ class BitPlane(Format):
                 codes = self.nearest(blocks, aligned)
                 delta = blocks - self.values(codes, aligned)
                 error = np.einsum("gln,gln->gn", delta * h, delta)
-                if best is None:
-                    best, least = grid, error
-                else:
-                    better = error < least
-                    offset = np.where(better, grid.aux["offset"], best.aux["offset"])
-                    best = Grid(np.where(better, grid.scale, best.scale), None, {"offset": offset})
-                    least = np.minimum(least, error)
+                offset = np.where(error < least, grid.aux["offset"], best.aux["offset"])
+                best = Grid(np.where(error < least, grid.scale, best.scale), None, {"offset": offset})
+                least = np.minimum(least, error)
                 if round_ < _ROUNDS - 1:
                     grid = self._least_squares(blocks, h, codes, grid)
         return self.rescale(best, norm)

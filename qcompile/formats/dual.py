@@ -80,13 +80,18 @@ class DualInt4(Format):
         wanted = np.abs(best_scale(blocks / norm[:, None], h, proposals, _snap)[0]) * norm
         covering = self.minmax_grid(weight / unit)
         channel, group = covering.scale, covering.aux["group_scale"]
-        best = channel, *self._best_group_scale(blocks, h, channel, [group])
+        group, error = self._best_group_scale(blocks, h, channel, [group])
+        best = channel, group, error
         for shrink in np.linspace(1, 0.6, 9, dtype=np.float32):
             channel = usable(wanted.max(0, keepdims=True) * shrink / _TOP)
             near = np.rint(wanted / channel)
             group, error = self._best_group_scale(blocks, h, channel, [near - 1, near, near + 1])
             better = error.sum(0, keepdims=True) < best[2].sum(0, keepdims=True)
-            best = tuple(np.where(better, new, old) for new, old in zip((channel, group, error), best, strict=True))
+            best = (
+                np.where(better, channel, best[0]),
+                np.where(better, group, best[1]),
+                np.where(better, error, best[2]),
+            )
         return best[0] * unit, best[1]
 
     @staticmethod
@@ -94,17 +99,15 @@ class DualInt4(Format):
         blocks: np.ndarray, h: np.ndarray, channel: np.ndarray, candidates: Iterable
     ) -> tuple[np.ndarray, np.ndarray]:
         """Return the best of some integer group scales, ``(G, N)``, and its errors."""
-        best = None
+        best = np.ones((blocks.shape[0], blocks.shape[2]), np.float32)
+        least = np.full_like(best, np.inf)
         for candidate in candidates:
-            group = np.broadcast_to(np.clip(candidate, 1, _TOP), (blocks.shape[0], blocks.shape[2])).astype(np.float32)
+            group = np.broadcast_to(np.clip(candidate, 1, _TOP), best.shape).astype(np.float32)
             step = (group * channel)[:, None]
             delta = blocks - _snap(blocks / step) * step
             error = np.einsum("gln,gln->gn", delta * h, delta)
-            if best is None:
-                best = (group, error)
-            else:
-                best = tuple(np.where(error < best[1], new, old) for new, old in zip((group, error), best, strict=True))
-        return best
+            best, least = np.where(error < least, group, best), np.minimum(error, least)
+        return best, least
 
     def _grid(self, channel: np.ndarray, group: np.ndarray) -> Grid:
         return Grid(channel.astype(np.float32), None, {"group_scale": np.clip(group, 1, _TOP).astype(np.uint8)})

@@ -55,7 +55,7 @@ class Minifloat(LevelFormat):
         return f"e{self.exponent_bits}m{self.mantissa_bits}" + (f"/g{self.group}" if self.group else "")
 
     @property
-    def bits(self) -> int:
+    def bits(self) -> int:  # type: ignore[override]
         """Sign, exponent and mantissa."""
         return 1 + self.exponent_bits + self.mantissa_bits
 

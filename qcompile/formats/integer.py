@@ -128,20 +128,18 @@ class IntFormat(Format):
         low, high = np.minimum(blocks.min(1), 0), np.maximum(blocks.max(1), 0)
         centre = np.rint(-low / usable(high - low) * self.qmax)
         around = np.arange(-2, 3) if self.bits > 3 else np.arange(-self.qmax, self.qmax + 1)
-        best = None
+        whole = usable((high - low) / self.qmax)
+        best = whole, centre, np.full_like(whole, -1)
         for shift in around:
             zero = np.clip(centre + shift, 0, self.qmax)
-            if best is not None and (zero != centre + shift).all():
+            if (zero != centre + shift).all():
                 continue
             cover = usable(np.maximum(high / np.maximum(self.qmax - zero, 0.5), -low / np.maximum(zero, 0.5)))
             snap = lambda unit, zero=zero: self._snap(unit, zero[:, None])  # noqa: E731
-            scale, score = best_scale(blocks, h, (cover * r for r in self._ratios()), snap, rounds=1)
-            if best is None:
-                best = (scale, zero, score)
-            else:
-                best = tuple(
-                    np.where(score > best[2], new, old) for new, old in zip((scale, zero, score), best, strict=True)
-                )
+            proposals = [whole] + [cover * r for r in self._ratios()]
+            scale, score = best_scale(blocks, h, proposals, snap, rounds=1)
+            better = score > best[2]
+            best = np.where(better, scale, best[0]), np.where(better, zero, best[1]), np.maximum(score, best[2])
         scale, zero, _ = best
         # The stored zero point is a code, so a group keeps its sign convention: a negative scale mirrors the zero.
         return np.where(scale < 0, -scale, scale), np.where(scale < 0, self.qmax - zero, zero).astype(np.uint8)

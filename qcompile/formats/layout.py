@@ -105,7 +105,9 @@ class BitLayout:
     def _plan(self, k: int, n: int) -> _BytePlan | None:
         """Return how bytes are put together, or None if some code straddles bytes."""
         sizes = self.factors(k, n)
-        outer, inner, room = [], [], 8
+        outer: list[tuple[str, int]] = []
+        inner: list[tuple[str, int]] = []
+        room = 8
         for name in reversed(self.order.split()):
             # An axis lies outside bytes, inside them, or is cut into an outer and an inner part.
             inside = min(room, sizes[name])

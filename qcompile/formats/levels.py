@@ -42,7 +42,7 @@ class LevelFormat(Format):
     def search_scale(self, weight: np.ndarray, importance: np.ndarray | None) -> np.ndarray:
         """Return the storable scales ``(G, N)`` with the least weighted error."""
         first, last, count = self.ratios
-        ratios = np.linspace(first, last, count, dtype=np.float32)
+        ratios = [np.float32(1), *np.geomspace(first, last, count, dtype=np.float32)]
         parts = []
         for columns in column_chunks(weight):
             part = importance[:, columns] if importance is not None and importance.ndim == 2 else importance

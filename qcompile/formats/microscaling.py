@@ -105,7 +105,7 @@ _E4M3 = np.sort(minifloat_table(4, 3)[1:127])  # positive finite values
 
 
 def _parser(spelling: str, fmt: Format, description: str) -> None:
-    register_format(lambda text: fmt if text == spelling else None, info=FormatInfo(spelling, description, fmt))
+    register_format(info=FormatInfo(spelling, description, fmt))(lambda text: fmt if text == spelling else None)
 
 
 for _bits in _ELEMENTS:

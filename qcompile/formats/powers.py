@@ -103,7 +103,7 @@ class PowerOfTwoSum(LevelFormat):
         return f"pow2sum{self.terms}" + (f"/g{self.group}" if self.group else "")
 
     @property
-    def bits(self) -> int:
+    def bits(self) -> int:  # type: ignore[override]
         """Four per term."""
         return 4 * self.terms
 

@@ -70,16 +70,12 @@ def least_error(
     For formats that can store few scales only, so that the closed form is of no use. Arguments as for `best_scale`.
     """
     norm = usable(np.abs(blocks).max(1))  # so that squares neither overflow nor vanish
-    best = least = None
+    best = np.ones_like(norm)
+    least = np.full_like(norm, np.inf)
     for scale in scales:
-        scale = np.asarray(scale, np.float32)
         delta = (blocks - snap(blocks / scale[:, None]) * scale[:, None]) / norm[:, None]
         error = np.einsum("gln,gln->gn", delta * importance, delta)
-        if best is None:
-            best, least = scale, error
-        else:
-            better = error < least
-            best, least = np.where(better, scale, best), np.where(better, error, least)
+        best, least = np.where(error < least, scale, best), np.minimum(error, least)
     return best
 
 

@@ -46,8 +46,10 @@ class Ternary(Format):
             part = importance[:, columns] if importance is not None and importance.ndim == 2 else importance
             blocks, h = self.split(weight[:, columns], part)
             norm = usable(np.abs(blocks).max(1))
-            proposals = (np.full_like(norm, r) for r in np.geomspace(1, 0.1, 16))
-            scale, _ = best_scale(blocks / norm[:, None], h, proposals, lambda unit: np.clip(np.rint(unit), -1, 1))
+            unit = blocks / norm[:, None]
+            proposals = [usable(self.minmax_grid(weight[:, columns]).scale / norm)]
+            proposals += [np.full_like(norm, r) for r in np.geomspace(1, 0.1, 16)]
+            scale, _ = best_scale(unit, h, proposals, lambda ratio: np.clip(np.rint(ratio), -1, 1))
             parts.append(usable(scale * norm))
         return Grid(np.concatenate(parts, axis=1))
 

@@ -316,4 +316,4 @@ def _write(folder: Path, report: Report, recipe: Recipe, machine: Any, source: M
 def _json(value: Any) -> str:
     import json
 
-    return json.dumps(value, indent=1, allow_nan=False) + "\n"
+    return json.dumps(value, allow_nan=False, separators=(",", ":")) + "\n"

@@ -66,9 +66,9 @@ def check_structure(model: ir.Model, name: str) -> None:
     for node in graph.all_nodes():
         if not node.outputs:
             raise ModelError(f"{name}: node {node.op_type} '{node.name or ''}' has no result")
-        for value in node.inputs:
-            if value is not None and not _defined(value):
-                raise ModelError(f"{name}: {describe(node)} reads '{value.name}', which nothing defines")
+        for read in node.inputs:
+            if read is not None and not _defined(read):
+                raise ModelError(f"{name}: {describe(node)} reads '{read.name}', which nothing defines")
     for value in graph.outputs:
         if not _defined(value):
             raise ModelError(f"{name}: the graph output '{value.name}' is computed by no node")
@@ -133,7 +133,10 @@ def check_operators(model: ir.Model, name: str) -> None:
     """Every operator is one of ONNX's at the model's opset, or a function of the model."""
     import onnx.defs
 
-    bodies = [("", model.graph), *((f"function {f.name}: ", f) for f in model.functions.values())]
+    bodies: list[tuple[str, ir.Graph | ir.Function]] = [
+        ("", model.graph),
+        *((f"function {f.name}: ", f) for f in model.functions.values()),
+    ]
     for where, body in bodies:
         versions = body.opset_imports if isinstance(body, ir.Function) else model.opset_imports
         for node in body.all_nodes():
@@ -206,7 +209,7 @@ def _skeleton(model: ir.Model) -> tuple[ir.Model, dict[str, ir.Node]]:
         tensor = value.const_value
         if tensor is None or tensor.dtype == ir.DataType.STRING or tensor.nbytes <= _SMALL:
             continue
-        value.shape, value.type = ir.Shape(tensor.shape), ir.TensorType(tensor.dtype)
+        value.shape, value.type = ir.Shape([int(d) for d in tensor.shape]), ir.TensorType(tensor.dtype)  # type: ignore[arg-type]
         del copy.graph.initializers[value.name or ""]
         value.const_value = None
         if not value.is_graph_input():
@@ -217,7 +220,7 @@ def _skeleton(model: ir.Model) -> tuple[ir.Model, dict[str, ir.Node]]:
 def _input_shapes(node: ir.Node) -> str:
     shapes = []
     for value in node.inputs:
-        shape = value.shape if value is not None else None
+        shape: ir.ShapeProtocol | None = value.shape if value is not None else None
         if shape is None and value is not None and value.const_value is not None:
             shape = value.const_value.shape
         shapes.append("?" if shape is None else "(" + ", ".join(str(d) for d in shape) + ")")
@@ -231,7 +234,7 @@ def check_weights(model: ir.Model, name: str) -> None:
             continue
         count, first, value, mask = _not_finite(tensor)
         if count and not (mask and not np.isnan(value)):
-            index = [int(i) for i in np.unravel_index(first, [int(d) for d in tensor.shape])] if tensor.size > 1 else []
+            index = [int(i) for i in np.unravel_index(first, tensor.shape.numpy())] if tensor.size > 1 else []
             what = "value is" if count == 1 else "values are"
             raise ModelError(f"{name}: weight '{label}': {count} {what} not finite, the first at {index} ({value})")
 

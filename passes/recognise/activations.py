@@ -116,7 +116,8 @@ def product(node: ir.Node) -> tuple[float, list[ir.Value], tuple[ir.Node, ...]]:
 
     Only products that nothing else reads are opened, so that a factor which is itself a product stays one.
     """
-    scale, values, nodes = 1.0, [], (node,)
+    scale, values = 1.0, list[ir.Value]()
+    nodes: tuple[ir.Node, ...] = (node,)
     for index, value in enumerate(node.inputs):
         array = small_constant(value, 1)
         inner = value.producer() if value is not None else None

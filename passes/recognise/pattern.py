@@ -10,7 +10,7 @@ arrays, operators bound to nodes. Add, Mul and the other commutative operators a
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import permutations
 
@@ -128,7 +128,7 @@ class Either(Pattern):
             yield from form.bind(value, match)
 
 
-def _bind_all(patterns: tuple[Pattern, ...], values: tuple[ir.Value | None, ...], match: Match) -> Iterator[Match]:
+def _bind_all(patterns: tuple[Pattern, ...], values: Sequence[ir.Value | None], match: Match) -> Iterator[Match]:
     if not patterns:
         yield match
         return

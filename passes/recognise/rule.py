@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -82,7 +83,7 @@ def emit(
     anchor: ir.Node,
     op_type: str,
     inputs: Sequence[ir.Value | None],
-    attributes: dict[str, object] | None = None,
+    attributes: dict[str, Any] | None = None,
     like: ir.Value | None = None,
 ) -> ir.Value:
     """Insert a node before ``anchor`` and return its result, typed and shaped ``like`` another value if given."""

@@ -59,7 +59,12 @@ def emit_mlir(model: ir.Model, kind: Kind = "linalg", *, weights: bool = True) -
     torch_dialect.register_dialect(context)
     messages: list[str] = []
     context.emit_error_diagnostics = True
-    context.attach_diagnostic_handler(lambda diagnostic: messages.append(diagnostic.message) or True)
+
+    def note(diagnostic: Any) -> bool:
+        messages.append(diagnostic.message)
+        return True
+
+    context.attach_diagnostic_handler(note)
     try:
         info = onnx_importer.ModelInfo(proto)
         module = info.create_module(context=context).operation

@@ -87,15 +87,15 @@ def check_parity(
                 g, w = g[mask != 0], w[mask != 0]
             if not w.size:
                 continue
-            error = float(np.abs(g.astype(np.float64) - w.astype(np.float64)).max())
+            gap = float(np.abs(g.astype(np.float64) - w.astype(np.float64)).max())
             scale = float(np.abs(w.astype(np.float64)).max()) or 1.0
-            if not error <= TOLERANCE * scale:
+            if not gap <= TOLERANCE * scale:
                 output = model.graph.outputs[index].name
                 raise ModelError(
-                    f"{name}: the exported graph differs from torch by {error / scale:.2g} of the largest value"
+                    f"{name}: the exported graph differs from torch by {gap / scale:.2g} of the largest value"
                     f" in output '{output}' for inputs {shapes}; capture with check=False to look at it"
                 )
-            absolute, relative = max(absolute, error), max(relative, error / scale)
+            absolute, relative = max(absolute, gap), max(relative, gap / scale)
     return {"examples": len(results), "max_abs_error": absolute, "max_rel_error": relative}
 
 

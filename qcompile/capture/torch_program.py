@@ -173,10 +173,10 @@ def _name_tied_tables(graph: ir.Graph, parameters: Mapping[str, Any]) -> None:
     for node in graph:
         table = node.inputs[0] if node.op_type == "Gather" else None
         scopes = literal_list(node.metadata_props.get("pkg.torch.onnx.name_scopes"))
-        if table is None or table.const_value is None or len(scopes) < 2 or table.name not in parameters:
+        if table is None or table.const_value is None or len(scopes) < 2 or not table.name:
             continue
         wanted = f"{scopes[-2]}.weight"
-        if wanted == table.name or wanted not in parameters or wanted in graph.initializers:
+        if wanted == table.name or not {wanted, table.name} <= parameters.keys() or wanted in graph.initializers:
             continue
         if parameters[wanted].data_ptr() == parameters[table.name].data_ptr():
             table.name = wanted

@@ -317,13 +317,14 @@ def _spaces(s: Solution) -> tuple[list[Space], np.ndarray]:
 
 
 def _describe(result: Spaces, constraints: Constraints) -> None:
-    s = result.solution
+    s, births = result.solution, constraints.births
+    starts = np.array([b.start for b in births])
     for name, maps in result.constants.items():
         for m in maps:
             ids = np.unique(result.space_of_class[s.class_of[m.flat]])
             vector = len(maps) == 1
             for i in ids:
-                summed = bool((s.parity[m.flat] < 0).all())
+                summed = births[int(np.searchsorted(starts, m.flat[0], side="right")) - 1].reader
                 role = "parameter" if vector else "reader" if summed else "writer"
                 result.spaces[i].members.append(Member(name, m.axes, role))
     for name, maps in result.layouts.items():

@@ -24,6 +24,9 @@ LARGEST_FOLDED = 1 << 16
 """Elements up to which an expression of constants is evaluated."""
 
 
+SAME_SHAPE = {"GroupNormalization", "InstanceNormalization", "RMSNormalization", "LayerNormalization", "Swish", "Gelu"}
+
+
 def prepare(model: ir.Model) -> ir.Model:
     """Return a clone of ``model`` in analysable form. Doing it twice changes nothing more."""
     model = model.clone()
@@ -35,6 +38,10 @@ def prepare(model: ir.Model) -> ir.Model:
     remove_unused_initializers(graph)
     if any(o.shape is None for n in graph for o in n.outputs if o.name):
         model = ShapeInferencePass()(model).model
+        for node in model.graph:
+            # Operators that ONNX defines by a function body have no inference of their own.
+            if node.op_type in SAME_SHAPE and node.outputs[0].shape is None and node.inputs[0] is not None:
+                node.outputs[0].shape = node.inputs[0].shape
     return model
 
 
@@ -73,6 +80,8 @@ def _evaluate_small(model: ir.Model) -> None:
             continue
         if node.op_type.startswith("Random") or any(v.is_graph_output() for v in node.outputs):
             continue
+        if any(_shared_matrix(v) for v in node.inputs if v is not None):
+            continue
         sizes = [int(np.prod(constant_shape(v) or (1,))) for v in node.inputs if v is not None]
         if max(sizes, default=0) > LARGEST_FOLDED:
             continue
@@ -83,6 +92,12 @@ def _evaluate_small(model: ir.Model) -> None:
             new = add_initializer(graph, old.name or "constant", array)
             ir.convenience.replace_all_uses_with(old, new)
         graph.remove(node, safe=True)
+
+
+def _shared_matrix(value: ir.Value) -> bool:
+    """A matrix with other readers: evaluating one of them would untie it."""
+    shape = constant_shape(value) or ()
+    return sum(d != 1 for d in shape) > 1 and len({u.node for u in value.uses()}) > 1
 
 
 def _evaluate(node: ir.Node, opset: int) -> list[np.ndarray] | None:

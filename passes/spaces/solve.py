@@ -207,7 +207,7 @@ class Views:
             pairs.append((a + n, b if dual else b + n))
         component = components(2 * n, pairs)
         up, down = component[:n], component[n:]
-        # A class is oriented like its first coordinate that is not the summed axis of a weight: activations read +1.
+        # A class is oriented like its first coordinate that is not the summed axis of a weight: activations are +1.
         order = np.arange(n)
         for birth in c.births:
             if birth.reader:
@@ -216,7 +216,7 @@ class Views:
         self.count = int(self.class_of.max()) + 1 if n else 0
         first = np.full(self.count, 4 * n)
         np.minimum.at(first, self.class_of, order)
-        positive = up[first % n] if n else up
+        positive = np.where(first < n, up[first % n], down[first % n]) if n else up
         self.parity = np.where(up == positive[self.class_of], 1, -1).astype(np.int8)
         self.self_dual = np.zeros(self.count, bool)
         self.self_dual[self.class_of[up == down]] = True

@@ -12,7 +12,8 @@ A value of the model is known in one of these ways, strongest first:
 from __future__ import annotations
 
 import ast
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +26,9 @@ from qcompile.codegen.relax import dtypes
 from qcompile.codegen.relax.dims import Dim, DimArithmetic, as_expr
 from qcompile.errors import UnsupportedOperatorError
 from qcompile.targets.target import Target
+
+#: The ``op_pattern`` of a kernel that is not merged with others.
+OPAQUE_PATTERN = 8
 
 #: Largest tensor, in elements, whose contents are followed symbolically.
 SYMBOLIC_LIMIT = 512
@@ -74,7 +78,7 @@ class Context:
     """State of one conversion, handed to every converter.
 
     Attributes:
-        bb: the Relax block builder, inside ``main`` and inside a dataflow block.
+        bb: the Relax block builder, inside ``main``.
         dims: arithmetic on dimensions.
         target: what is compiled for, or ``None``.
         params: large constants turned into function parameters, in the order of their parameters.
@@ -91,6 +95,7 @@ class Context:
         self.state: dict[Any, Any] = {}
         self.scope = Scope({})
         self._params_threshold = params_threshold
+        self._made_here: list[Known] = []
 
     # -- what is known ------------------------------------------------------------------------------------------
 
@@ -141,6 +146,7 @@ class Context:
         known = self.known(value)
         if known.run_time is None:
             known.run_time = self.dims_from_tensor(self.expr(value), value.name or "value")
+            self._made_here.append(known)
         return list(known.run_time)
 
     def dtype(self, value: ir.Value) -> ir.DataType:
@@ -154,12 +160,17 @@ class Context:
         known = self.known(value)
         if known.sequence is not None:
             return known.sequence
+        return self.tensor(known, value.name if value.is_initializer() else None)
+
+    def tensor(self, known: Known, name: str | None = None) -> relax.Expr:
+        """The expression of an entry that is not a sequence; ``name`` is for a constant that becomes a parameter."""
         if known.expr is None:
             if known.is_constant():
-                name = value.name if value.is_initializer() else None
-                known.expr = self.const(dtypes.to_storage(self.constant(value), known.dtype), name=name)
+                array = known.constant if known.constant is not None else known.tensor.numpy()
+                known.expr = self.const(dtypes.to_storage(array, known.dtype), name=name)
             else:
                 known.expr = self.materialize(known.symbolic, dtypes.STORAGE[known.dtype])
+            self._made_here.append(known)
         return known.expr
 
     def version(self, node: ir.Node) -> int:
@@ -304,18 +315,27 @@ class Context:
         result = function(*inputs)
         outputs = [result] if isinstance(result, te.Tensor) else list(result)
         free = self._free_vars(inputs, outputs)
-        func = te.create_prim_func([*inputs, *free, *outputs], index_dtype_override="int64")
+        func = te.create_prim_func([*inputs, *free, *outputs])
         missing = [v for v in tirx.analysis.undefined_vars(func.body, func.params) if v not in free]
         missing = [v for v in missing if self.dims.owns(v) and not self._is_bound(v, inputs, outputs)]
         if missing:
             free = sorted([*free, *missing], key=lambda v: v.name)
-            func = te.create_prim_func([*inputs, *free, *outputs], index_dtype_override="int64")
+            func = te.create_prim_func([*inputs, *free, *outputs])
         func = tvm.s_tir.renew_defs(func).without_attr("global_symbol")
         if attrs:
             func = func.with_attrs(attrs)
+        if self._uses_run_time(inputs, outputs, free):
+            # fusion may move a merged kernel to its first part, before such a variable is bound: keep this one apart
+            func = func.with_attr("op_pattern", OPAQUE_PATTERN)
         specs = [(list(t.shape), str(t.dtype)) for t in outputs]
         made = self.call_tir(func, list(args), specs, free, name=name or function.__name__)
         return made[0] if isinstance(result, te.Tensor) else made
+
+    def _uses_run_time(self, inputs: list[te.Tensor], outputs: list[te.Tensor], free: list[tirx.Var]) -> bool:
+        if not self.dims.run_time:
+            return False
+        dims = [d for t in [*inputs, *outputs] for d in t.shape if not isinstance(d, tirx.IntImm)]
+        return any(not self.dims.over_inputs(d) for d in [*dims, *free])
 
     @staticmethod
     def _is_bound(var: tirx.Var, inputs: list[te.Tensor], outputs: list[te.Tensor]) -> bool:
@@ -334,6 +354,29 @@ class Context:
                 else:
                     used.update(dict.fromkeys(tirx.analysis.undefined_vars(d)))
         return sorted((v for v in used if v not in bound), key=lambda v: v.name)
+
+    @contextmanager
+    def block(self) -> Iterator[Callable[[relax.Expr], relax.Expr]]:
+        """Emits into a block of its own, e.g. a branch; calling what it yields with a result closes the block.
+
+        What is emitted inside is known inside only.
+        """
+        outer, made = self.scope, self._made_here
+        self.scope, self._made_here = Scope(outer.opsets, parent=outer), []
+        self.bb._begin_binding_block()
+
+        def finish(result: relax.Expr) -> relax.Expr:
+            result = self.bb.normalize(result)
+            return relax.SeqExpr([self.bb._end_block()], result)
+
+        try:
+            yield finish
+        finally:
+            for known in self._made_here:  # defined in this block: to be made anew outside
+                known.run_time = None
+                if known.is_constant() or known.symbolic is not None:
+                    known.expr = None
+            self.scope, self._made_here = outer, made
 
     def call_tir(
         self,

@@ -47,14 +47,13 @@ def to_relax(model: ir.Model, *, target: Target | None = None, params_threshold:
     variables = [_input(ctx, v) for v in inputs]
     try:
         with ctx.bb.function("main"):
-            with ctx.bb.dataflow():
-                convert_nodes(ctx, graph)
-                results = [_output(ctx, v) for v in graph.outputs]
-                specs = [
-                    _spec(v.name or f"output_{i}", ctx.dtype(v), ctx.shape(r))
-                    for i, (v, r) in enumerate(zip(graph.outputs, results))
-                ]
-                output = ctx.bb.emit_output(results[0] if len(results) == 1 else relax.Tuple(results))
+            convert_nodes(ctx, graph)
+            results = [_output(ctx, v) for v in graph.outputs]
+            specs = [
+                _spec(v.name or f"output_{i}", ctx.dtype(v), ctx.shape(r))
+                for i, (v, r) in enumerate(zip(graph.outputs, results))
+            ]
+            output = results[0] if len(results) == 1 else ctx.bb.emit(relax.Tuple(results))
             ctx.bb.emit_func_output(output, params=[*variables, *ctx.param_vars])
     except BaseException:
         ctx.bb._end_block()  # an abandoned block would be reported as a mistake of ours
@@ -62,6 +61,7 @@ def to_relax(model: ir.Model, *, target: Target | None = None, params_threshold:
     mod = ctx.bb.finalize()
     main = mod["main"].with_attr("num_input", len(variables))
     mod.update_func(mod.get_global_var("main"), main)
+    mod = relax.transform.ConvertToDataflow(min_size=1)(mod)
     mod = relax.transform.DeadCodeElimination(["main"])(mod)
     mod, params = _drop_unused_params(mod, ctx, len(variables))
     input_specs = [_spec(v.name, v.dtype, ctx.shape(x)) for v, x in zip(inputs, variables)]
@@ -247,7 +247,8 @@ def _expand(ctx: Context, node: ir.Node) -> bool:
 def call_function(ctx: Context, node: ir.Node, function: ir.Function) -> None:
     """Converts a function's body with the node's inputs and attributes as its arguments."""
     function = function.clone()
-    _resolve_attributes(function, node, {**default_attributes(ctx, node), **function.attributes})
+    stated = {name: a for name, a in function.attributes.items() if a.value is not None}
+    _resolve_attributes(function, node, {**default_attributes(ctx, node), **stated})
     inner = Scope(dict(function.opset_imports))
     for i, formal in enumerate(function.inputs):
         actual = node.inputs[i] if i < len(node.inputs) else None

@@ -14,11 +14,11 @@ from tvm import relax, te, tirx
 from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script import builder as T
 
-from qcompile.codegen.relax.context import Context
+from qcompile.codegen.relax.context import OPAQUE_PATTERN, Context
 from qcompile.codegen.relax.dims import Dim, as_expr
 
 #: Keeps a kernel from being merged with others.
-OPAQUE = {"op_pattern": 8}
+OPAQUE = {"op_pattern": OPAQUE_PATTERN}
 
 
 def loops(

@@ -344,13 +344,12 @@ def _bit_shift(ctx: Context, node: ir.Node, a: relax.Expr, b: relax.Expr) -> rel
     def shifted(x: Any, y: Any) -> Any:
         dtype = _dtype(x)
         width = dtypes.bits(dtype)
-        valid = y < _c(width, y)
-        if dtypes.is_signed(_dtype(y)):
-            valid = tirx.And(valid, y >= _c(0, y))
+        wide = y.astype("int64")
+        valid = tirx.And(wide >= as_expr(0), wide < as_expr(width))
         rest = _c(0, x)
         if not left and dtypes.is_signed(dtype):
             rest = tirx.Select(x < _c(0, x), _c(-1, x), rest)
-        count = tirx.Select(valid, y, _c(0, y)).astype("int64").astype(dtype)
+        count = tirx.Select(valid, wide, as_expr(0)).astype(dtype)
         return tirx.Select(valid, shift(x, count), rest)
 
     return elementwise(ctx, shifted, a, b, name="bitshift")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import onnx_ir as ir
@@ -22,28 +23,23 @@ from qcompile.codegen.relax.registry import converter
 _D = ir.DataType
 
 
-def _parameter_index(ctx: Context, node: ir.Node, x: relax.Expr, scale: relax.Expr) -> Any:
-    """Maps a position in ``x`` to the position of its scale: one for all, one per index of an axis, or one per block."""
-    rank, shape = ctx.rank(x), ctx.shape(x)
+def _parameter_reader(ctx: Context, node: ir.Node, x: relax.Expr, scale: relax.Expr) -> Callable[..., Any]:
+    """Reads the scale or zero point of a position in ``x``: one for all, one per index of an axis, or one per block."""
+    rank, shape, sizes = ctx.rank(x), ctx.shape(x), ctx.shape(scale)
     block = attr(node, "block_size", 0)
-    if ctx.rank(scale) == 0 or (ctx.rank(scale) == 1 and rank != 1 and ctx.shape(scale) == [1]):
-        return lambda index: [as_expr(0)] * ctx.rank(scale)
-    axis = attr(node, "axis", 1)
-    axis = axis % rank
+    if not sizes or (sizes == [1] and not block):
+        return lambda parameter, index: parameter(*[as_expr(0)] * len(parameter.shape))
+    axis = attr(node, "axis", 1) % rank
     if block:
-        sizes = ctx.shape(scale)
         for i in range(rank):
-            if i != axis:
-                ctx.require_equal(sizes[i], shape[i])
-            else:
-                ctx.require_equal(ctx.dims.ceildiv(shape[i], block), sizes[i])
-        return lambda index: [tirx.floordiv(v, as_expr(block)) if i == axis else v for i, v in enumerate(index)]
-    if ctx.rank(scale) == 1:
-        if ctx.shape(scale) == [1]:
-            return lambda index: [as_expr(0)]
-        ctx.require_equal(ctx.shape(scale)[0], shape[axis])
-        return lambda index: [index[axis]]
-    raise ctx.unsupported(node, f"a scale with {ctx.rank(scale)} dimensions without a block size")
+            ctx.require_equal(ctx.dims.ceildiv(shape[i], block) if i == axis else shape[i], sizes[i])
+        return lambda parameter, index: parameter(
+            *(tirx.floordiv(v, as_expr(block)) if i == axis else v for i, v in enumerate(index))
+        )
+    if len(sizes) != 1:
+        raise ctx.unsupported(node, f"a scale with {len(sizes)} dimensions without a block size")
+    ctx.require_equal(sizes[0], shape[axis])
+    return lambda parameter, index: parameter(index[axis])
 
 
 @converter("", "QuantizeLinear")
@@ -57,12 +53,12 @@ def _quantize_linear(
         to = _D(attr(node, "output_dtype", 0) or _D.UINT8)
     if to not in dtypes.STORAGE:
         raise ctx.unsupported(node, f"quantization to {to.name}")
-    at = _parameter_index(ctx, node, x, scale)
+    read = _parameter_reader(ctx, node, x, scale)
     acc = "float64" if "float64" in (ctx.storage(x), ctx.storage(scale)) else "float32"
     if to in dtypes.BIT_PATTERN:
         ratio = ctx.te(
             lambda t, s: te.compute(
-                t.shape, lambda *i: t(*i).astype("float32") / s(*at(i)).astype("float32"), name="ratio"
+                t.shape, lambda *i: t(*i).astype("float32") / read(s, i).astype("float32"), name="ratio"
             ),
             x,
             scale,
@@ -74,9 +70,9 @@ def _quantize_linear(
 
     def build(t: te.Tensor, s: te.Tensor, *z: te.Tensor) -> te.Tensor:
         def body(*i: Any) -> Any:
-            value = tirx.nearbyint(t(*i).astype(acc) / s(*at(i)).astype(acc))
+            value = tirx.nearbyint(t(*i).astype(acc) / read(s, i).astype(acc))
             if z:
-                value = value + z[0](*at(i)).astype(acc)
+                value = value + read(z[0], i).astype(acc)
             value = tirx.max(tirx.min(value, tirx.const(float(high), acc)), tirx.const(float(low), acc))
             return convert(value, storage)
 
@@ -99,7 +95,7 @@ def _dequantize_linear(
     source = ctx.dtype(node.inputs[0])
     wanted = attr(node, "output_dtype", 0)
     out = dtypes.STORAGE[_D(wanted)] if wanted else ctx.storage(scale)
-    at = _parameter_index(ctx, node, x, scale)
+    read = _parameter_reader(ctx, node, x, scale)
     acc = "float64" if out == "float64" else "float32"
     if source in dtypes.BIT_PATTERN:
         x = minifloat.decode(ctx, x, source)
@@ -109,8 +105,8 @@ def _dequantize_linear(
         def body(*i: Any) -> Any:
             value = t(*i)
             if z:
-                value = value.astype("int32") - z[0](*at(i)).astype("int32")
-            return (value.astype(acc) * s(*at(i)).astype(acc)).astype(out)
+                value = value.astype("int32") - read(z[0], i).astype("int32")
+            return (value.astype(acc) * read(s, i).astype(acc)).astype(out)
 
         return te.compute(t.shape, body, name="dequantize")
 

@@ -204,7 +204,7 @@ def _hardmax_axis(ctx: Context, x: relax.Expr, axis: int) -> relax.Expr:
     acc = kernels.compute_dtype(dtype)
     axes = Axes.of(ctx, ctx.rank(x), [axis])
     ones = axes.ones(ctx.shape(x))
-    smallest = te.comm_reducer(tirx.min, lambda t: tirx.max_value(t), name="first")
+    smallest = te.comm_reducer(lambda a, b: tirx.min(a, b), lambda t: tirx.max_value(t), name="first")
 
     def build(t: te.Tensor) -> te.Tensor:
         peak = axes.reduce(t, ones, kernels.MAX, before=lambda v: v.astype(acc), name="peak")

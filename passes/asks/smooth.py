@@ -35,13 +35,8 @@ class Smooth(Ask):
         if not context.readers(space):
             return None
         if not admits_diagonal(space):
-            if space.pinned or not space.permutable:
-                raise Refusal(f"{space.group} admits no scales")
-            return None
-        x = context.activation_range(space)
-        if x is None:
-            raise Refusal("no statistics of the activations that read it")
-        s = smooth_scale(x, context.weight_range(space), self.alpha)
+            raise Refusal(f"its group {space.group} has no scales")
+        s = smooth_scale(context.activation_range(space), context.weight_range(space), self.alpha)
         s = np.clip(s, 1 / self.limit, self.limit)
         scale(context.spaces, element, space, 1 / s)
         return f"scales {s.min():.3g} .. {s.max():.3g}, alpha {self.alpha}"

@@ -101,6 +101,11 @@ class Space:
         return [(int(c), BlockGroup(int(k), self.limit)) for k, c in zip(sizes, counts)]
 
     @property
+    def mixes(self) -> bool:
+        """Whether the space has matrices of its own: cells of several channels that are not scalar."""
+        return self.leader is None and any(g.mixes for _, g in self.blocks)
+
+    @property
     def pinned(self) -> bool:
         """Whether only the identity acts."""
         free = self.scalable or self.signed or self.permutable or self.units or self.leader is not None

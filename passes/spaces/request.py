@@ -16,7 +16,7 @@ from qcompile.passes.spaces.groups import BlockGroup, Limit
 
 def admits_diagonal(space: Space) -> bool:
     """Whether every positive diagonal may act on the space."""
-    return space.scalable or (space.leader is None and space.limit == Limit.NONE)
+    return space.scalable or (space.mixes and space.limit == Limit.NONE)
 
 
 def scale(spaces: Spaces, element: Element, space: Space, factor: np.ndarray) -> None:

@@ -211,15 +211,18 @@ class _Writer:
         with T.If(_wide(total) <= share):
             with T.Then():
                 nested(0, {})
-            with T.Else(), T.parallel(T.floordiv(_wide(total) + share - 1, share)) as chunk:
-                with T.serial(chunk * share, T.min(_wide(total), (chunk + 1) * share)) as flat:
-                    ranges: dict[int, Range] = {}
-                    rest = flat
-                    for i in reversed(range(len(outer))):
-                        at = rest if i == 0 else v.let(T.floormod(rest, _wide(counts[i])))
-                        rest = rest if i == 0 else v.let(T.floordiv(rest, _wide(counts[i])))
-                        ranges[i] = piece(i, at)
-                    inside(ranges)
+            with (
+                T.Else(),
+                T.parallel(T.floordiv(_wide(total) + share - 1, share)) as chunk,
+                T.serial(chunk * share, T.min(_wide(total), (chunk + 1) * share)) as flat,
+            ):
+                ranges: dict[int, Range] = {}
+                rest = flat
+                for i in reversed(range(len(outer))):
+                    at = rest if i == 0 else v.let(T.floormod(rest, _wide(counts[i])))
+                    rest = rest if i == 0 else v.let(T.floordiv(rest, _wide(counts[i])))
+                    ranges[i] = piece(i, at)
+                inside(ranges)
 
     # One nest
 
@@ -295,7 +298,7 @@ class _Writer:
         dtype = str(store.buffer.dtype)
 
         def block(v0: Any, points: int, t0: Any, rows: int) -> None:
-            width = lanes if points % lanes == 0 else 1
+            width = min(lanes, points)
             count = points // width
             acc = B.alloc_buffer((rows * count * width,), dtype)
 
@@ -330,8 +333,9 @@ class _Writer:
             _cut(begin, length, [rows, 1], lambda t0, n: block(v0, points, t0, n))
 
         begin, length = ranges.get(id(vector), (0, vector.extent))
-        sizes = [vectors * lanes, lanes, 1] if lanes > 1 else [1]
-        _cut(begin, length, sizes, across)
+        # What is left over after whole vectors goes into shorter ones, all of them if their number is known.
+        shorter = [lanes >> i for i in range(1, lanes.bit_length())] if _number(length) is not None else [lanes // 4, 1]
+        _cut(begin, length, sorted({vectors * lanes, lanes, *(n for n in shorter if n), 1}, reverse=True), across)
 
     def _rows(self, nest: Nest, plan: Plan, tiles: list, env: Environment, ranges: dict[int, Range]) -> None:
         found = combination(nest)

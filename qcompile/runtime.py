@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,14 +42,25 @@ def load_runtime() -> None:
         return
     os.environ.setdefault("TVM_NUM_THREADS", str(len(os.sched_getaffinity(0))))
     os.environ.setdefault("TVM_BIND_THREADS", "0")
-    import tvm_ffi  # noqa: F401  (registers libtvm_ffi before the runtime needs it)
-
+    _import_tvm_ffi()
     spec = importlib.util.find_spec("tvm")
     if spec is None or not spec.submodule_search_locations:
         raise QcompileError("the TVM runtime is not installed; run `pip install apache-tvm==0.27.0.post1`")
     library = Path(next(iter(spec.submodule_search_locations))) / "lib" / "libtvm_runtime.so"
     ctypes.CDLL(str(library), ctypes.RTLD_GLOBAL)
     _loaded = True
+
+
+def _import_tvm_ffi() -> None:
+    """Import `tvm_ffi`, which would import torch (seconds) wherever it is installed, without it."""
+    if "torch" in sys.modules or "tvm_ffi" in sys.modules:
+        import tvm_ffi  # noqa: F401
+        return
+    sys.modules["torch"] = None  # type: ignore[assignment]  # makes `import torch` raise ImportError
+    try:
+        import tvm_ffi  # noqa: F401
+    finally:
+        del sys.modules["torch"]
 
 
 def set_threads(count: int) -> None:

@@ -184,6 +184,8 @@ def check_shapes(model: ir.Model, name: str) -> None:
         if found is None:
             raise ModelError(f"{name}: {_one_line(error)}") from error
         node = originals.get(found["node"].strip())
+        if "(op_type:" in found["text"] and node is not None and node.op_identifier() not in model.functions:
+            return  # ONNX stumbles over its own body of an operator, which says nothing about the model
         where = describe(node) if node is not None else f"{found['op']} '{found['node'].strip()}'"
         shapes = f" (inputs {_input_shapes(node)})" if node is not None else ""
         raise ModelError(f"{name}: {where}{shapes}: {found['text'].strip()}") from error

@@ -13,6 +13,7 @@ Vaswani et al. 2017; Ainslie et al. 2023, "GQA"; ONNX Attention-23.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -76,10 +77,12 @@ class AttentionRule(Rule):
         mask = core.mask
         if mask is not None and core.selects is not None:
             return self.refused(node, "has an added mask and a selecting one")
-        if mask is not None and (symbols.rank(mask) is None or (symbols.rank(mask) or 0) > 4):
-            return self.refused(node, "the rank of the mask is not known")
+        for added in (mask, core.selects[0] if core.selects is not None else None):
+            if added is not None and (problem := _mask_problem(added, q, k[3])):
+                return self.refused(node, problem)
 
-        keys = _untransposed(keys, node)
+        keys, scale_k = _unscaled(_untransposed(keys, node), of=node)
+        core.scale *= scale_k
         if k[1] != v[1]:  # one of them broadcasts over the heads: the operator wants the same number in both
             keys, values = (_repeated(value, max(k[1], v[1]), node) for value in (keys, values))
         mask = _boolean(mask)
@@ -274,15 +277,31 @@ def _leads_to_matmul(value: ir.Value | None) -> bool:
     return False
 
 
-def _unscaled(value: ir.Value | None) -> tuple[ir.Value, float]:
-    """Take constant factors off Q or K; return what is inside and the factor."""
+def _mask_problem(mask: ir.Value, queries: Sequence[symbols.Dim], keys: symbols.Dim) -> str:
+    """Why a mask is none that the operator takes: it broadcasts over anything but the keys."""
+    shape = symbols.dims(mask)
+    if shape is None or len(shape) > 4:
+        return "the shape of the mask is not known"
+    full = (queries[0], queries[1], queries[2], keys)
+    if len(shape) < 2 or shape[-1] != full[-1]:
+        return f"the mask {shape} does not have a column for every key"
+    if any(size not in (1, wanted) for size, wanted in zip(shape, full[4 - len(shape) :])):
+        return f"the mask {shape} does not fit the scores {full}"
+    return ""
+
+
+def _unscaled(value: ir.Value | None, of: ir.Node | None = None) -> tuple[ir.Value, float]:
+    """Take constant factors off Q or K; return what is inside and the factor.
+
+    Only factors that nothing else reads; ``of`` reads the value through operators that are about to go.
+    """
     assert value is not None
     scale = 1.0
     while (node := _producer(value, "Mul", "Div")) is not None:
         inner, number = node.inputs[0], small_constant(node.inputs[1])
         if number is None and node.op_type == "Mul":
             inner, number = node.inputs[1], small_constant(node.inputs[0])
-        if number is None or number.size != 1 or inner is None or sole_use(value) is None:
+        if number is None or number.size != 1 or inner is None or (of is None and sole_use(value) is None):
             break
         scale = scale * float(number.reshape(())) if node.op_type == "Mul" else scale / float(number.reshape(()))
         value = inner

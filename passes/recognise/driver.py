@@ -19,7 +19,7 @@ from qcompile.passes.recognise.einsum import EinsumToMatMul
 from qcompile.passes.recognise.embeddings import UniformLookup
 from qcompile.passes.recognise.layer_norm import LayerNormRule
 from qcompile.passes.recognise.masks import AlwaysTrueRule, CausalMaskRule, PaddingMaskRule
-from qcompile.passes.recognise.result import COMPOSITES, Recognised
+from qcompile.passes.recognise.result import COMPOSITES, Recognised, Refused
 from qcompile.passes.recognise.rms_norm import RmsNormRule
 from qcompile.passes.recognise.rotary import PartialRotaryRule, RotaryByHeadsRule, RotaryRule
 from qcompile.passes.recognise.rule import Rule, apply_rules
@@ -60,7 +60,8 @@ def recognise(model: ir.Model) -> tuple[ir.Model, Recognised]:
     # Transposed weights before constants in general, so that they keep their names and stay views on mapped memory.
     apply_rules(model, linear.RULES, report)
     for _ in range(10):
-        fold_constants(model)
+        report.refused.clear()  # what an earlier round refused, this one may raise
+        fold_constants(model, report)
         symbols.infer(model)
         changes = apply_rules(model, simplify.RULES, report)
         changes += apply_rules(model, linear.RULES, report)
@@ -68,7 +69,6 @@ def recognise(model: ir.Model) -> tuple[ir.Model, Recognised]:
         changes += apply_rules(model, COMPOSITE_RULES, report)
         if not changes:
             break
-        report.refused.clear()
     finish(model, report)
     count(model, report)
     return model, report
@@ -83,11 +83,14 @@ def prepare(model: ir.Model) -> None:
     common_passes.CommonSubexpressionEliminationPass()(model)
 
 
-def fold_constants(model: ir.Model) -> None:
+def fold_constants(model: ir.Model, report: Recognised) -> None:
     """Evaluate what depends on constants only, results of at most 2^18 elements."""
     import onnxscript.optimizer
 
-    onnxscript.optimizer.fold_constants(model, onnx_shape_inference=False, output_size_limit=1 << 18)
+    try:
+        onnxscript.optimizer.fold_constants(model, onnx_shape_inference=False, output_size_limit=1 << 18)
+    except RuntimeError as error:  # it cannot evaluate an operator; what it folded before that stays
+        report.refused.append(Refused("constant folding", "the graph", " ".join(str(error).split())[:200]))
     common_passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     common_passes.RemoveUnusedNodesPass()(model)
 

@@ -235,3 +235,14 @@ def test_indices_in_the_other_order_are_no_padding_mask(check) -> None:
         index = Concat<axis = -1>(is, ib) y = GatherND(m, index) }"""
     model, _ = check(body, {})
     assert "GatherND" in [n.op_type for n in model.graph]
+
+
+def test_scale_on_keys_before_they_are_repeated_or_turned(check) -> None:
+    model, _ = check(text(SCALES["before the transpose"]), {"Attention": 1})
+    assert [n.op_type for n in model.graph] == ["Attention"]
+
+
+def test_mask_without_a_column_per_key_is_refused(check) -> None:
+    body = f"{TURN} a = MatMul(q, kt) p = Add(a, m) {END}"
+    _, report = check(text(body, ", float[b, 1, s, 1] m"), {})
+    assert "does not have a column for every key" in str(report)

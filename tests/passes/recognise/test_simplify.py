@@ -187,3 +187,12 @@ def test_large_weights_are_not_read() -> None:
     )
     result, report = recognise(ir.Model(graph, ir_version=9))
     assert report.linears == 1 and [n.op_type for n in result.graph] == ["Gather", "MatMul", "Mul", "Relu", "Add"]
+
+
+def test_what_the_constant_folder_cannot_evaluate_is_reported(make, execute) -> None:
+    text = """g (float[6] x) => (float[2] y) {
+        n = Constant<value_int = 2>() parts = SplitToSequence(x, n) i = Constant<value_int = 1>() y = SequenceAt(parts, i) }"""
+    model = make(text)
+    result, _ = recognise(model)
+    x = np.arange(6, dtype=np.float32)
+    np.testing.assert_array_equal(execute(result, {"x": x})[0], [2, 3])

@@ -11,7 +11,7 @@ from tvm import relax, te, tirx
 from qcompile.codegen.relax.attributes import attr
 from qcompile.codegen.relax.context import Context
 from qcompile.codegen.relax.dims import Dim, as_expr
-from qcompile.codegen.relax.ops.shape import constant_axes, slice_axis
+from qcompile.codegen.relax.ops.shape import slice_axis
 from qcompile.codegen.relax.registry import converter
 
 
@@ -74,12 +74,20 @@ def _pad(
         axes = None
     else:
         pads = ctx.symbolic_or_dynamic(node.inputs[1])
-        axes = constant_axes(ctx, node, 3)
-    axes = list(range(rank)) if axes is None else [a % rank for a in axes]
+        given = len(node.inputs) > 3 and node.inputs[3] is not None
+        axes = ctx.symbolic_or_dynamic(node.inputs[3]) if given else None
+    axes = list(range(rank)) if axes is None else axes
     before: list[Dim] = [0] * rank
     after: list[Dim] = [0] * rank
     for i, axis in enumerate(axes):
-        before[axis], after[axis] = pads[i], pads[len(axes) + i]
+        first, last = pads[i], pads[len(axes) + i]
+        if isinstance(axis, int):
+            before[axis % rank], after[axis % rank] = first, last
+            continue
+        for d in range(rank):  # known at run time only: any axis may be the one
+            here = tirx.Or(tirx.EQ(axis, as_expr(d)), tirx.EQ(axis, as_expr(d - rank)))
+            before[d] = tirx.Select(here, as_expr(first), as_expr(before[d]))
+            after[d] = tirx.Select(here, as_expr(last), as_expr(after[d]))
     return pad(ctx, x, before, after, value if mode == "constant" else None, mode)
 
 

@@ -56,6 +56,10 @@ def _activation(ctx: Context, node: ir.Node, name: str, alpha: float, beta: floa
     return functions[name.lower()]
 
 
+def _clipped(function: Activation, limit: Any) -> Activation:
+    return lambda x: function(tirx.max(tirx.min(x, limit), -limit))
+
+
 def _activations(ctx: Context, node: ir.Node, directions: int, acc: str) -> list[list[Activation]]:
     """The activation functions of each direction, with clipping of their input."""
     default = _CELLS[node.op_type][1]
@@ -71,8 +75,7 @@ def _activations(ctx: Context, node: ir.Node, directions: int, acc: str) -> list
         beta = next(betas, _BETA[known]) if known in _BETA else 0.0
         function = _activation(ctx, node, name, alpha, beta, acc)
         if clip:
-            limit = tirx.const(clip, acc)
-            made.append(lambda x, f=function: f(tirx.max(tirx.min(x, limit), -limit)))
+            made.append(_clipped(function, tirx.const(clip, acc)))
         else:
             made.append(function)
     return [made[i * len(default) : (i + 1) * len(default)] for i in range(directions)]
@@ -200,9 +203,8 @@ class _Cell:
         with grid(steps, batch) as (s, b):
             if "lengths" in self.given:
                 length = load(self.given["lengths"], [b]).astype("int64")
-                with loop(0, self.hidden) as j:
-                    with when(s >= length):
-                        store(y, [s, self.d, b, j], zero.astype(self.dtype))
+                with loop(0, self.hidden) as j, when(s >= length):
+                    store(y, [s, self.d, b, j], zero.astype(self.dtype))
                 with when(s < length):
                     self.step(y, h, c, length - 1 - s if reverse else s, b)
             else:

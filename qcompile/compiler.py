@@ -20,7 +20,7 @@ from qcompile import artifact as artifacts
 from qcompile import ort, tensors
 from qcompile.calibration import Feed, collect, input_specs, load_feeds
 from qcompile.compiled import CompiledModel, load
-from qcompile.errors import CalibrationError, TargetError
+from qcompile.errors import ArtifactError, CalibrationError, RecipeError, TargetError, UnsupportedOperatorError
 from qcompile.passes.sites import linear_sites
 from qcompile.progress import Progress
 from qcompile.quantization import quantize_model, sites_with_hessian
@@ -29,23 +29,47 @@ from qcompile.report import Report
 from qcompile.transforms import TransformContext, apply_transforms
 
 MAX_CHECK_SAMPLES = 8
+MIN_FREE_BYTES = 50_000_000
 
 
 @dataclass
 class Stages:
-    """Saves the model after every stage, if a folder is given."""
+    """Saves the model after every stage, if a folder is given.
+
+    Attributes:
+        folder: where the stages go, or None.
+        mlir: where the float stages go as MLIR, or None.
+        saved: names of the stages so far.
+        refused: stages that could not be written as MLIR, with the reason.
+    """
 
     folder: Path | None
+    mlir: Path | None = None
     saved: list[str] = field(default_factory=list)
+    refused: list[tuple[str, str]] = field(default_factory=list)
 
     def save(self, name: str, model: ir.Model) -> None:
-        """Write ``NN-name.onnx`` with its weights beside it."""
+        """Write ``NN-name.onnx`` with its weights beside it, and float stages as MLIR if that is wanted."""
+        if self.mlir is not None and name in ("captured", "transformed"):
+            self._emit_mlir(name, model)
         if self.folder is None:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         self.saved.append(name)
         stem = f"{len(self.saved):02d}-{name}"
         ir.save(model.clone(), self.folder / f"{stem}.onnx", external_data=f"{stem}.data")
+
+    def _emit_mlir(self, name: str, model: ir.Model) -> None:
+        from qcompile.capture.mlir import emit_mlir
+
+        assert self.mlir is not None
+        try:
+            text = emit_mlir(model)
+        except UnsupportedOperatorError as error:
+            self.refused.append((name, str(error)))
+            return
+        self.mlir.mkdir(exist_ok=True)
+        (self.mlir / f"{name}.mlir").write_text(text, encoding="utf-8")
 
 
 def compile(
@@ -58,6 +82,7 @@ def compile(
     output: str | os.PathLike[str] | None = None,
     overwrite: bool = False,
     keep_stages: str | os.PathLike[str] | None = None,
+    emit: Sequence[str] = (),
     max_tokens: int = 512,
     max_samples: int = 256,
     capture_options: Mapping[str, Any] | None = None,
@@ -76,6 +101,7 @@ def compile(
         output: directory of the artifact; a temporary one if None.
         overwrite: replace an artifact that is there already.
         keep_stages: folder that receives the model after every stage.
+        emit: ``["mlir"]`` writes the captured and the transformed model as MLIR (linalg) into the artifact.
         max_tokens, max_samples: length and number of calibration samples used.
         capture_options: passed on to capture (``example_inputs``, ``dynamic``, ``task``, ``kv_cache`` ...).
         progress: show bars; by default on a terminal.
@@ -91,7 +117,10 @@ def compile(
     from qcompile.passes.lower import lower
     from qcompile.passes.recognise import recognise
 
-    chosen = get_recipe(recipe, **changes)
+    try:
+        chosen = get_recipe(recipe, **changes)
+    except TypeError as error:
+        raise RecipeError(f"a recipe has no such field: {error}") from None
     machine = resolve_target(target)
     temporary = None
     if output is None:
@@ -99,7 +128,7 @@ def compile(
         output = Path(temporary) / "artifact"
     try:
         with Progress(progress) as bars, artifacts.staged(output, overwrite=overwrite) as folder:
-            stages = Stages(Path(keep_stages) if keep_stages else None)
+            stages = Stages(Path(keep_stages) if keep_stages else None, folder / "mlir" if "mlir" in emit else None)
             with bars.stage("capture"):
                 captured = capture(model, **(capture_options or {}))
                 stages.save("captured", captured.model)
@@ -112,19 +141,21 @@ def compile(
             report.recognised = dict(recognised.composites)
             feeds = _feeds(calibration, graph, tokenizer or captured.tokenizer, max_tokens, max_samples)
             reference = graph
-            before = _statistics(graph, chosen, feeds, bars, hessian=False)
+            before = _statistics(graph, chosen, feeds, bars, hessian=not chosen.transforms)
+            after = before
+            graph = graph.clone()
             if chosen.transforms:
                 with bars.stage("transform", total=None) as advance:
-                    graph = apply_transforms(graph.clone(), TransformContext(chosen, feeds, report, advance))
+                    graph = apply_transforms(graph, TransformContext(chosen, feeds, report, advance, before))
                 stages.save("transformed", graph)
-            else:
-                graph = graph.clone()
-            after = _statistics(graph, chosen, feeds, bars, hessian=True)
+                after = _statistics(graph, chosen, feeds, bars, hessian=True)
             site_inputs = {s.name: s.x.name or "" for s in linear_sites(graph)}
             with bars.stage("quantize", total=max(len(site_inputs), 1)) as advance:
                 quantized = quantize_model(graph, chosen, after, report, lambda name: advance())
             _channel_ranges(report, site_inputs, before, after)
             stages.save("quantized", quantized)
+            for name, reason in stages.refused:
+                report.refuse("emit MLIR", name, reason)
             with bars.stage("lower"):
                 lowered = lower(quantized)
                 if stages.folder is not None:
@@ -207,9 +238,11 @@ def _emit(folder: Path, lowered: ir.Model, quantized: ir.Model, machine: Any, re
     from qcompile.codegen.program import build_program
 
     program = build_program(lowered, machine)
+    # Weights first: a full disk is then met by code that can say so; the code generator would abort the process.
+    places = tensors.save(folder / "weights.safetensors", program.params)
+    _require_space(folder, Path(tempfile.gettempdir()))
     (folder / "lib").mkdir()
     program.export(folder / "lib" / "model.so")
-    places = tensors.save(folder / "weights.safetensors", program.params)
     report.tensors = {name: place.length for name, place in places.items()}
 
     def external(name: str) -> ir.ExternalTensor:
@@ -234,6 +267,20 @@ def _emit(folder: Path, lowered: ir.Model, quantized: ir.Model, machine: Any, re
     }
     (folder / "program.json").write_text(_json(manifest), encoding="utf-8")
     _describe(report, program)
+
+
+def _require_space(*folders: Path) -> None:
+    """Fail if a disk has no room for the library and its object files.
+
+    Raises:
+        ArtifactError: naming the folder.
+    """
+    for folder in folders:
+        free = shutil.disk_usage(folder).free
+        if free < MIN_FREE_BYTES:
+            raise ArtifactError(
+                f"the disk of {folder} has {free / 1e6:.0f} MB left; {MIN_FREE_BYTES / 1e6:.0f} MB are needed"
+            )
 
 
 def _describe(report: Report, program: Any) -> None:

@@ -27,12 +27,14 @@ class TransformContext:
         feeds: calibration samples; empty without data.
         report: receives what was refused.
         advance: called after every calibration sample that is run.
+        known: statistics of the model as it came, by value name; they hold until a transform changes it.
     """
 
     recipe: Recipe
     feeds: Sequence[Feed]
     report: Report
     advance: Callable[[], None] = field(default=lambda: None)
+    known: Mapping[str, ChannelStatistics] = field(default_factory=dict)
 
     def quantized_sites(self, model: ir.Model) -> list[LinearSite]:
         """Linear sites the recipe quantizes."""
@@ -42,6 +44,8 @@ class TransformContext:
         self, model: ir.Model, values: Sequence[str], hessian: Sequence[str] = ()
     ) -> Mapping[str, ChannelStatistics]:
         """Statistics of values of ``model`` as it is now."""
+        if not hessian and all(name in self.known for name in values):
+            return {name: self.known[name] for name in values}
         return collect(model, self.feeds, values, hessian=hessian, progress=self.advance)
 
 
@@ -74,6 +78,7 @@ def apply_transforms(model: ir.Model, context: TransformContext) -> ir.Model:
             if "unexpected keyword" in str(error):
                 raise RecipeError(f"transform {step.name!r}: {error}") from None
             raise
+        context.known = {}
         context.report.transforms.append(f"{step}: {line}")
     return model
 
@@ -117,6 +122,7 @@ def _ask(model: ir.Model, context: TransformContext, ask: Any) -> tuple[ir.Model
         values = list(dict.fromkeys(s.x.name or "" for s in linear_sites(current) if s.weight.name in quantized))
         return {name: s.absmax for name, s in context.statistics(current, values).items()}
 
+    # Analysing and asking read the statistics before anything changes, so what is known still holds here.
     folded, report = apply_asks(model, analyse(model), [ask], stats=ranges, quantized=quantized)
     for entry in report.entries:
         if not entry.done:

@@ -43,7 +43,8 @@ def formats(as_json: bool) -> None:
     from qcompile.formats import list_formats
 
     rows = [
-        (f.spelling, f.example, f"{f.example.bits_per_weight((4096, 4096)):.2f}", f.description) for f in list_formats()
+        (f.spelling, str(f.example), f"{f.example.bits_per_weight((4096, 4096)):.2f}", f.description)
+        for f in list_formats()
     ]
     show(("format", "example", "bits per weight", "description"), rows, as_json)
 

@@ -117,7 +117,9 @@ with staged(sys.argv[1]) as folder:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupt_leaves_nothing(tmp_path, number):
-    process = subprocess.Popen([sys.executable, "-c", SLOW, str(tmp_path / "a")], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [sys.executable, "-c", SLOW, str(tmp_path / "a")], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+    )
     assert process.stdout.readline() == b"ready\n"
     process.send_signal(number)
     assert process.wait(20) != 0
@@ -126,7 +128,9 @@ def test_an_interrupt_leaves_nothing(tmp_path, number):
 
 
 def test_what_a_kill_leaves_is_removed_by_the_next_compile(tmp_path):
-    process = subprocess.Popen([sys.executable, "-c", SLOW, str(tmp_path / "a")], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [sys.executable, "-c", SLOW, str(tmp_path / "a")], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+    )
     process.stdout.readline()
     os.kill(process.pid, signal.SIGKILL)
     process.wait(20)

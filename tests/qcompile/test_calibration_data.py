@@ -52,7 +52,10 @@ def test_arrays_dictionaries_and_tuples(tokenizer):
     assert load_feeds([x], [IMAGE])[0]["x"].dtype == np.float32
     ids = np.array([[1, 2]], np.int32)
     assert load_feeds([(ids, ids)], [IDS, MASK])[0]["attention_mask"].dtype == np.int64
-    assert load_feeds([{"input_ids": [[1, 2]], "attention_mask": [[1, 1]]}], [IDS, MASK])[0]["input_ids"].shape == (1, 2)
+    assert load_feeds([{"input_ids": [[1, 2]], "attention_mask": [[1, 1]]}], [IDS, MASK])[0]["input_ids"].shape == (
+        1,
+        2,
+    )
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,9 @@ def model():
     built = ir.serde.deserialize_model(onnx.shape_inference.infer_shapes(onnx.parser.parse_model(TEXT)))
     random = np.random.default_rng(0)
     for value in [v for v in built.graph.inputs if v.name in ("w", "b", "table")]:
-        value.const_value = ir.tensor(random.standard_normal([int(d) for d in value.shape]).astype(np.float32), name=value.name)
+        value.const_value = ir.tensor(
+            random.standard_normal([int(d) for d in value.shape]).astype(np.float32), name=value.name
+        )
         built.graph.inputs.remove(value)
         built.graph.register_initializer(value)
     return built

@@ -15,11 +15,12 @@ def show(columns: Sequence[str], rows: Sequence[Sequence[Any]], as_json: bool) -
         click.echo(json.dumps([dict(zip(columns, row)) for row in rows]))
         return
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     table = Table(*columns, box=None, pad_edge=False)
     for row in rows:
-        table.add_row(*(str(cell) for cell in row))
+        table.add_row(*(escape(str(cell)) for cell in row))
     Console().print(table)
 
 

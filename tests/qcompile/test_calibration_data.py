@@ -78,7 +78,7 @@ def test_bad_files(tmp_path, tokenizer, name, content, message):
 
 def test_missing_inputs_wrong_shapes_and_nan_are_named(tmp_path):
     np.savez(tmp_path / "x.npz", y=np.zeros((2, 3, 4), np.float32))
-    with pytest.raises(CalibrationError, match="lacks the model input.*x"):
+    with pytest.raises(CalibrationError, match=r"lacks the model input.*x"):
         load_feeds(tmp_path / "x.npz", [IMAGE])
     with pytest.raises(CalibrationError, match="5 along axis 1"):
         load_feeds([np.zeros((1, 5, 4))], [IMAGE])

@@ -142,7 +142,7 @@ def test_a_program_for_another_machine_is_refused(compiled, tmp_path, monkeypatc
 
     monkeypatch.setattr(x86, "host_features", lambda: frozenset({"fma"}))
     with pytest.raises(TargetError, match="avx2"):
-        module.load(compiled.path).program
+        module.load(compiled.path)(**feed())
 
 
 def test_equal_compiles_give_equal_bytes(model, compiled, tmp_path):

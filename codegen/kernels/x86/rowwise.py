@@ -111,7 +111,7 @@ class Rowwise:
         """The buffers of the PrimFunc in order."""
         d = self.width
         found = [
-            (True, v.Param("x", ("M", 2 * d if self.gated else d))),
+            *((True, param) for param in self._sources),
             (self.residual, v.Param("residual", ("M", d))),
             (bool(self.norm) and self.gamma, v.Param("gamma", (d,))),
             (self.norm == "layer" and self.beta, v.Param("beta", (d,))),
@@ -124,6 +124,18 @@ class Rowwise:
         return tuple(param for present, param in found if present)
 
     @property
+    def _sources(self) -> tuple[v.Param, ...]:
+        """The parameters that `_source` reads."""
+        return (v.Param("x", ("M", 2 * self.width if self.gated else self.width)),)
+
+    def _source(self, i: Any, names: dict[str, Any]) -> Load:
+        """Row ``i`` of the input."""
+        return lambda s, n: v.load(names["x"], [i, s], n)
+
+    def _check(self, names: dict[str, Any]) -> None:
+        """Emit checks of the arguments."""
+
+    @property
     def code_range(self) -> tuple[int, int]:
         """Smallest and largest signed code; the per-token grid is symmetric."""
         top = (1 << (self.bits - 1)) - 1
@@ -132,6 +144,7 @@ class Rowwise:
     def build(self, target: Target, name: str = "rowwise") -> Any:
         """Return the ``tirx.PrimFunc`` with global symbol ``name``."""
         with v.kernel(name, self.params) as (builder, names):
+            self._check(names)
             # One piece of parallel work is about 20000 elements, some ten microseconds.
             grain = max(1, 20000 // self.width)
             v.parallel_ranges(
@@ -141,8 +154,8 @@ class Rowwise:
 
     def _rows(self, begin: Any, end: Any, names: dict[str, Any], lanes: int) -> None:
         d = self.width
-        keeps = bool(self.residual or self.norm or self.activation or self.gated or self.hadamard)
-        own = self.quantize and keeps and (not self.f32_output or self.hadamard)
+        derived = self.residual or self.norm or self.activation or self.gated or self.hadamard or "x" not in names
+        own = self.quantize and derived and (not self.f32_output or self.hadamard)
         scratch = B.alloc_buffer((d,), "float32") if own else None
         total = B.alloc_buffer((d,), "float32") if self.residual and self.norm and not self.sum_output else None
         with v.span(begin, end) as i:
@@ -188,16 +201,20 @@ class Rowwise:
 
     def _input(self, i: Any, names: dict[str, Any], total: Any, lanes: int) -> Load:
         """``x``, or ``x + residual``; the sum is stored for later passes if there are any."""
-        x = names["x"]
+        x = self._source(i, names)
         if not self.residual:
-            return lambda s, n: v.load(x, [i, s], n)
+            return x
         res = names["residual"]
+
+        def added(s: Any, n: int) -> Any:
+            return x(s, n) + v.load(res, [i, s], n)
+
         if total is None:
-            return lambda s, n: v.load(x, [i, s], n) + v.load(res, [i, s], n)
+            return added
         at = (lambda s: [i, s]) if self.sum_output else (lambda s: [s])
 
         def first(s: Any, n: int) -> Any:
-            a = v.let(v.load(x, [i, s], n) + v.load(res, [i, s], n))
+            a = v.let(added(s, n))
             v.store(total, at(s), a, n)
             return a
 
@@ -284,9 +301,12 @@ class Rowwise:
         Sums and norms are computed in float64, the quantizer in float32 as the kernel does it.
         """
         given = dict(zip([p.name for p in self.params if not p.output], inputs, strict=True))
+        return self._reference(given["x"], given)
+
+    def _reference(self, x: np.ndarray, given: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         d = self.width
         out: dict[str, np.ndarray] = {}
-        a = given["x"]
+        a = x
         if self.residual:
             a = out["sum"] = a + given["residual"]
         a = a.astype(np.float64)

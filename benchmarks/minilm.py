@@ -86,7 +86,7 @@ def main(recipes: tuple[str, ...], output: Path | None, seconds: float, counts: 
                 [sys.executable, "-c", LOAD, str(folder)], check=True, capture_output=True, text=True
             ).stdout.split()
             assert answer[1] == "False", "the compiler library was loaded at run time"
-            bits = model.report["bits_per_weight"]
+            bits = model.report.bits_per_weight
             lines.append(
                 f"| {recipe} | {quality['mean']:.5f} | {quality['lowest']:.5f} | {model.size / 1e6:.2f} | {bits:.2f} | {took:.0f} | {peak:.2f} | {float(answer[0]):.2f} |"
             )

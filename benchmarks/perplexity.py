@@ -75,7 +75,7 @@ def main(directory: Path, recipes: tuple[str, ...], count: int, length: int, sam
                 max_tokens=length,
                 output=Path(folder) / recipe,
             )
-            value = perplexity(lambda feed: next(iter(model.run(feed).values())), ids)
+            value = perplexity(lambda feed, run=model.run: next(iter(run(feed).values())), ids)
             rows[recipe] = {
                 "perplexity": value,
                 "increase": value / exact - 1,

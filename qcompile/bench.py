@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import onnx_ir as ir
@@ -85,7 +85,7 @@ class OrtPeers:
         forms: which forms to build: ``float``, ``int8``, ``nbits4``.
     """
 
-    LABELS = {"float": "ORT float", "int8": "ORT int8", "nbits4": "ORT 4-bit"}
+    LABELS: ClassVar[dict[str, str]] = {"float": "ORT float", "int8": "ORT int8", "nbits4": "ORT 4-bit"}
 
     def __init__(self, model: ir.Model, forms: Sequence[str] = ("float", "int8", "nbits4")) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="qcompile-peers-")

@@ -25,7 +25,7 @@ class CompiledModel:
     def __init__(self, artifact: artifacts.Artifact) -> None:
         self._artifact = artifact
         self._program: Program | None = None
-        self.report: Report | dict[str, Any] | None = None
+        self._report: Report | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the program; see `qcompile.runtime.Program`."""
@@ -45,6 +45,17 @@ class CompiledModel:
         if self._program is None:
             self._program = load_program(self.path, self._artifact.manifest["target"])
         return self._program
+
+    @property
+    def report(self) -> Report:
+        """What the compile did, measured and refused."""
+        if self._report is None:
+            self._report = Report.from_dict(json.loads(self._artifact.file("report.json").read_text(encoding="utf-8")))
+        return self._report
+
+    @report.setter
+    def report(self, report: Report) -> None:
+        self._report = report
 
     @property
     def path(self) -> Path:
@@ -105,10 +116,7 @@ def load(path: str | os.PathLike[str], *, verify: bool = True) -> CompiledModel:
     Raises:
         ArtifactError: it is incomplete, was altered, or names files outside itself.
     """
-    model = CompiledModel(artifacts.open_artifact(path, verify=verify))
-    if "report.json" in model.manifest["files"]:
-        model.report = json.loads(model._artifact.file("report.json").read_text(encoding="utf-8"))
-    return model
+    return CompiledModel(artifacts.open_artifact(path, verify=verify))
 
 
 def load_program(folder: Path, target: Mapping[str, Any] | None = None) -> Program:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 
 from qcompile.errors import TargetError
@@ -15,10 +16,8 @@ def list_targets() -> dict[str, Target]:
     from qcompile.targets import x86
 
     found = dict(x86.TARGETS)
-    try:
+    with contextlib.suppress(TargetError):
         found = {"native": x86.host(), **found}
-    except TargetError:
-        pass
     return found
 
 

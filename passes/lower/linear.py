@@ -88,9 +88,9 @@ def quantized_activation(value: ir.Value) -> QuantizedActivation:
             same = list(source.inputs[1:]) == list(node.inputs[1:])
             zero = constant(node.inputs[2]) if len(node.inputs) > 2 else None
             scale = constant(node.inputs[1])
-            if same and scale is not None and scale.size == 1 and node.inputs[0].dtype == ir.DataType.INT8:
-                if zero is None or not zero.any():
-                    return QuantizedActivation(node.inputs[0], node.inputs[1], "int8/tensor")
+            symmetric = node.inputs[0].dtype == ir.DataType.INT8 and (zero is None or not zero.any())
+            if same and symmetric and scale is not None and scale.size == 1:
+                return QuantizedActivation(node.inputs[0], node.inputs[1], "int8/tensor")
     return QuantizedActivation(value, None, "none")
 
 

@@ -157,7 +157,8 @@ def _gate(value: ir.Value) -> tuple[str, ir.Value, list[ir.Node]] | None:
         for side in (0, 1):
             source, gated = node.inputs[side], node.inputs[1 - side]
             sigmoid = gated.producer() if gated is not None else None
-            if is_op(sigmoid, "Sigmoid") and sigmoid is not None and sigmoid.inputs[0] is source and source is not None:
-                if {use.node for use in source.uses()} == {node, sigmoid} and sole_use(gated) is node:
-                    return "swiglu", source, [node, sigmoid]
+            if not is_op(sigmoid, "Sigmoid") or sigmoid is None or source is None or sigmoid.inputs[0] is not source:
+                continue
+            if {use.node for use in source.uses()} == {node, sigmoid} and gated is not None and sole_use(gated) is node:
+                return "swiglu", source, [node, sigmoid]
     return None

@@ -97,3 +97,12 @@ class Report:
         for layer in content["layers"]:
             del layer["before"], layer["after"]
         return {**content, "bits_per_weight": self.bits_per_weight}
+
+    @classmethod
+    def from_dict(cls, content: dict[str, Any]) -> Report:
+        """Inverse of `to_dict`, but for the channel ranges."""
+        fields = {f.name for f in dataclasses.fields(cls)}
+        known = {key: value for key, value in content.items() if key in fields}
+        known["layers"] = [LayerRecord(**{**layer, "shape": tuple(layer["shape"])}) for layer in content["layers"]]
+        known["refusals"] = [Refusal(**refusal) for refusal in content["refusals"]]
+        return cls(**known)

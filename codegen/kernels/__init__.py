@@ -47,6 +47,10 @@ def families(kind: str) -> tuple[LinearKernel, ...]:
         from qcompile.codegen.kernels.x86 import FAMILIES
 
         return tuple(family() for family in FAMILIES)
+    if kind == "cuda":
+        from qcompile.codegen.kernels import cuda
+
+        return tuple(family() for family in cuda.FAMILIES)
     return ()
 
 

@@ -1,0 +1,100 @@
+"""The few words CUDA kernels are written in: PTX instructions, registers, names. Statements go to the open builder frame."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from tvm.backend.cuda.lang import SMEMPool
+from tvm.script import tirx as T
+from tvm.script.ir_builder import IRBuilder
+from tvm.tirx.script.builder import ir as B
+
+from qcompile.codegen.kernels.base import Epilogue
+
+
+def ptx(instruction: str, *operands: Any) -> None:
+    """Emit one PTX instruction; destinations first, as in PTX."""
+    T.evaluate(T.ptx[instruction](*operands))
+
+
+def let(value: Any) -> Any:
+    """Evaluate once, name the result."""
+    return B.Bind(value)
+
+
+def u32(value: int) -> Any:
+    """An unsigned immediate."""
+    return T.uint32(value)
+
+
+class Registers:
+    """A register array; indices must be Python integers, or the compiler moves it to memory."""
+
+    def __init__(self, shape: Sequence[int], dtype: str) -> None:
+        self.shape = tuple(shape)
+        self.buffer = T.alloc_local(self.shape, dtype)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.buffer[index]
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        B.buffer_store(self.buffer, value, list(index) if isinstance(index, tuple) else [index])
+
+
+@contextlib.contextmanager
+def kernel(name: str) -> Iterator[IRBuilder]:
+    """Open a device PrimFunc called ``name``."""
+    with IRBuilder() as builder, B.prim_func():
+        B.func_name(name)
+        B.func_attr({"global_symbol": name, "tirx.noalias": True})
+        yield builder
+
+
+def argument(name: str, shape: Sequence[Any], dtype: str) -> Any:
+    """A buffer parameter."""
+    return B.arg(name, B.buffer(tuple(shape), dtype))
+
+
+def shared(bytes_: int) -> Any:
+    """The block's dynamic shared memory as 32-bit words; there is one such arena per kernel."""
+    pool = SMEMPool()
+    arena = pool.alloc((-(-bytes_ // 4),), "uint32", align=128)
+    pool.commit()
+    return arena
+
+
+def copy_async(dst: Any, src: Any, size: int) -> None:
+    """Copy ``size`` bytes to shared memory in the background: 16 past the first-level cache, fewer through it."""
+    ptx(f"cp.async.{'cg' if size == 16 else 'ca'}.shared.global", dst, src, size)
+
+
+def commit() -> None:
+    """Close the group of copies issued so far."""
+    ptx("cp.async.commit_group")
+
+
+def wait(pending: int) -> None:
+    """Wait until at most ``pending`` groups are under way."""
+    ptx("cp.async.wait_group", pending)
+
+
+def read_shared(registers: Sequence[Any], address: Any) -> None:
+    """Load 1, 2 or 4 words."""
+    count = len(registers)
+    ptx("ld.shared" + (f".v{count}" if count > 1 else "") + ".b32", *registers, address)
+
+
+def activate(value: Any, epilogue: Epilogue) -> Any:
+    """The activation function on a float32."""
+    if epilogue.activation == "relu":
+        return T.max(value, T.float32(0))
+    if epilogue.activation == "silu":
+        return value / (T.float32(1) + T.exp(-value))
+    if epilogue.activation == "gelu":
+        return T.float32(0.5) * value * (T.float32(1) + T.erf(value * T.float32(0.7071067811865476)))
+    if epilogue.activation == "gelu_tanh":
+        inner = T.float32(0.7978845608028654) * (value + T.float32(0.044715) * value * value * value)
+        return T.float32(0.5) * value * (T.float32(1) + T.tanh(inner))
+    return value

@@ -1,0 +1,350 @@
+"""The code of `stream.StreamLinear`: pipeline, product, and the ordered reduction."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tvm.script import tirx as T
+from tvm.tirx.script.builder import ir as B
+
+from qcompile.codegen.kernels.base import Epilogue
+from qcompile.codegen.kernels.cuda import emit as e
+from qcompile.codegen.kernels.cuda.dequant import FloatDequantizer, IntegerDequantizer
+from qcompile.codegen.kernels.cuda.layout import BLOCK, TILE
+from qcompile.codegen.kernels.cuda.stream import ROWS, Shape
+
+MMA = {
+    "float16": "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32",
+    "bfloat16": "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32",
+    "int8": "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32",
+}
+
+
+def emit(shape: Shape, epilogue: Epilogue, name: str) -> Any:
+    """The PrimFunc."""
+    with e.kernel(name) as builder:
+        _Kernel(shape, epilogue).emit()
+    return builder.get()
+
+
+class _Kernel:
+    """Names of one kernel while it is written."""
+
+    def __init__(self, shape: Shape, epilogue: Epilogue) -> None:
+        self.s, self.epilogue = shape, epilogue
+
+    def emit(self) -> None:
+        s = self.s
+        self._parameters()
+        T.device_entry()
+        rows = s.mt * ROWS
+        self.bx, self.by, self.bz = T.cta_id([s.grid_n, s.split, (self.m + (rows - 1)) // rows])
+        self.tx = T.thread_id([s.threads])
+        self.arena = e.shared(s.shared_bytes)
+        self.lane = e.let(self.tx % 32)
+        self.warp = e.let(self.tx // 32)
+        self.first_row = e.let(self.bz * rows)
+        self._registers()
+        self._loop()
+        self._finish()
+
+    def _parameters(self) -> None:
+        s = self.s
+        self.m = T.int32()
+        self.x = e.argument("x", (self.m, s.x_width), s.dtype)
+        self.x_scale = e.argument("x_scale", (self.m,), "float32") if s.integer else None
+        per_plane = [s.tiles * s.blocks * p.block_bytes for p in s.layout.planes]
+        self.planes = [e.argument(f"codes{i}", (size,), "uint8") for i, size in enumerate(per_plane)]
+        if s.meta_bytes:
+            self.meta = e.argument("meta", (s.tiles * s.meta_groups * 8 * s.meta_bytes,), "uint8")
+        self.column = e.argument("column", (s.n,), "float32")
+        self.bias = e.argument("bias", (s.n,), "float32") if self.epilogue.bias else None
+        self.residual = e.argument("residual", (self.m, s.n), s.out) if self.epilogue.residual else None
+        self.partial = e.argument("partial", (T.int32(),), "float32")
+        self.arrived = e.argument("arrived", (T.int32(),), "int32")
+        self.out = e.argument("out", (self.m, s.n), s.out)
+
+    def _registers(self) -> None:
+        s = self.s
+        self.sum_type = "uint32" if s.integer and not s.weight.group else "float32"
+        self.part_type = "uint32" if s.integer else "float32"
+        self.total = e.Registers((s.tn, s.mt, 4), self.sum_type)
+        self.part = e.Registers((s.tn, s.mt, 4), self.part_type) if s.weight.group else self.total
+        self.xr = e.Registers((s.ahead, s.mt, 4), "uint32")
+        self.w = e.Registers((4,), "uint32")
+        self.codes = [e.Registers((s.tn, p.vectors, p.vector // 4), "uint32") for p in s.layout.planes]
+        self.scale = e.Registers((s.tn, 2), "float32")
+        self.zero = None if s.weight.symmetric else e.Registers((2,), "uint32")
+        self.meta_words = e.Registers((s.tn, 2), "uint32")
+        if s.integer:
+            self.dequantizer: Any = IntegerDequantizer(s.weight.bits)
+        else:
+            self.dequantizer = FloatDequantizer(s.weight.bits, s.dtype == "bfloat16", self.zero)
+        zero = T.uint32(0) if self.sum_type == "uint32" else T.float32(0)
+        for j in range(s.tn):
+            for i in range(s.mt):
+                for c in range(4):
+                    self.total[j, i, c] = zero
+
+    # Addresses
+
+    def _positions(self) -> None:
+        s = self.s
+        wn, wk = (self.warp % s.nw, self.warp // s.nw) if s.kw > 1 else (self.warp, T.int32(0))
+        if s.nw == 1:
+            wn, wk = T.int32(0), self.warp
+        self.wn, self.wk = e.let(wn), e.let(wk)
+        start = e.let((self.by * s.kw + self.wk) * s.per_warp)
+        self.start = start
+        self.count = e.let(T.max(T.min(s.blocks - start, s.per_warp), 0))
+        base = (self.bx * s.nw + self.wn) * s.tn
+        self.tile = [e.let(T.min(base + j, s.tiles - 1)) for j in range(s.tn)]
+        self.row = [
+            e.let(T.min(self.first_row + (i * ROWS) + self.lane // 4, self.m - 1)) for i in range(s.mt)
+        ]
+        self.slots = e.let(self.warp * (s.stages * s.stage_bytes // 4))
+
+    def _issue(self, slot: Any, block: Any) -> None:
+        """Start copying stage ``block`` of this warp into ``slot``."""
+        s = self.s
+        place = 0
+        base = e.let(self.slots + slot * (s.stage_bytes // 4))
+        for j in range(s.tn):
+            for plane, source in zip(s.layout.planes, self.planes):
+                here = e.let((self.tile[j] * s.blocks + block) * plane.block_bytes + self.lane * plane.vector)
+                for v in range(plane.vectors):
+                    at = base + (place // 4) + self.lane * (plane.vector // 4)
+                    e.copy_async(self.arena.ptr_to([at]), source.ptr_to([here + v * 32 * plane.vector]), plane.vector)
+                    place += 32 * plane.vector
+            if not s.meta_bytes:
+                continue
+            for chunk in range(BLOCK // s.chunk):
+                if s.weight.group:
+                    group = T.min((block * BLOCK + chunk * s.chunk) // s.weight.group, s.meta_groups - 1)
+                else:
+                    group = T.int32(0)
+                here = ((self.tile[j] * s.meta_groups + group) * 8 + self.lane // 4) * s.meta_bytes
+                at = base + (place // 4) + self.lane * (s.meta_bytes // 4)
+                e.copy_async(self.arena.ptr_to([at]), self.meta.ptr_to([here]), s.meta_bytes)
+                place += 32 * s.meta_bytes
+
+    def _load_x(self, unit: int, block: Any, slot: int) -> None:
+        """Load a unit of x of stage ``block`` into registers; zeros beyond K."""
+        s = self.s
+        per = s.layout.unit // 4
+        whole = s.k % BLOCK == 0
+        k = block * BLOCK + unit * s.layout.unit + self.lane % 4 * per
+        for i in range(s.mt):
+            regs = [self.xr[slot, i, c] for c in range(4)]
+            if whole:
+                e.ptx("ld.global.nc.v4.b32", *regs, self.x.ptr_to([self.row[i], k]))
+                continue
+            with T.If(k < s.x_width):
+                with T.Then():
+                    e.ptx("ld.global.nc.v4.b32", *regs, self.x.ptr_to([self.row[i], k]))
+                with T.Else():
+                    for c in range(4):
+                        self.xr[slot, i, c] = T.uint32(0)
+
+    # Main loop
+
+    def _loop(self) -> None:
+        s = self.s
+        self._positions()
+        for stage in range(s.stages - 1):
+            with T.If(self.count > stage), T.Then():
+                self._issue(T.int32(stage), self.start + stage)
+            e.commit()
+        last = e.let(T.max(T.min(self.start + s.per_warp, s.blocks) - 1, 0))
+        for unit in range(min(s.ahead, s.layout.units)):
+            self._load_x(unit, T.min(self.start, last), unit)
+        with T.serial(self.count) as i:
+            e.wait(s.stages - 2)
+            slot = e.let(self.slots + i % s.stages * (s.stage_bytes // 4))
+            self._read_stage(slot)
+            with T.If(i + (s.stages - 1) < self.count), T.Then():
+                self._issue((i + (s.stages - 1)) % s.stages, self.start + i + (s.stages - 1))
+            e.commit()
+            block = e.let(self.start + i)
+            following = e.let(T.min(block + 1, last))
+            self._multiply(slot, block, following)
+        e.wait(0)
+
+    def _read_stage(self, slot: Any) -> None:
+        s = self.s
+        stride = s.stage_bytes // s.tn // 4
+        for j in range(s.tn):
+            place = 0
+            for p, plane in enumerate(s.layout.planes):
+                words = plane.vector // 4
+                for v in range(plane.vectors):
+                    at = slot + (j * stride + place + v * 32 * words) + self.lane * words
+                    e.read_shared([self.codes[p][j, v, c] for c in range(words)], self.arena.ptr_to([at]))
+                place += plane.block_bytes // 4
+
+    def _read_meta(self, slot: Any, chunk: int, j: int) -> None:
+        """Scales and zero points of a chunk into registers."""
+        s = self.s
+        words = s.meta_bytes // 4
+        codes = sum(p.block_bytes for p in s.layout.planes) // 4
+        at = slot + (j * (s.stage_bytes // s.tn // 4) + codes + chunk * 32 * words) + self.lane * words
+        e.read_shared([self.meta_words[j, c] for c in range(words)], self.arena.ptr_to([at]))
+        if s.weight.group:
+            for a in range(2):
+                bits = T.cast(self.meta_words[j, 0] >> e.u32(16 * a), "uint16")
+                self.scale[j, a] = T.cast(T.reinterpret("float16", bits), "float32")
+        if self.zero is not None:
+            for a in range(2):
+                word = self.meta_words[j, words - 1]
+                e.ptx("prmt.b32", self.zero[a], word, word, e.u32(0x3232 if a else 0x1010))
+
+    def _multiply(self, slot: Any, block: Any, following: Any) -> None:
+        s = self.s
+        units = s.layout.units
+        per_chunk = s.chunk // s.layout.unit
+        # Zero points change what `begin` prepares, so that with them a channel tile is finished before the next.
+        for chunk in range(BLOCK // s.chunk):
+            for j in range(s.tn) if self.zero is not None else [None]:
+                tiles = range(s.tn) if j is None else [j]
+                if s.meta_bytes:
+                    for t in tiles:
+                        self._read_meta(slot, chunk, t)
+                self.dequantizer.begin()
+                for inner in range(per_chunk):
+                    unit = chunk * per_chunk + inner
+                    for t in tiles:
+                        for tile in range(2):
+                            self._tile(t, unit, tile, fresh=bool(s.weight.group) and inner == 0 and tile == 0)
+                    if tiles[-1] == s.tn - 1:
+                        ahead = unit + s.ahead
+                        self._load_x(ahead % units, block if ahead < units else following, unit % s.ahead)
+                if s.weight.group:
+                    for t in tiles:
+                        self._add_group(t)
+
+    def _tile(self, j: int, unit: int, tile: int, fresh: bool) -> None:
+        """Dequantize one weight tile and multiply it by all rows."""
+        s = self.s
+        plane = s.layout.planes[0]
+        if s.integer and s.weight.bits == 8:
+            vector = 2 * unit + tile
+        else:
+            vector = unit * plane.vectors // s.layout.units
+        low = [self.codes[0][j, vector, c] for c in range(plane.vector // 4)]
+        high = [self.codes[1][j, 0, c] for c in range(2)] if len(self.codes) > 1 else None
+        self.dequantizer.tile(self.w, low, high, unit, tile)
+        zero = T.uint32(0) if self.part_type == "uint32" else T.float32(0)
+        for i in range(s.mt):
+            out = [self.part[j, i, c] for c in range(4)]
+            operand = [self.xr[unit % s.ahead, i, 2 * tile + h] for h in range(2)]
+            e.ptx(MMA[s.dtype], *out, *[self.w[r] for r in range(4)], *operand, *([zero] * 4 if fresh else out))
+
+    def _add_group(self, j: int) -> None:
+        s = self.s
+        for i in range(s.mt):
+            for c in range(4):
+                value = self.part[j, i, c]
+                if s.integer:
+                    value = T.cast(T.reinterpret("int32", value), "float32")
+                self.total[j, i, c] = self.total[j, i, c] + value * self.scale[j, c // 2]
+
+    # Reduction and tail
+
+    def _finish(self) -> None:
+        s = self.s
+        T.evaluate(T.cuda.cta_sync())
+        per_warp = s.tn * s.mt * 4 * 32
+        base = e.let(self.warp * per_warp + self.lane)
+        for j in range(s.tn):
+            for i in range(s.mt):
+                for c in range(4):
+                    value = self.total[j, i, c]
+                    if self.sum_type == "float32":
+                        value = T.reinterpret("uint32", value)
+                    B.buffer_store(self.arena, value, [base + ((j * s.mt + i) * 4 + c) * 32])
+        T.evaluate(T.cuda.cta_sync())
+        rows = e.let(T.min(self.m - self.first_row, s.mt * ROWS))
+        passes = e.let((rows * s.columns + (s.threads - 1)) // s.threads)
+        if s.split == 1:
+            with T.serial(passes) as p:
+                self._element(p, rows, lambda row, n, at: self._store(row, n, self._block_sum(at)))
+            return
+        size = self.m * s.n
+        with T.serial(passes) as p:
+            self._element(
+                p,
+                rows,
+                lambda row, n, at: B.buffer_store(
+                    self.partial, self._bits_to_float(self._block_sum(at)), [self.by * size + row * s.n + n]
+                ),
+            )
+        T.evaluate(T.cuda.thread_fence())
+        T.evaluate(T.cuda.cta_sync())
+        ticket = e.Registers((1,), "int32")
+        ticket[0] = T.int32(0)
+        index = self.bz * s.grid_n + self.bx
+        with T.If(self.tx == 0), T.Then():
+            ticket[0] = T.cuda.atomic_add(self.arrived.ptr_to([index]), T.int32(1))
+        last = e.let(T.cast(T.cuda.syncthreads_or(T.cast(ticket[0] == s.split - 1, "int32")), "int32"))
+        with T.If(last != 0), T.Then():
+            T.evaluate(T.cuda.thread_fence())
+            with T.If(self.tx == 0), T.Then():
+                B.buffer_store(self.arrived, T.int32(0), [index])
+            with T.serial(passes) as p:
+                self._element(p, rows, lambda row, n, at: self._store(row, n, self._splits_sum(row, n, size)))
+
+    def _element(self, p: Any, rows: Any, use: Any) -> None:
+        """Call ``use(row, n, place of the sum in shared memory)`` for one element per thread."""
+        s = self.s
+        index = e.let(p * s.threads + self.tx)
+        r = e.let(index // s.columns)
+        column = e.let(index % s.columns)
+        n = e.let(self.bx * s.columns + column)
+        with T.If(T.And(r < rows, n < s.n)), T.Then():
+            wn, j, channel = column // (TILE * s.tn), column // TILE % s.tn, column % TILE
+            lane = channel % 8 * 4 + r % ROWS // 2
+            c = channel // 8 * 2 + r % 2
+            at = (wn * (s.tn * s.mt * 4) + (j * s.mt + r // ROWS) * 4 + c) * 32 + lane
+            use(e.let(self.first_row + r), n, e.let(at))
+
+    def _block_sum(self, at: Any) -> Any:
+        """Sum over the K warps, as stored by them."""
+        s = self.s
+        stride = s.nw * s.tn * s.mt * 4 * 32
+        total = e.Registers((1,), self.sum_type)
+        for wk in range(s.kw):
+            word = self.arena[at + wk * stride]
+            value = word if self.sum_type == "uint32" else T.reinterpret("float32", word)
+            total[0] = value if wk == 0 else total[0] + value
+        return total[0]
+
+    def _bits_to_float(self, value: Any) -> Any:
+        """Partial sums travel as float32 words; integers keep their bits."""
+        return T.reinterpret("float32", value) if self.sum_type == "uint32" else value
+
+    def _splits_sum(self, row: Any, n: Any, size: Any) -> Any:
+        s = self.s
+        total = e.Registers((1,), self.sum_type)
+        for part in range(s.split):
+            word = e.Registers((1,), "uint32")
+            e.ptx("ld.global.cg.b32", word[0], self.partial.ptr_to([part * size + row * s.n + n]))
+            value = word[0] if self.sum_type == "uint32" else T.reinterpret("float32", word[0])
+            total[0] = value if part == 0 else total[0] + value
+        return total[0]
+
+    def _store(self, row: Any, n: Any, value: Any) -> None:
+        s = self.s
+        if self.sum_type == "uint32":
+            value = T.cast(T.reinterpret("int32", value), "float32")
+        value = value * self.column[n]
+        if self.x_scale is not None:
+            value = value * self.x_scale[row]
+        if self.bias is not None:
+            value = value + self.bias[n]
+        y = e.Registers((1,), "float32")
+        y[0] = value
+        y[0] = e.activate(y[0], self.epilogue)
+        value = y[0]
+        if self.residual is not None:
+            value = value + T.cast(self.residual[row, n], "float32")
+        B.buffer_store(self.out, T.cast(value, s.out), [row, n])

@@ -6,7 +6,7 @@ differentiated; the proofs (`qcompile.passes.spaces.prove`) and the learned tran
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,15 +25,19 @@ def run(
     *,
     dtype: str = "float64",
     constants: Mapping[str, Tensor] | None = None,
+    intercept: Callable[[ir.Node, list[Tensor]], list[Tensor]] | None = None,
+    device: str = "cpu",
 ) -> dict[str, Tensor]:
     """Execute ``model``.
 
     Args:
         model: the graph; nodes must be in topological order.
-        inputs: value per graph input name.
+        inputs: tensors by name, of graph inputs or of inner values, where execution then starts.
         outputs: names of the values to return (any value of the graph); the graph's outputs by default.
         dtype: torch name of the type that replaces all floating point types.
         constants: tensors that replace initializers, such as parameters to learn.
+        intercept: called with every node and its arguments; returns the arguments to use (simulated rounding).
+        device: where to compute.
 
     Raises:
         UnsupportedOperatorError: an operator is not implemented here.
@@ -44,7 +48,7 @@ def run(
     wanted = [v.name or "" for v in model.graph.outputs] if outputs is None else outputs
     env: dict[str, Tensor] = {}
     for name, array in inputs.items():
-        env[name] = _tensor(array, float_type)
+        env[name] = _tensor(array, float_type, device)
     given = constants or {}
     initializers = model.graph.initializers
 
@@ -58,25 +62,40 @@ def run(
             return given[name]
         if name in initializers:
             # Not kept: a large model's weights need not be in memory together.
-            return _tensor(initializers[name].const_value.numpy(), float_type)
+            return _tensor(initializers[name].const_value.numpy(), float_type, device)
         raise KeyError(f"value {name!r} has not been computed")
 
+    nodes = _needed(model.graph, wanted, set(env))
     last_use: dict[str, int] = {}
-    for k, node in enumerate(model.graph):
+    for k, node in enumerate(nodes):
         for v in node.inputs:
             if v is not None and v.name:
                 last_use[v.name] = k
-    keep = set(wanted)
-    _execute(model, list(model.graph), lookup, env, float_type, last_use, keep)
+    _execute(model, nodes, lookup, env, float_type, last_use, set(wanted), intercept)
     return {name: env[name] if name in env else lookup(initializers[name]) for name in wanted}
 
 
-def _execute(model, nodes, lookup, env, float_type, last_use, keep) -> None:
+def _needed(graph: ir.Graph, wanted: Sequence[str], known: set[str]) -> list[ir.Node]:
+    """The nodes that lead from known values to wanted ones, in order."""
+    producer = {v.name: node for node in graph for v in node.outputs if v.name}
+    found: set[ir.Node] = set()
+    stack = [n for n in wanted if n not in known]
+    while stack:
+        node = producer.get(stack.pop())
+        if node is not None and node not in found:
+            found.add(node)
+            stack += [v.name for v in node.inputs if v is not None and v.name and v.name not in known]
+    return [node for node in graph if node in found]
+
+
+def _execute(model, nodes, lookup, env, float_type, last_use, keep, intercept=None) -> None:
     from qcompile.passes.execute.operators import OPERATORS
 
     for k, node in enumerate(nodes):
         domain = "" if node.domain == "ai.onnx" else node.domain
         args = [lookup(v) for v in node.inputs]
+        if intercept is not None:
+            args = intercept(node, args)
         function = model.functions.get((node.domain, node.op_type, node.overload)) if domain else None
         if function is not None:
             results = _call(model, function, node, args, float_type)
@@ -129,11 +148,11 @@ class _Resolved:
         self.inputs, self.outputs, self.attributes = node.inputs, node.outputs, attributes
 
 
-def _tensor(array: Any, float_type: Any) -> Tensor:
+def _tensor(array: Any, float_type: Any, device: str = "cpu") -> Tensor:
     import torch
 
     if isinstance(array, torch.Tensor):
-        return array.to(float_type) if array.is_floating_point() else array
+        return array.to(device, float_type) if array.is_floating_point() else array.to(device)
     array = np.asarray(array)
     if array.dtype.kind == "V" or array.dtype.name in ("bfloat16", "float16"):
         array = array.astype(np.float32)
@@ -142,4 +161,4 @@ def _tensor(array: Any, float_type: Any) -> Tensor:
     if array.dtype.name in ("int4", "uint4", "int2", "uint2"):
         array = array.astype(np.int8)
     tensor = torch.from_numpy(np.array(array, order="C"))
-    return tensor.to(float_type) if tensor.is_floating_point() else tensor
+    return tensor.to(device, float_type) if tensor.is_floating_point() else tensor.to(device)

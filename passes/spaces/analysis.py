@@ -265,6 +265,7 @@ def analyse(model: ir.Model) -> Spaces:
     walk = Walk(prepared)
     walk.run()
     solution = solve(walk.constraints)
+    _write_promoted(walk, solution)
     layouts = {v.name: maps for v, maps in walk.layouts.items() if v.name and maps}
     constants = {v.name: maps for v, maps in walk.constants.items() if v.name and v.is_initializer()}
     layouts |= {v.name: maps for v, maps in walk.constants.items() if v.name and not v.is_initializer()}
@@ -272,6 +273,18 @@ def analyse(model: ir.Model) -> Spaces:
     result = Spaces(prepared, spaces, solution, layouts, constants, space_of_class)
     _describe(result, walk.constraints)
     return result
+
+
+def _write_promoted(walk: Walk, s: Solution) -> None:
+    """Put vectors in the place of numbers where some scale acts on them; forget the others."""
+    for vector, node, i in walk.promoted:
+        classes = s.class_of[walk.constants[vector][0].flat]
+        family = s.families[int(s.family_of[classes[0]])]
+        if family.logs[s.column_of[classes]].any():
+            walk.model.graph.register_initializer(vector)
+            node.replace_input_with(i, vector)
+        else:
+            del walk.constants[vector]
 
 
 def _spaces(s: Solution) -> tuple[list[Space], np.ndarray]:

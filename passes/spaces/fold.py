@@ -13,9 +13,13 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
+from qcompile.passes.spaces.act import Actor, scale_of
 from qcompile.passes.spaces.analysis import Spaces
-from qcompile.passes.spaces.element import Actor, Element, scale_of
+from qcompile.passes.spaces.element import Element
 from qcompile.passes.spaces.index_map import IndexMap
+
+CACHED = 1 << 24
+"""Bytes up to which a transformed constant is kept once it has been computed."""
 
 
 def fold(spaces: Spaces, element: Element) -> ir.Model:
@@ -31,16 +35,6 @@ def fold(spaces: Spaces, element: Element) -> ir.Model:
     return model
 
 
-def transform(
-    array: np.ndarray, maps: tuple[IndexMap, ...], actor: Actor, overwritten: np.ndarray | None = None
-) -> np.ndarray:
-    """The law of one constant, in float64. ``overwritten`` marks entries of a vector that are replaced by D."""
-    result = array.astype(np.float64)
-    if overwritten is not None:
-        result = np.where(overwritten.reshape(result.shape), 1.0, result)
-    return actor.transform(result, maps)
-
-
 def _lazy(
     old: ir.TensorProtocol | None, maps: tuple[IndexMap, ...], actor: Actor, overwritten: np.ndarray | None
 ) -> ir.LazyTensor:
@@ -48,10 +42,11 @@ def _lazy(
     dtype = old.dtype
 
     def evaluate() -> ir.TensorProtocol:
-        array = transform(old.numpy(), maps, actor, overwritten)
+        array = actor.transform(old.numpy().astype(np.float64), maps, overwritten)
         return ir.Tensor(array.astype(dtype.numpy()), dtype=dtype, name=old.name)
 
-    return ir.LazyTensor(evaluate, dtype=dtype, shape=ir.Shape(old.shape), name=old.name, cache=False)
+    small = old.nbytes <= CACHED
+    return ir.LazyTensor(evaluate, dtype=dtype, shape=ir.Shape(old.shape), name=old.name, cache=small)
 
 
 def constant_values(spaces: Spaces, coordinates: np.ndarray) -> np.ndarray:
@@ -85,11 +80,13 @@ def overwritten_entries(spaces: Spaces, actor: Actor) -> dict[str, np.ndarray]:
 
 
 def fold_epsilons(spaces: Spaces, actor: Actor, model: ir.Model) -> None:
+    """Rewrite the epsilon of every normalisation whose input is scaled: e' = c^2 e."""
     scales: dict[str, float] = {}
     for alias in spaces.solution.constraints.aliases:
         classes = spaces.solution.class_of[alias.coordinates]
         cells = np.unique(actor.cell_of[classes])
-        c = scale_of(actor.cells[cells[0]].matrix) if cells[0] >= 0 else float(np.exp(actor.element.log[classes[0]]))
+        mixed = cells[0] >= 0
+        c = float(scale_of(actor.cells[cells[0]].matrix)) if mixed else float(np.exp(actor.element.log[classes[0]]))
         if abs(c - 1) > 1e-12:
             scales[alias.node] = c
     for node in model.graph if scales else ():

@@ -15,9 +15,10 @@ import onnx_ir as ir
 
 from qcompile.errors import ModelError
 from qcompile.passes.execute import run
+from qcompile.passes.spaces.act import Actor
 from qcompile.passes.spaces.analysis import Spaces
-from qcompile.passes.spaces.element import Actor, Element
-from qcompile.passes.spaces.fold import constant_values, fold_epsilons, overwritten_entries, transform
+from qcompile.passes.spaces.element import Element
+from qcompile.passes.spaces.fold import constant_values, fold_epsilons, overwritten_entries
 
 TOLERANCE = 1e-10
 
@@ -94,7 +95,8 @@ class _Folded(Mapping):
         import torch
 
         tensor = self.spaces.model.graph.initializers[name].const_value
-        array = transform(tensor.numpy(), self.spaces.constants[name], self.actor, self.overwritten.get(name))
+        array = tensor.numpy().astype(np.float64)
+        array = self.actor.transform(array, self.spaces.constants[name], self.overwritten.get(name))
         return torch.from_numpy(np.ascontiguousarray(array))
 
     def __contains__(self, name: object) -> bool:

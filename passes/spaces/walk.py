@@ -17,7 +17,7 @@ import numpy as np
 import onnx_ir as ir
 
 from qcompile.passes.graph import attribute, constant, module_path
-from qcompile.passes.spaces.groups import FIXED, GL, Limit
+from qcompile.passes.spaces.groups import FIXED, GL, POSITIVE, Limit
 from qcompile.passes.spaces.index_map import Dim, IndexMap
 from qcompile.passes.spaces.prepare import copies_of
 from qcompile.passes.spaces.relations import Constraints
@@ -34,6 +34,7 @@ class Walk:
         layouts: index maps of activations.
         constants: index maps of constants that a rule has claimed.
         constant_values: values that depend on constants only.
+        promoted: vectors that would stand in for numbers, with the nodes and inputs that would read them.
     """
 
     def __init__(self, model: ir.Model) -> None:
@@ -41,6 +42,7 @@ class Walk:
         self.constraints = Constraints(copies=copies_of(model))
         self.layouts: dict[ir.Value, Layout] = {}
         self.constants: dict[ir.Value, Layout] = {}
+        self.promoted: list[tuple[ir.Value, ir.Node, int]] = []
         self.constant_values: set[ir.Value] = set(model.graph.initializers.values()) - set(model.graph.inputs)
 
     def run(self) -> None:
@@ -173,6 +175,29 @@ class NodeView:
             self.pin(coordinates, "constant", "a single channel")
         self.walk.constants[value] = (*self.walk.constants.get(value, ()), index_map)
         return index_map
+
+    def promote(self, i: int, like: IndexMap) -> IndexMap:
+        """Treat the number at input ``i`` as a vector with one entry per channel of ``like``.
+
+        ``x + 1`` becomes ``x + (1, ..., 1)``, which can be scaled. The vector is written into the model only if the
+        analysis finds that something may act on it.
+        """
+        number = self.value(i)
+        shape = [like.table.shape[a] for a in range(like.rank)]
+        fill = constant(number)
+        assert fill is not None and fill.size == 1
+        name = f"{number.name}.{self.name}"
+        vector = ir.Value(
+            name=name,
+            shape=ir.Shape(shape),
+            type=ir.TensorType(number.dtype or ir.DataType.FLOAT),
+            const_value=ir.tensor(np.full(shape, fill.reshape(-1)[0]), name=name),
+        )
+        coordinates = self.c.fresh(like.size, name, like.axes).reshape(shape)
+        self.use(coordinates, "number", POSITIVE, single=True)
+        self.walk.promoted.append((vector, self.node, i))
+        self.walk.constants[vector] = (IndexMap(coordinates),)
+        return IndexMap(coordinates)
 
     def fresh_like(self, index_map: IndexMap, role: str = "output") -> IndexMap:
         """New coordinates for output channels arranged as in ``index_map``, which do not mix."""

@@ -91,18 +91,10 @@ def clip(n: NodeView) -> None:
 
 @rule("Max", "Min")
 def extremum(n: NodeView) -> None:
-    """max(d a, d b) = d max(a, b): all operands share permutation x R+; a per-channel constant is a member.
-
-    A scalar bound other than 0 leaves permutations only.
-    """
-    limit = POSITIVE
-    for i in range(len(n.node.inputs)):
-        array = n.array(i) if n.is_constant(i) and not n.maps(i) and _elements(n, i) == 1 else None
-        if array is not None and np.any(array):
-            limit = FIXED
+    """max(d a, d b) = d max(a, b) for d > 0: all operands share permutation x R+; constant bounds are members."""
     out = additive(n, list(range(len(n.node.inputs))))
     for index_map in out:
-        n.use(index_map.table, "operand", limit, single=True)
+        n.use(index_map.table, "operand", POSITIVE, single=True)
     n.set(out)
 
 
@@ -171,7 +163,8 @@ def _sum_of_squares(n: NodeView, m: IndexMap) -> list[IndexMap]:
 def addition(n: NodeView) -> None:
     """A (a + b) = A a + A b: one element on all operands (residual stream, bias, positional table).
 
-    A number added to all channels alike is only preserved by permutations.
+    A constant number added to all channels is a vector that may be scaled (the 1 of an adaptive norm's 1 + s); a number
+    computed at run time is only preserved by permutations.
     """
     n.set(additive(n, list(range(len(n.node.inputs)))))
 
@@ -343,6 +336,8 @@ def additive(n: NodeView, inputs: list[int]) -> Layout:
                 pass
             elif isinstance(b, Untransformed):
                 n.pin(a.table, f"input {first}", f"meets channels of {n.value(j).name!r} that belong to no space")
+            elif n.is_constant(j) and _elements(n, j) == 1:
+                n.c.same(a.table, n.promote(j, a).table)
             else:
                 n.use(a.table, "operand", FIXED, single=True, reason="a number is added to all its channels alike")
             out[k] = a

@@ -10,8 +10,8 @@ import numpy as np
 
 from qcompile.passes.spaces.groups import FIXED
 from qcompile.passes.spaces.index_map import IndexMap
-from qcompile.passes.spaces.rules.registry import rule
 from qcompile.passes.spaces.rules.elementwise import additive
+from qcompile.passes.spaces.rules.registry import rule
 from qcompile.passes.spaces.rules.structure import claimed
 from qcompile.passes.spaces.walk import NodeView
 

@@ -1,0 +1,221 @@
+"""How an element acts on tensors.
+
+    weights  W' = A_out W A_in^-1        vectors  v' = A v
+
+Permutations act first, then the diagonals of channels that do not mix, then the matrices of those that do. What
+follows a mixed space through a peeled scaling is mixed as well, by ``D_f D_l^-1 A_l G^-1``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from qcompile.passes.spaces.element import Array, Element
+from qcompile.passes.spaces.index_map import IndexMap
+
+
+@dataclass(frozen=True)
+class MixedCell:
+    """Channels that an element mixes.
+
+    Attributes:
+        classes: in matrix order.
+        matrix: ``A``; positions of parity +1 act as ``x' = A x[source]``.
+        dual: ``A^-T``, for parity -1.
+    """
+
+    classes: np.ndarray
+    matrix: Array
+    dual: Array
+
+
+class Actor:
+    """Applies an element to tensors, in numpy or (for a learned element) in torch."""
+
+    def __init__(self, element: Element, gamma: Callable[[np.ndarray], np.ndarray]) -> None:
+        """``gamma`` returns the current values of the constants at the given coordinates."""
+        self.element, self.solution = element, element.solution
+        count = len(element.source)
+        self.moved = element.source != np.arange(count)
+        learned = [a for a in (element.log, *element.blocks.values()) if _is_torch(a)]
+        self.xp, self._like = (_torch(), learned[0]) if learned else (np, None)
+        self.log = self._array(element.log)
+        self.sign = self._array(element.sign)
+        self.scaled = _learned(element.log) | (np.asarray(_plain(element.log)) != 0) | (element.sign != 1)
+        self.cells: list[MixedCell] = []
+        self.cell_of = np.full(count, -1)
+        for cell, matrix in element.blocks.items():
+            self._add(self.solution.cells[cell], self._array(matrix))
+        progress = True
+        while progress:
+            progress = False
+            for number, peel in self.solution.peels.items():
+                if ((self.cell_of[peel.leader] >= 0) & (self.cell_of[peel.follower] < 0)).any():
+                    self._follow(number, gamma)
+                    progress = True
+
+    def _add(self, classes: np.ndarray, matrix: np.ndarray) -> None:
+        self.cell_of[classes] = len(self.cells)
+        self.cells.append(MixedCell(classes, matrix, self.xp.linalg.inv(matrix).T))
+
+    def _array(self, values: Array) -> Array:
+        """``values`` as an array of the kind this actor computes with."""
+        if self._like is None:
+            return np.asarray(values, np.float64)
+        return self.xp.as_tensor(values, dtype=self._like.dtype, device=self._like.device)
+
+    def diagonal(self, classes: np.ndarray) -> Array:
+        """Signed scale of classes."""
+        return self.sign[classes] * self.xp.exp(self.log[classes])
+
+    def _follow(self, number: int, gamma: Callable[[np.ndarray], np.ndarray]) -> None:
+        """``A_f = D_f D_l^-1 A_l G^-1`` (or ``.. G``), G read where the content comes from."""
+        peel = self.solution.peels[number]
+        old = np.ones(len(peel.follower)) if peel.scaling.gamma is None else gamma(peel.scaling.gamma)
+        # G is a property of the class, so repeated entries agree.
+        by_class = dict(zip(peel.follower.tolist(), old.tolist()))
+        partner = dict(zip(peel.leader.tolist(), peel.follower.tolist()))
+        for index in np.unique(self.cell_of[peel.leader]):
+            if index < 0:
+                continue
+            leader = self.cells[index]
+            if not all(k in partner for k in leader.classes.tolist()):
+                raise AssertionError(f"scaling {peel.scaling.node!r} sees a part of a cell only")
+            classes = np.array([partner[k] for k in leader.classes.tolist()])
+            if (self.cell_of[classes] >= 0).all():
+                continue
+            source = self.element.source[classes]
+            g = np.array([by_class.get(k, 1.0) for k in source.tolist()])
+            matrix = leader.matrix
+            if peel.scaling.normalised:
+                matrix = matrix / scale_of(matrix)
+            own = self.diagonal(classes) / self.diagonal(leader.classes)
+            matrix = own[:, None] * matrix * self._array(1 / g if peel.forward else g)
+            self._add(classes, matrix)
+
+    def touches(self, index_map: IndexMap) -> bool:
+        """Whether the element changes anything along this map."""
+        c = self.solution.class_of[index_map.flat]
+        return bool(self.moved[c].any() or self.scaled[c].any() or (self.cell_of[c] >= 0).any())
+
+    def transform(self, array: Array, maps: Sequence[IndexMap], overwritten: np.ndarray | None = None) -> Array:
+        """Return ``array`` with all its channels transformed; ``overwritten`` entries of a vector count as 1 before.
+
+        Permutations come first. Maps that share an axis (heads or groups of both sides of a weight) permute it
+        together, so what one of them has moved is not moved again by the next.
+        """
+        if overwritten is not None:
+            mask = overwritten.reshape(tuple(array.shape))
+            array = self.xp.where(mask if self.xp is np else self.xp.as_tensor(mask), self.xp.ones_like(array), array)
+        maps = [m for m in maps if self.touches(m)]
+        where = [m.table for m in maps]
+        for i, m in enumerate(maps):
+            wanted = self.element.source[self.solution.class_of[m.flat]]
+            held = self.solution.class_of[where[i].reshape(-1)]
+            if np.array_equal(wanted, held):
+                continue
+            source = source_rows(held, wanted, self.solution.parity[m.flat])
+            array = self._along(array, m, lambda rows, source=source: rows[source])
+            for j in range(len(maps)):
+                shared = [a for a in maps[j].axes if a in m.axes]
+                if j != i and shared:
+                    where[j] = _move_shared(where[j], m, source, shared)
+        for m in maps:
+            array = self._along(array, m, lambda rows, m=m: self._mix(rows, m.flat))
+        return array
+
+    def _along(self, array: Array, m: IndexMap, function: Callable[[Array], Array]) -> Array:
+        """Apply a function of ``(channels, rest)`` along the axes of a map."""
+        axes = m.axes
+        front = self.xp.moveaxis(array, axes, tuple(range(len(axes))))
+        rows = function(front.reshape(m.size, -1))
+        return self.xp.moveaxis(rows.reshape(tuple(front.shape)), tuple(range(len(axes))), axes)
+
+    def _mix(self, rows: Array, coordinates: np.ndarray) -> Array:
+        """Diagonals and matrices along the first axis."""
+        classes, parity = self.solution.class_of[coordinates], self.solution.parity[coordinates]
+        single = self.cell_of[classes] < 0
+        active = single & self.scaled[classes]
+        result = rows
+        if active.any():
+            exponent = self._array(np.where(active, parity, 0))
+            sign = self._array(np.where(active, self.element.sign[classes], 1.0))
+            result = rows * (sign * self.xp.exp(self.log[classes] * exponent))[:, None]
+        if single.all():
+            return result
+        if result is rows:
+            result = rows.copy() if self.xp is np else rows.clone()
+        copy = occurrence(classes, parity)
+        for index in np.unique(self.cell_of[classes[~single]]):
+            cell = self.cells[index]
+            inside = np.flatnonzero(self.cell_of[classes] == index)
+            place = np.argsort(cell.classes)[np.searchsorted(np.sort(cell.classes), classes[inside])]
+            order = inside[np.lexsort((place, copy[inside], parity[inside]))].reshape(-1, len(cell.classes))
+            for positions in order:
+                matrix = cell.matrix if parity[positions[0]] > 0 else cell.dual
+                result[positions] = matrix @ rows[positions]
+        return result
+
+
+def _move_shared(table: np.ndarray, m: IndexMap, source: np.ndarray, shared: Sequence[int]) -> np.ndarray:
+    """Move another map's table the way ``source`` (rows of ``m``) moves the axes that both have."""
+    sizes = [m.table.shape[a] for a in m.axes]
+    grid = np.stack(np.unravel_index(source, sizes)).reshape(len(sizes), *sizes)
+    at = tuple(slice(None) if a in shared else 0 for a in m.axes)
+    moved = [grid[k][at].reshape(-1) for k, a in enumerate(m.axes) if a in shared]
+    axes = [a for a in m.axes if a in shared]
+    front = np.moveaxis(table, axes, range(len(axes)))
+    lead = front.shape[: len(axes)]
+    rows = front.reshape(int(np.prod(lead)), -1)[np.ravel_multi_index(moved, lead)]
+    return np.moveaxis(rows.reshape(front.shape), range(len(axes)), axes)
+
+
+def occurrence(classes: np.ndarray, parity: np.ndarray) -> np.ndarray:
+    """For each position, how many earlier positions have the same class and parity (which copy it is)."""
+    key = classes * 2 + (parity > 0)
+    order = np.argsort(key, kind="stable")
+    ordered = key[order]
+    starts = np.flatnonzero(np.r_[True, ordered[1:] != ordered[:-1]]) if len(key) else np.zeros(0, int)
+    lengths = np.diff(np.r_[starts, len(key)])
+    result = np.empty(len(key), np.int64)
+    result[order] = np.arange(len(key)) - np.repeat(starts, lengths)
+    return result
+
+
+def source_rows(held: np.ndarray, wanted: np.ndarray, parity: np.ndarray) -> np.ndarray:
+    """Row that holds the content each row wants: the same copy of the wanted class."""
+    here = np.lexsort((occurrence(held, parity), parity, held))
+    there = np.lexsort((occurrence(wanted, parity), parity, wanted))
+    if not np.array_equal(held[here], wanted[there]):
+        raise AssertionError("a permutation moves channels out of a tensor")
+    result = np.empty(len(held), np.int64)
+    result[there] = here
+    return result
+
+
+def scale_of(matrix: Array) -> Array:
+    """c of a matrix c Q with orthogonal Q."""
+    return ((matrix * matrix).sum() / len(matrix)) ** 0.5
+
+
+def _is_torch(array: Array) -> bool:
+    return type(array).__module__.startswith("torch")
+
+
+def _torch() -> Any:
+    import torch
+
+    return torch
+
+
+def _plain(array: Array) -> np.ndarray:
+    return array.detach().cpu().numpy() if _is_torch(array) else array
+
+
+def _learned(array: Array) -> np.ndarray:
+    """Everything of a learned diagonal counts as moving, even where it is 1 now."""
+    return np.full(array.shape[0], _is_torch(array))

@@ -7,6 +7,8 @@ Expand, ``1`` keeps a dimension.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import onnx_ir as ir
 
@@ -74,7 +76,13 @@ def _noop_source(node: ir.Node) -> ir.Value | None:
             return x if axes == [] else None
         case "Reshape" | "Expand":
             before, after = symbols.dims(x), symbols.dims(y)
-            return x if before is not None and before == after else None
+            if before is not None and before == after:
+                return x
+            return (
+                x
+                if node.op_type == "Reshape" and _keeps_all_but_one(before, symbols.contents(node.inputs[1]))
+                else None
+            )
         case "Slice":
             return x if _slices_everything(node) else None
         case "Add" | "Sub" | "Mul" | "Div" | "And":
@@ -88,6 +96,13 @@ def _noop_source(node: ir.Node) -> ir.Value | None:
                 if array.ndim == 0 or (known is not None and array.ndim <= known):
                     return data
     return None
+
+
+def _keeps_all_but_one(before: Sequence[symbols.Dim] | None, target: Sequence[symbols.Dim] | None) -> bool:
+    """Whether a Reshape asks for the sizes that are there, with at most one left open: that one is what remains."""
+    if before is None or target is None or len(before) != len(target) or list(target).count(-1) > 1:
+        return False
+    return all(new in (old, -1) or (new == 0 and old != 0) for old, new in zip(before, target))
 
 
 def _slices_everything(node: ir.Node) -> bool:
@@ -123,6 +138,27 @@ class ConstantContents(Rule):
         array = np.array(items, value.dtype.numpy()).reshape([int(d) for d in shape])
         substitute(value, emit_constant(node, array, f"{value.name}.constant"))
         return self.found(node)
+
+
+class CancelledFactor(Rule):
+    """``(a * b) / a`` of sizes -> ``b``: how a flattened dimension is split again."""
+
+    kind = "constant shape"
+    anchors = ("Div",)
+
+    def apply(self, node: ir.Node) -> Found | None:
+        product = node.inputs[0].producer() if node.inputs[0] is not None else None
+        divisor = symbols.contents(node.inputs[1])
+        if product is None or product.op_type != "Mul" or divisor is None or len(divisor) != 1 or divisor == [0]:
+            return None
+        if node.outputs[0].dtype is None or not node.outputs[0].dtype.is_integer():
+            return None
+        for factor, rest in (product.inputs, product.inputs[::-1]):
+            same_rank = symbols.rank(rest) == symbols.rank(node.outputs[0])
+            if rest is not None and symbols.contents(factor) == divisor and same_rank:
+                substitute(node.outputs[0], rest)
+                return self.found(node)
+        return None
 
 
 class ConstantFill(Rule):
@@ -354,6 +390,7 @@ class MergeReshapes(Rule):
 RULES: tuple[Rule, ...] = (
     RemoveNoOp(),
     ConstantContents(),
+    CancelledFactor(),
     ConstantFill(),
     ExpandShapeGuard(),
     ConstantReshape(),

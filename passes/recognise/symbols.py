@@ -16,7 +16,8 @@ from onnx_shape_inference import SYM_DATA_KEY, infer_symbolic_shapes
 from qcompile.passes.recognise.pattern import small_constant
 
 Dim = int | str
-_ANONYMOUS = re.compile(r"\b(_d|unk__)\d+\b")  # symbols that inference made up: here, and in ONNX's own
+# Symbols that inference made up, here and in ONNX's own, and quotients, which rewrites of a reshape may resolve.
+_ANONYMOUS = re.compile(r"\b(_d|unk__)\d+\b|//")
 
 
 def infer(model: ir.Model) -> None:

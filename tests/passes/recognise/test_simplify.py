@@ -89,6 +89,7 @@ NO_OPS = {
     "transpose of nothing": "y = Transpose<perm = [0, 1]>(r)",
     "concat of one": "y = Concat<axis = 0>(r)",
     "reshape to itself": "n = Constant<value_ints = [-1, 6]>() y = Reshape(r, n)",
+    "reshape to itself but for one": "b1 = Shape<start = 0, end = 1>(r) m = Constant<value_ints = [-1]>() n = Concat<axis = 0>(b1, m) y = Reshape(r, n)",
     "expand to itself": "n = Constant<value_ints = [1, 6]>() y = Expand(r, n)",
 }
 
@@ -196,3 +197,12 @@ def test_what_the_constant_folder_cannot_evaluate_is_reported(make, execute) -> 
     result, _ = recognise(model)
     x = np.arange(6, dtype=np.float32)
     np.testing.assert_array_equal(execute(result, {"x": x})[0], [2, 3])
+
+
+def test_flattened_size_split_again(check) -> None:
+    text = """g (float[b, s] x) => (int64[s] y) {
+        b1 = Shape<start = 0, end = 1>(x) s1 = Shape<start = 1, end = 2>(x) all = Mul(b1, s1) back = Div(all, b1)
+        ax = Constant<value_ints = [0]>() n = Squeeze(back, ax) zero = Constant<value_int = 0>() one = Constant<value_int = 1>()
+        y = Range(zero, n, one) }"""
+    model, _ = check(text, {})
+    assert "Div" not in kinds(model) and "Mul" not in kinds(model)

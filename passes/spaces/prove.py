@@ -7,6 +7,7 @@ order of 1.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -19,6 +20,7 @@ from qcompile.passes.spaces.act import Actor
 from qcompile.passes.spaces.analysis import Spaces
 from qcompile.passes.spaces.element import Element
 from qcompile.passes.spaces.fold import constant_values, fold_epsilons, overwritten_entries
+from qcompile.passes.spaces.translate import Translator, Untranslatable
 
 TOLERANCE = 1e-10
 
@@ -31,11 +33,13 @@ class Proof:
         error: largest difference of an output, relative to that output's largest entry.
         per_space: the same for an element of one space's family alone, by space index (empty unless asked for).
         spaces: how many spaces the element acted on.
+        translations: how many values were translated as well.
     """
 
     error: float
     per_space: dict[int, float]
     spaces: int
+    translations: int = 0
 
     @property
     def holds(self) -> bool:
@@ -61,6 +65,7 @@ def prove(
     rng = np.random.default_rng(seed)
     feeds = random_inputs(spaces.model, rng) if inputs is None else inputs
     before = run(spaces.model, feeds)
+    spaces, translated = random_translations(spaces, rng)
     element = Element.random(spaces.solution, rng)
     error = _error(before, run_folded(spaces, element, feeds))
     per_space: dict[int, float] = {}
@@ -69,7 +74,27 @@ def prove(
             if not space.pinned:
                 alone = restrict(element, spaces, space.family)
                 per_space[space.index] = _error(before, run_folded(spaces, alone, feeds))
-    return Proof(error, per_space, sum(not s.pinned for s in spaces))
+    return Proof(error, per_space, sum(not s.pinned for s in spaces), translated)
+
+
+def random_translations(spaces: Spaces, rng: np.random.Generator) -> tuple[Spaces, int]:
+    """Translate the input of every linear operator at random where constants alone can take it back."""
+    model = spaces.model.clone()
+    for value in model.graph.initializers.values():
+        # Float64 vectors, so that the constants take translations without rounding.
+        tensor = value.const_value
+        if tensor is not None and tensor.dtype == ir.DataType.FLOAT and sum(d != 1 for d in tensor.shape) <= 1:
+            value.const_value = ir.tensor(tensor.numpy().astype(np.float64), name=value.name)
+    moved = spaces.rebase(model)
+    translator = Translator(moved, insert=False)
+    count = 0
+    for name in dict.fromkeys(r.activation for readers in spaces.all_readers().values() for r in readers):
+        maps = spaces.layouts.get(name, ())
+        if len(maps) == 1:
+            with contextlib.suppress(Untranslatable):
+                translator.translate(name, rng.standard_normal(maps[0].size))
+                count += 1
+    return moved, count
 
 
 def run_folded(spaces: Spaces, element: Element, feeds: Mapping[str, np.ndarray]) -> dict:

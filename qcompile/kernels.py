@@ -140,7 +140,6 @@ def _linear(
     packed: list[torch.Tensor],
     arrived: torch.Tensor,
     description: str,
-    library: str,
 ) -> torch.Tensor:
     family, problem, kernels = _launcher(description)
     m = x.shape[0]

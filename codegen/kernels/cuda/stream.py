@@ -192,7 +192,7 @@ class StreamLinear(LinearKernel):
                         for stages in (3, 4, 6):
                             config = {
                                 "mt": mt, "tn": tn, "nw": nw, "kw": kw, "split": split, "stages": stages,
-                                "ahead": (4 if mt <= 2 else 2) if not self._integer() else 2, "dtype": dtype,
+                                "ahead": self._ahead(mt, tn), "dtype": dtype,
                                 "out": "float16" if dtype == "int8" else dtype,
                             }  # fmt: skip
                             shape = self.shape(problem, config)
@@ -200,6 +200,10 @@ class StreamLinear(LinearKernel):
                                 found.append(config)
         order = {dtype: i for i, dtype in enumerate(self.dtypes)}
         return sorted(found, key=lambda c: (order[c["dtype"]], self.cost(problem, c, target, m)))
+
+    def _ahead(self, mt: int, tn: int) -> int:
+        """Units of x held in registers: as many as the sums leave room for."""
+        return 2 if self._integer() else 4 if mt <= 2 else 1 if mt * tn > 8 else 2
 
     def _integer(self) -> bool:
         return "int8" in self.dtypes

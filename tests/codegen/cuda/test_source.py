@@ -1,0 +1,101 @@
+"""Code generation without a GPU: sources, nvcc, the torch op's fake kernel, and errors."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from qcompile.codegen.kernels.cuda import build
+from qcompile.errors import FormatError, TargetError
+from qcompile.kernels import linear, plan
+from qcompile.targets.cuda import TARGETS, for_capability
+
+nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("QCOMPILE_CUDA_CACHE", str(tmp_path))
+    return tmp_path
+
+
+def small(p, rows: int):  # noqa: ANN001, ANN201
+    """The plan with only the kernel for ``rows`` rows."""
+    from dataclasses import replace
+
+    return replace(p, configs=tuple(c for c in p.configs if c["mt"] * 8 == rows))
+
+
+def test_source_is_written_once(cache: Path) -> None:
+    p = small(plan(300, 70, "int4/g128"), 8)
+    path = p.source()
+    text = path.read_text()
+    assert "rows8_kernel" in text and "cp.async.cg.shared.global" in text and "lop3.b32" in text
+    assert "mma.sync.aligned.m16n8k16" in text
+    stamp = path.stat().st_mtime_ns
+    assert p.source().stat().st_mtime_ns == stamp
+    assert small(plan(301, 70, "int4/g128"), 8).source() != path
+
+
+def test_integer_layers_use_integer_tensor_cores() -> None:
+    assert "s32.s8.s8.s32" in small(plan(300, 70, "int4", "int8/token"), 16).source().read_text()
+
+
+@nvcc
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ["sm_80", "sm_89", "sm_90a"])
+@pytest.mark.parametrize(
+    "weight, activation, dtype",
+    [("int4/g128", "none", torch.float16), ("int3/g64/asym", "none", torch.bfloat16), ("int4/g64", "int8/token", torch.float16)],
+)
+def test_nvcc_accepts_it(arch: str, weight: str, activation: str, dtype: torch.dtype) -> None:
+    library = small(plan(515, 77, weight, activation, dtype, arch), 16).library()
+    log = library.with_suffix(".log").read_text()
+    assert library.exists() and "Used" in log
+    assert all(" 0 bytes spill stores" in line for line in log.splitlines() if "spill stores" in line)
+
+
+def test_missing_compiler_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setenv("CUDA_HOME", "/nowhere")
+    with pytest.raises(TargetError, match="nvcc"):
+        build.nvcc()
+
+
+def test_compiler_errors_are_shown(cache: Path) -> None:
+    if shutil.which("nvcc") is None:
+        pytest.skip("needs nvcc")
+    path = cache / "bad.cu"
+    path.write_text("this is no C++")
+    with pytest.raises(TargetError, match="this is no C"):
+        build.compile_library(path, TARGETS["sm_80"])
+
+
+def test_layer_on_a_machine_without_gpu() -> None:
+    layer = linear(torch.randn(70, 300), "int4/g64/asym", bias=torch.zeros(70), target="sm_80")
+    assert layer.names == ["codes", "meta", "column", "bias"]
+    if not torch.cuda.is_available():
+        with pytest.raises(TargetError, match="no CUDA device"):
+            linear(torch.randn(70, 300), "int4/g64")
+    with pytest.raises(FormatError):
+        linear(torch.randn(70, 300), "nf4", target="sm_80")
+    with pytest.raises(TargetError, match="bits"):
+        linear(torch.randn(70, 300), "int5", target="sm_80")
+
+
+def test_fake_kernel_gives_the_shape() -> None:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    layer = linear(torch.randn(70, 300), "int4/g64", target="sm_90a", dtype=torch.bfloat16)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        y = layer(torch.empty(3, 5, 300, dtype=torch.bfloat16))
+    assert y.shape == (3, 5, 70) and y.dtype == torch.bfloat16
+
+
+def test_capabilities() -> None:
+    assert for_capability(9, 0).cpu == "sm_90a"
+    with pytest.raises(TargetError, match="7.5"):
+        for_capability(7, 5)

@@ -281,7 +281,7 @@ class DocsLlama:
     stages = (["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"], ["self_attn.o_proj"],
               ["mlp.gate_proj", "mlp.up_proj"], ["mlp.down_proj"])  # fmt: skip
 
-    def __init__(self, path: str, windows: int = 48, length: int = 512, calibration_windows: int = 32) -> None:
+    def __init__(self, path: str, windows: int = 48, length: int = 512, calibration_windows: int = 48) -> None:
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         self.tokenizer = AutoTokenizer.from_pretrained(path)
@@ -356,7 +356,9 @@ def llama_settings() -> list[Setting]:
     rows = [Setting("float", act_bits=0), Setting("float", act_bits=8), Setting("int8")]
     weights = "int4/g128"
     rows += [Setting(weights), Setting(weights, "mse"), Setting(weights, "gptq"), Setting(weights, "quantease")]
-    return [*rows, Setting(weights, "quantease", correct=0.1), Setting("int4/g32", "quantease")]
+    rows += [Setting(weights, "quantease", {"damping": damping}) for damping in (0.01, 0.3)]
+    rows += [Setting(weights, "quantease", quantized_prefix=False), Setting(weights, "quantease", correct=0.1)]
+    return [*rows, Setting(f"{weights}/asym", "quantease"), Setting("int4/g32", "quantease")]
 
 
 def main() -> None:

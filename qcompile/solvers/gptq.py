@@ -36,7 +36,8 @@ class Gptq(Solver):
     """``gptq``.
 
     Attributes:
-        damping: added to the diagonal of the Hessian, as a fraction of its mean.
+        damping: added to the diagonal of the Hessian, as a fraction of its mean. It keeps codes from fitting the noise of
+            few calibration tokens: with less than about twenty tokens per input channel, 0.3 does better still.
         act_order: round important channels first.
         block: rows whose updates of the remaining matrix are applied together.
         refit: fit a group's grid when its turn comes, to the weights corrected so far; else before the first row.
@@ -45,7 +46,7 @@ class Gptq(Solver):
     name = "gptq"
     needs_hessian = True
 
-    damping: float = 0.01
+    damping: float = 0.1
     act_order: bool = True
     block: int = 128
     refit: bool = True

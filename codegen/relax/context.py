@@ -206,7 +206,16 @@ class Context:
         return var
 
     def require(self, condition: Any) -> None:
-        """Lets the program stop with an error unless a condition on dimensions holds."""
+        """Lets the program stop with an error unless a condition on dimensions holds.
+
+        Raises:
+            ValueError: it cannot hold.
+        """
+        condition = self.dims.analyzer.simplify(condition)
+        if isinstance(condition, tirx.IntImm):
+            if not int(condition):
+                raise ValueError("dimensions or positions do not fit")
+            return
         self._match([tirx.Select(condition, as_expr(1), as_expr(0))], [as_expr(1)])
 
     def _match(self, values: list[Dim], pattern: list[Any]) -> None:

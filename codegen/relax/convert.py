@@ -17,7 +17,7 @@ from tvm import relax, tirx
 from qcompile.codegen.relax import dtypes, ops  # noqa: F401  (ops registers the converters)
 from qcompile.codegen.relax.attributes import attr
 from qcompile.codegen.relax.context import Context, Known, Scope, describe
-from qcompile.codegen.relax.dims import as_expr
+from qcompile.codegen.relax.dims import as_expr, dim_text
 from qcompile.codegen.relax.fold import fold
 from qcompile.codegen.relax.program import RelaxProgram, TensorSpec
 from qcompile.codegen.relax.registry import converters
@@ -101,8 +101,7 @@ def _output(ctx: Context, value: ir.Value) -> relax.Expr:
 
 
 def _spec(name: str, dtype: ir.DataType, shape: Sequence[Any]) -> TensorSpec:
-    text = tuple(d if isinstance(d, int) else str(d) for d in shape)
-    return TensorSpec(name, dtypes.STORAGE[dtype], text, dtype.name)
+    return TensorSpec(name, dtypes.STORAGE[dtype], tuple(dim_text(d) for d in shape), dtype.name)
 
 
 def _drop_unused_params(mod: Any, ctx: Context, num_inputs: int) -> tuple[Any, dict[str, np.ndarray]]:

@@ -7,6 +7,7 @@ dimensions cannot be proved equal but the operator needs them to be, the program
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -158,6 +159,11 @@ class DimArithmetic:
 def as_expr(value: Dim) -> Any:
     """A dimension as an int64 TIR expression."""
     return tirx.const(int(value), "int64") if isinstance(value, int) else value
+
+
+def dim_text(value: Dim) -> int | str:
+    """A dimension for people: an integer, or the expression without dtypes."""
+    return value if isinstance(value, int) else re.sub(r"T\.int64\((-?\d+)\)", r"\1", str(value))
 
 
 def is_static(shape: Sequence[Dim]) -> bool:

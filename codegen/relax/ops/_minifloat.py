@@ -34,8 +34,9 @@ class Minifloat:
         bias: of the exponent.
         largest: code of the largest finite number.
         infinity: code of infinity, or ``None``.
-        nan: code of a NaN, or ``None``.
+        nan: code that a NaN gets.
         signed_zero: whether there is a negative zero.
+        saturating: whether what is too large always becomes the largest finite number.
     """
 
     bits: int
@@ -43,8 +44,9 @@ class Minifloat:
     bias: int
     largest: int
     infinity: int | None
-    nan: int | None
+    nan: int
     signed_zero: bool = True
+    saturating: bool = False
 
 
 FORMATS = {
@@ -52,7 +54,7 @@ FORMATS = {
     _D.FLOAT8E4M3FNUZ: Minifloat(8, 3, 8, 0x7F, None, 0x80, signed_zero=False),
     _D.FLOAT8E5M2: Minifloat(8, 2, 15, 0x7B, 0x7C, 0x7E),
     _D.FLOAT8E5M2FNUZ: Minifloat(8, 2, 16, 0x7F, None, 0x80, signed_zero=False),
-    _D.FLOAT4E2M1: Minifloat(4, 1, 1, 0x7, None, None),
+    _D.FLOAT4E2M1: Minifloat(4, 1, 1, 0x7, None, 0x8, saturating=True),  # a NaN becomes -0
 }
 
 
@@ -96,10 +98,10 @@ def _encode(v: Any, fmt: Minifloat, saturate: bool) -> Any:
     infinite = tirx.EQ(magnitude, _i32(0x7F800000))
     is_nan = magnitude > _i32(0x7F800000)
     limit = _i32(fmt.largest)
-    if saturate or (fmt.infinity is None and fmt.nan is None):
+    if saturate or fmt.saturating:
         code = tirx.Select(tirx.Or(infinite, code > limit), limit, code)
     else:
-        overflow = _i32(fmt.infinity if fmt.infinity is not None else fmt.nan)
+        overflow = _i32(fmt.nan if fmt.infinity is None else fmt.infinity)
         code = tirx.Select(tirx.Or(infinite, code > limit), overflow, code)
     negative = raw < _i32(0)
     sign = _i32(1 << (fmt.bits - 1))
@@ -108,8 +110,6 @@ def _encode(v: Any, fmt: Minifloat, saturate: bool) -> Any:
     else:
         keep = tirx.And(negative, tirx.And(code > _i32(0), code < _i32(0x80)))
         signed = tirx.Select(keep, tirx.bitwise_or(code, sign), code)
-    if fmt.nan is None:
-        return signed
     nan = _i32(fmt.nan)
     with_sign = tirx.Select(negative, tirx.bitwise_or(nan, sign), nan)
     return tirx.Select(is_nan, with_sign if fmt.signed_zero else nan, signed)

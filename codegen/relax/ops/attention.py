@@ -20,6 +20,8 @@ from qcompile.codegen.relax.attributes import attr
 from qcompile.codegen.relax.context import Context
 from qcompile.codegen.relax.dims import Dim, as_expr
 from qcompile.codegen.relax.ops import _kernels as kernels
+from qcompile.codegen.relax.ops._loops import grid, load, loops, store
+from qcompile.codegen.relax.ops.gather import checked
 from qcompile.codegen.relax.ops.shape import concat, transpose
 from qcompile.codegen.relax.registry import converter
 
@@ -283,11 +285,14 @@ def _rotary_embedding(
     if position_ids is None and len(cache) != 3:
         raise ctx.unsupported(node, f"without position ids the caches must have three dimensions, not {len(cache)}")
 
+    if position_ids is not None:
+        position_ids = _checked_positions(ctx, position_ids, cache[0])
+
     def build(t: te.Tensor, c: te.Tensor, s: te.Tensor, *ids: te.Tensor) -> te.Tensor:
         def angle(table: te.Tensor, b: Any, i: Any, d: Any) -> Any:
             if ids:
                 at = kernels.index_of(ctx.shape(position_ids), [heads.batch, heads.length], [b, i], ctx)
-                return table[ids[0][at].astype("int64"), d].astype(acc)
+                return table(ids[0](*at), d).astype(acc)
             at = kernels.index_of(cache, [heads.batch, heads.length, half], [b, i, d], ctx)
             return table[at].astype(acc)
 
@@ -320,3 +325,13 @@ def _rotary_embedding(
 
     extra = [position_ids] if position_ids is not None else []
     return ctx.te(build, x, cos, sin, *extra, name="rotary_embedding")
+
+
+def _checked_positions(ctx: Context, ids: relax.Expr, size: Dim) -> relax.Expr:
+    """The position ids as int64; one outside of the caches stops the program."""
+
+    def body(given: Any, out: Any) -> None:
+        with grid(*ctx.shape(ids)) as i:
+            store(out, i, checked(load(given, i), size, "RotaryEmbedding"))
+
+    return loops(ctx, body, [ids], [(ctx.shape(ids), "int64")], name="check_indices")[0]

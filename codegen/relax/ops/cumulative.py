@@ -65,7 +65,7 @@ def _reverse_sequence(ctx: Context, node: ir.Node, x: relax.Expr, lengths: relax
 
     def build(t: te.Tensor, n: te.Tensor) -> te.Tensor:
         def body(*i: Any) -> Any:
-            length = n(i[batch]).astype("int64")
+            length = tirx.min(n(i[batch]).astype("int64"), t.shape[time])
             at = list(i)
             at[time] = tirx.Select(i[time] < length, length - 1 - i[time], i[time])
             return t(*at)

@@ -12,7 +12,7 @@ from qcompile.codegen.relax.attributes import attr
 from qcompile.codegen.relax.context import Context
 from qcompile.codegen.relax.dims import as_expr
 from qcompile.codegen.relax.ops import _kernels as kernels
-from qcompile.codegen.relax.ops._loops import grid, load, loops, store
+from qcompile.codegen.relax.ops._loops import check, grid, load, loops, store
 from qcompile.codegen.relax.ops._windows import Windows, windows
 from qcompile.codegen.relax.registry import converter
 
@@ -200,6 +200,8 @@ def _max_unpool(ctx: Context, node: ir.Node, x: relax.Expr, indices: relax.Expr,
             store(result, i, tirx.const(0, dtype))
         with grid(*shape) as i:
             flat = load(positions, i)
+            inside = tirx.And(flat >= as_expr(0), flat < as_expr(ctx.dims.product(pooled)))
+            check(inside, "MaxUnpool: an index is out of range")
             at = []
             for size in reversed(pooled):  # the positions count in the tensor that was pooled
                 at.append(tirx.floormod(flat, as_expr(size)))

@@ -202,7 +202,7 @@ class _Cell:
                 store(state, [b, j], start)
         with grid(steps, batch) as (s, b):
             if "lengths" in self.given:
-                length = load(self.given["lengths"], [b]).astype("int64")
+                length = tirx.min(load(self.given["lengths"], [b]).astype("int64"), as_expr(steps))
                 with loop(0, self.hidden) as j, when(s >= length):
                     store(y, [s, self.d, b, j], zero.astype(self.dtype))
                 with when(s < length):

@@ -13,7 +13,7 @@ from qcompile.codegen.relax.context import Context
 from qcompile.codegen.relax.dims import as_expr
 from qcompile.codegen.relax.ops._kernels import HALF, maximum, minimum
 from qcompile.codegen.relax.ops._loops import grid, load, loops, store
-from qcompile.codegen.relax.ops.gather import wrapped
+from qcompile.codegen.relax.ops.gather import checked
 from qcompile.codegen.relax.registry import converter
 
 
@@ -47,7 +47,7 @@ def _scatter_elements(
             store(out, i, load(data, i))
         with grid(*ctx.shape(indices)) as i:
             at = list(i)
-            at[axis] = wrapped(load(index, i), shape[axis])
+            at[axis] = checked(load(index, i), shape[axis], node.op_type)
             store(out, at, combine(load(out, at), load(update, i)))
 
     return loops(ctx, body, [x, indices, updates], [(shape, dtype)], name="scatter_elements")[0]
@@ -68,7 +68,7 @@ def _scatter_nd(ctx: Context, node: ir.Node, x: relax.Expr, indices: relax.Expr,
         with grid(*shape) as i:
             store(out, i, load(data, i))
         with grid(*positions[:-1], *shape[depth:]) as i:
-            at = [wrapped(load(index, [*i[:lead], as_expr(k)]), shape[k]) for k in range(depth)] + i[lead:]
+            at = [checked(load(index, [*i[:lead], k]), shape[k], node.op_type) for k in range(depth)] + i[lead:]
             store(out, at, combine(load(out, at), load(update, i)))
 
     return loops(ctx, body, [x, indices, updates], [(shape, dtype)], name="scatter_nd")[0]
@@ -93,6 +93,8 @@ def _tensor_scatter(
                 at[axis] = at[axis] + load(buffers[2], [i[0]]).astype("int64")
             if circular:
                 at[axis] = at[axis] % as_expr(shape[axis])
+            else:
+                at[axis] = checked(at[axis], shape[axis], node.op_type)
             store(out, at, load(new, i))
 
     args = [cache, update] + ([write] if write is not None else [])

@@ -54,7 +54,7 @@ def load_runtime() -> None:
 def _import_tvm_ffi() -> None:
     """Import `tvm_ffi`, which would import torch (seconds) wherever it is installed, without it."""
     if "torch" in sys.modules or "tvm_ffi" in sys.modules:
-        import tvm_ffi  # noqa: F401
+        import tvm_ffi
 
         return
     sys.modules["torch"] = None  # type: ignore[assignment]  # makes `import torch` raise ImportError

@@ -16,6 +16,7 @@ import json
 import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -100,7 +101,7 @@ def measure(functions: list[Any], replays: int = 9) -> float:
         graph.replay()
         event.record()
     torch.cuda.synchronize()
-    times = sorted(a.elapsed_time(b) for a, b in zip(events, events[1:]))
+    times = sorted(a.elapsed_time(b) for a, b in pairwise(events))
     return times[replays // 2] * 1e-3 / (rounds * len(functions))
 
 
@@ -114,7 +115,7 @@ def copy_bandwidth() -> float:
         event.record()
         b.copy_(a)
     torch.cuda.synchronize()
-    times = sorted(first.elapsed_time(second) for first, second in zip(events, events[1:]))
+    times = sorted(first.elapsed_time(second) for first, second in pairwise(events))
     return 2 * a.numel() / (times[len(times) // 2] * 1e-3)
 
 
@@ -190,7 +191,9 @@ DIVISIONS = [(1, 1, 8, 3), (1, 1, 8, 4), (1, 1, 4, 4), (2, 1, 8, 4), (2, 1, 4, 4
 TUNED = {"w4a16": (8, 16, 32, 64), "w2a16": (8,), "w8a8": (8, 16, 64), "w4a8": (16, 64)}
 
 
-def tuning_plans(arch: str, layers: list[str], shapes: list[tuple[int, int]]) -> list[tuple[str, int, int, int, dict[str, Any], Plan]]:
+def tuning_plans(
+    arch: str, layers: list[str], shapes: list[tuple[int, int]]
+) -> list[tuple[str, int, int, int, dict[str, Any], Plan]]:
     """One library per candidate."""
     found = []
     for layer in layers:
@@ -225,7 +228,12 @@ def main() -> None:
     print("device", torch.cuda.get_device_name(), "torch", torch.__version__)
     peak = copy_bandwidth()
     print(f"copy bandwidth {peak / 1e12:.2f} TB/s")
-    results: dict[str, Any] = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "copy": peak, "rows": []}
+    results: dict[str, Any] = {
+        "device": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "copy": peak,
+        "rows": [],
+    }
     for n, k in shapes:
         for layer in layers:
             for m in LAYERS[layer][2]:
@@ -241,7 +249,10 @@ def main() -> None:
                 row["bandwidth"] = size / row["own"] / peak
                 results["rows"].append(row)
                 shown = "  ".join(f"{key} {v * 1e6:8.2f}" for key, v in row.items() if key in PEERS and v)
-                print(f"{layer} {n:6d}x{k:<6d} m {m:5d}  own {row['own'] * 1e6:8.2f} us ({row['bandwidth']:4.0%})  {shown}", flush=True)
+                print(
+                    f"{layer} {n:6d}x{k:<6d} m {m:5d}  own {row['own'] * 1e6:8.2f} us ({row['bandwidth']:4.0%})  {shown}",
+                    flush=True,
+                )
     if args.out:
         with open(args.out, "w") as file:
             json.dump(results, file, indent=1)
@@ -262,7 +273,7 @@ def tune(args: Any, plans: list[tuple[str, int, int, int, dict[str, Any], Plan]]
     log = []
     for layer, n, k, rows, c, p in plans:
         try:
-            functions, size = calls(p, rows if rows > 8 else 1, 0)
+            functions, _ = calls(p, rows if rows > 8 else 1, 0)
             time = measure(functions, 5)
         except Exception as error:
             print("failed", layer, n, k, c, str(error)[:200])
@@ -273,7 +284,9 @@ def tune(args: Any, plans: list[tuple[str, int, int, int, dict[str, Any], Plan]]
         if name not in best or time < best[name][0]:
             best[name] = time, c
     for name, time, c in sorted(log, key=lambda e: (e[0], e[1])):
-        print(f"{name}  {time:8.2f} us  tn {c['tn']} nw {c['nw']} kw {c['kw']} split {c['split']} stages {c['stages']} ahead {c['ahead']}")
+        print(
+            f"{name}  {time:8.2f} us  tn {c['tn']} nw {c['nw']} kw {c['kw']} split {c['split']} stages {c['stages']} ahead {c['ahead']}"
+        )
     if args.out:
         merged = {**tuned.table(), **{name: c for name, (_, c) in best.items()}}
         with open(args.out, "w") as file:

@@ -120,7 +120,11 @@ def _launcher(description: str) -> tuple[StreamLinear, LinearProblem, list[tuple
     spec = json.loads(description)
     family = next(cls() for cls in FAMILIES if cls.name == spec["family"])
     problem = LinearProblem(
-        spec["k"], spec["n"], parse_format(spec["weight"]), parse_activation(spec["activation"]), Epilogue(**spec["epilogue"])
+        spec["k"],
+        spec["n"],
+        parse_format(spec["weight"]),
+        parse_activation(spec["activation"]),
+        Epilogue(**spec["epilogue"]),
     )
     module = build.load(Plan(family, problem, tuple(spec["configs"]), TARGETS[spec["target"]]).library())
     return family, problem, [(8 * c["mt"], c, module[f"rows{8 * c['mt']}"]) for c in spec["configs"]]
@@ -143,7 +147,7 @@ def _linear(
 ) -> torch.Tensor:
     family, problem, kernels = _launcher(description)
     m = x.shape[0]
-    rows, config, function = next((entry for entry in kernels if entry[0] >= m), kernels[-1])
+    _, config, function = next((entry for entry in kernels if entry[0] >= m), kernels[-1])
     out = torch.empty((m, problem.n), device=x.device, dtype=getattr(torch, config["out"]))
     if m == 0:
         return out

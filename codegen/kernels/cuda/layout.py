@@ -118,7 +118,9 @@ class FragmentLayout:
         rows, columns = self.padded(k, n)
         low = np.zeros((rows, columns), np.uint8)
         low[:k, :n] = codes.astype(np.int16) & (1 << self.bits) - 1
-        return [np.ascontiguousarray(p.layout.pack(low >> p.first & (1 << p.bits) - 1)).reshape(-1) for p in self.planes]
+        return [
+            np.ascontiguousarray(p.layout.pack(low >> p.first & (1 << p.bits) - 1)).reshape(-1) for p in self.planes
+        ]
 
     def unpack(self, packed: list[np.ndarray], k: int, n: int) -> np.ndarray:
         """Inverse of `pack`: uint8 codes ``(k, n)``."""

@@ -221,7 +221,14 @@ class StreamLinear(LinearKernel):
         s = self.shape(problem, config)
         sms = target.multiprocessors
         work = s.grid_n * s.split * -(-m // (ROWS * s.mt))
-        fit = max(1, min(target.shared_sm // (s.shared_bytes + 1024), 65536 // (s.threads * max(s.registers, 32)), 2048 // s.threads))
+        fit = max(
+            1,
+            min(
+                target.shared_sm // (s.shared_bytes + 1024),
+                65536 // (s.threads * max(s.registers, 32)),
+                2048 // s.threads,
+            ),
+        )
         resident = min(fit, -(-work // sms))
         waves = -(-work // (sms * resident))
         stage_bytes = s.tn * (sum(p.block_bytes for p in s.layout.planes) + 32 * s.meta_bytes // 4)

@@ -99,9 +99,7 @@ class _Kernel:
         self.count = e.let(T.max(T.min(s.blocks - start, s.per_warp), 0))
         base = (self.bx * s.nw + self.wn) * s.tn
         self.tile = [e.let(T.min(base + j, s.tiles - 1)) for j in range(s.tn)]
-        self.row = [
-            e.let(T.min(self.first_row + (i * ROWS) + self.lane // 4, self.m - 1)) for i in range(s.mt)
-        ]
+        self.row = [e.let(T.min(self.first_row + (i * ROWS) + self.lane // 4, self.m - 1)) for i in range(s.mt)]
         self.slots = e.let(self.warp * (s.stages * s.stage_bytes // 4))
 
     def _issue(self, slot: Any, block: Any) -> None:

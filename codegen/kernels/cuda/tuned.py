@@ -32,9 +32,7 @@ def name(family: StreamLinear, problem: LinearProblem, target: CudaTarget, rows:
     return f"{target.cpu} {family.name} {problem.weight} {dtype} {problem.n} {problem.k} {rows}"
 
 
-def lookup(
-    family: StreamLinear, problem: LinearProblem, target: CudaTarget, rows: int, dtype: str
-) -> dict[str, Any]:
+def lookup(family: StreamLinear, problem: LinearProblem, target: CudaTarget, rows: int, dtype: str) -> dict[str, Any]:
     """The config for up to ``rows`` rows."""
     wanted = name(family, problem, target, rows, dtype)
     if wanted in table():

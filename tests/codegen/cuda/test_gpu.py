@@ -44,7 +44,9 @@ def test_matches_float64(case: Case) -> None:
             a = codes.double() * scale.double()[:, None]
         want = a @ weight + (0 if bias is None else bias)
         size = a.abs() @ weight.abs()  # scales are rounded to float16, sums to float32, the result to its type
-        bound = 1.01 * step * want.abs() + 2.0**-10.9 * size * (0.25 if layer.plan.problem.weight.group else 0.005) + 1e-6
+        bound = (
+            1.01 * step * want.abs() + 2.0**-10.9 * size * (0.25 if layer.plan.problem.weight.group else 0.005) + 1e-6
+        )
         bad = (got - want).abs() > bound
         assert not bad.any(), f"{m} rows: {int(bad.sum())} of {bad.numel()} off, at most {(got - want).abs().max():.3g}"
 
@@ -71,7 +73,7 @@ def test_same_bits_every_time() -> None:
 
 
 def test_cuda_graph_and_stream() -> None:
-    layer, weight, _ = make(Case("int4/g128", 2048, 320, split=3), 6)
+    layer, *_ = make(Case("int4/g128", 2048, 320, split=3), 6)
     x = torch.randn(5, 2048, device="cuda", dtype=torch.float16)
     layer(x)
     torch.cuda.synchronize()

@@ -114,7 +114,10 @@ def test_split_scales_keep_eleven_bits() -> None:
     assert (np.abs(stored * column.astype(np.float64) - scale) <= 2.0**-11 * np.abs(scale) + 2.0**-25 * column).all()
 
 
-def problem(weight: str, activation: ActivationFormat = ActivationFormat(), k: int = 1024, n: int = 512) -> LinearProblem:
+FLOAT = ActivationFormat()
+
+
+def problem(weight: str, activation: ActivationFormat = FLOAT, k: int = 1024, n: int = 512) -> LinearProblem:
     return LinearProblem(k, n, parse_format(weight), activation, m=1)
 
 
@@ -129,7 +132,7 @@ def test_refusals_name_the_reason() -> None:
     assert not StreamLinear().supports(LinearProblem(64, 64, IntFormat(4), ActivationFormat()), parse_x86())
 
 
-def parse_x86():  # noqa: ANN201
+def parse_x86():
     from qcompile.targets import get_target
 
     return get_target("x86-64-v3")

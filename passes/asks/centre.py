@@ -1,0 +1,124 @@
+"""LayerNorm to RMSNorm: subtract the mean where it is written instead of where it is read.
+
+    LN(x) = g * RMS(P x) + b,   P = 1 - 11^T / n          W_out' = P W_out,  x' = P x,  LN(x) = g * RMS(x') + b
+
+Legal only if everything that reads the stream subtracts the mean itself: then the component along the ones vector is
+seen by nobody, and P may be put into the writers. A stream that an RMSNorm or a linear layer reads directly keeps its
+mean; taking it out there, as tools that decide by module names do, changes the function. Afterwards the group of the
+stream is O(n) instead of the matrices that fix the ones vector.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from qcompile.passes.asks.base import Context, Entry, Rewrite
+from qcompile.passes.graph import add_initializer, attribute
+from qcompile.passes.spaces import Space, Spaces
+from qcompile.passes.spaces.groups import Limit
+
+
+@dataclass(frozen=True)
+class Centre(Rewrite):
+    """Centre every stream that only LayerNorms read, and turn those into RMSNorms."""
+
+    def rewrite(self, model: ir.Model, context: Context) -> bool:
+        """Rewrite all streams for which it is legal; the report says why not for the others."""
+        done = False
+        for space in context.spaces:
+            if not (space.mixes and space.limit & Limit.FIX_ONES):
+                continue
+            reason = seen_mean(context.spaces, space)
+            if reason:
+                context.report.entries.append(Entry(self.name, space.index, False, reason))
+                continue
+            norms = _norms(context.spaces, space)
+            _centre_writers(model, context.spaces, space)
+            for node in list(model.graph):
+                if node.op_type == "LayerNormalization" and (node.name or node.outputs[0].name) in norms:
+                    _to_rms(model.graph, node)
+            context.report.entries.append(Entry(self.name, space.index, True, f"{len(norms)} norms without a mean"))
+            done = True
+        return done
+
+
+def seen_mean(spaces: Spaces, space: Space) -> str:
+    """Why the mean of a stream is visible to somebody, or an empty string."""
+    s = spaces.solution
+    inside = np.zeros(len(s.cell_of), bool)
+    inside[space.classes] = True
+    for birth in s.constraints.births:
+        coordinates = np.arange(birth.start, birth.start + birth.count)
+        mine = inside[s.class_of[coordinates]]
+        if mine.any() and (s.parity[coordinates][mine] < 0).any():
+            return f"{birth.name!r} is summed with the stream itself"
+    for use in s.constraints.uses:
+        classes = s.class_of[use.coordinates]
+        if not inside[classes].any() or use.op == "constant" or use.op == "kernel axis" or use.role == "kernel axis":
+            continue
+        if use.op != "LayerNormalization" or not inside[classes].all():
+            return f"{use.op} {use.node!r} sees the mean"
+        blocks = np.zeros(len(classes), np.int64) if use.mix is None else use.mix
+        if any(len(np.unique(classes[blocks == b])) != (blocks == b).sum() for b in np.unique(blocks)):
+            return f"{use.op} {use.node!r} averages several copies together"
+    return ""
+
+
+def _norms(spaces: Spaces, space: Space) -> set[str]:
+    s = spaces.solution
+    inside = set(space.classes.tolist())
+    return {
+        use.node
+        for use in s.constraints.uses
+        if use.op == "LayerNormalization" and use.role == "input" and s.class_of[use.coordinates[0]] in inside
+    }
+
+
+def _centre_writers(model: ir.Model, spaces: Spaces, space: Space) -> None:
+    """Apply P to every constant that writes channels of the space, one block at a time."""
+    for name, maps in spaces.constants.items():
+        for m in maps:
+            place = spaces.index_in_space(m.flat, space)
+            if (place < 0).all():
+                continue
+            value = model.graph.initializers[name]
+            assert value.const_value is not None
+            old = value.const_value.numpy()
+            front = np.moveaxis(old.astype(np.float64), m.axes, range(len(m.axes)))
+            rows = front.reshape(m.size, -1)
+            for block in np.unique(space.cells):
+                at = np.flatnonzero((place >= 0) & (space.cells[np.maximum(place, 0)] == block))
+                if len(at):
+                    rows[at] -= rows[at].mean(0)
+            result = np.moveaxis(rows.reshape(front.shape), range(len(m.axes)), m.axes)
+            value.const_value = ir.tensor(np.ascontiguousarray(result).astype(old.dtype), name=name)
+
+
+def _to_rms(graph: ir.Graph, node: ir.Node) -> None:
+    out = node.outputs[0]
+    scale = node.inputs[1] if len(node.inputs) > 1 else None
+    if scale is None:
+        assert node.inputs[0] is not None and node.inputs[0].shape is not None
+        scale = add_initializer(graph, f"{node.name}.scale", np.ones(int(node.inputs[0].shape[-1]), np.float32))
+    norm = ir.node(
+        "RMSNormalization",
+        [node.inputs[0], scale],
+        attributes={"axis": attribute(node, "axis", -1), "epsilon": attribute(node, "epsilon", 1e-5)},
+        name=f"{node.name}.rms",
+    )
+    result = norm.outputs[0]
+    result.shape, result.type = out.shape, out.type
+    nodes = [norm]
+    if len(node.inputs) > 2 and node.inputs[2] is not None:
+        add = ir.node("Add", [result, node.inputs[2]], name=f"{node.name}.bias")
+        result.name = f"{out.name}.rms"
+        result = add.outputs[0]
+        result.shape, result.type = out.shape, out.type
+        nodes.append(add)
+    result.name = out.name
+    graph.insert_before(node, nodes)
+    ir.convenience.replace_all_uses_with(out, result, replace_graph_outputs=True)
+    graph.remove(node, safe=True)

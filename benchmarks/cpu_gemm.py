@@ -28,7 +28,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from qcompile.codegen.kernels import select
 from qcompile.codegen.kernels.base import Epilogue, LinearProblem
-from qcompile.codegen.kernels.x86.rowwise import Rowwise
+from qcompile.codegen.kernels.cpu.rowwise import Rowwise
 from qcompile.formats import IntFormat, Quantized, parse_activation, parse_format
 from qcompile.targets import x86
 

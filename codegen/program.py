@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from qcompile.codegen.kernels.x86.gemm import TiledGemm
+from qcompile.codegen.kernels.cpu.gemm import TiledGemm
 from qcompile.codegen.onnx_export import StoredWeight, share_weights
 from qcompile.codegen.relax import compile_relax, to_relax
 from qcompile.codegen.relax.kernels import KernelCalls, LinearRecord

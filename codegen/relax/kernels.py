@@ -17,8 +17,8 @@ from tvm import relax, te, tirx
 
 from qcompile.codegen.kernels import select
 from qcompile.codegen.kernels.base import Epilogue, LinearKernel, LinearProblem
-from qcompile.codegen.kernels.x86.attention import Attention
-from qcompile.codegen.kernels.x86.rowwise import Rowwise
+from qcompile.codegen.kernels.cpu.attention import Attention
+from qcompile.codegen.kernels.cpu.rowwise import Rowwise
 from qcompile.codegen.relax.attributes import attr
 from qcompile.codegen.relax.context import Context
 from qcompile.codegen.relax.dims import as_expr

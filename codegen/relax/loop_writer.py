@@ -15,7 +15,7 @@ from tvm.script.ir_builder import IRBuilder
 from tvm.sym import Analyzer
 from tvm.tirx.script.builder import ir as B
 
-from qcompile.codegen.kernels.x86 import vector as v
+from qcompile.codegen.kernels.cpu import vector as v
 from qcompile.codegen.relax.loop_plans import Plan, combination, make_plan
 from qcompile.codegen.relax.nests import Axis, Function, Nest, calls, loads, replace_loads, stores, substitute
 from qcompile.codegen.relax.vector_math import use_vector_math

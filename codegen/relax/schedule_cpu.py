@@ -13,7 +13,7 @@ import logging
 import tvm
 from tvm import relax, tirx
 
-from qcompile.codegen.kernels.x86.vector import SCHEDULED
+from qcompile.codegen.kernels.cpu.vector import SCHEDULED
 from qcompile.codegen.relax.loop_writer import write
 from qcompile.codegen.relax.nests import NotANest, parse, simplify
 from qcompile.codegen.relax.vector_math import use_vector_math

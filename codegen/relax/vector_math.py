@@ -1,7 +1,7 @@
 """Replace calls of the C math library by arithmetic that stays in vector registers.
 
 TVM lowers ``exp`` and its kin to one library call per element, which also keeps LLVM from vectorising the loop around
-it. The float32 ones are rewritten with the polynomials of `qcompile.codegen.kernels.x86.vmath`, small constant powers as
+it. The float32 ones are rewritten with the polynomials of `qcompile.codegen.kernels.cpu.vmath`, small constant powers as
 products.
 """
 
@@ -13,7 +13,7 @@ import tvm_ffi
 from tvm import tirx
 from tvm.ir import Call
 
-from qcompile.codegen.kernels.x86 import vmath
+from qcompile.codegen.kernels.cpu import vmath
 
 _FUNCTIONS = {"exp": vmath.exp, "erf": vmath.erf, "tanh": vmath.tanh, "sigmoid": vmath.sigmoid}
 

@@ -13,7 +13,7 @@ from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script import builder as T
 
 from qcompile.codegen.kernels.base import ACTIVATIONS
-from qcompile.codegen.kernels.x86 import vmath
+from qcompile.codegen.kernels.cpu import vmath
 
 CPUS = {8: "x86-64-v3", 16: "x86-64-v4"}
 

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qcompile.codegen.kernels.x86.attention import Attention
+from qcompile.codegen.kernels.cpu.attention import Attention
 from qcompile.codegen.kernels.x86.harness import TARGETS, run, unaligned
 from qcompile.errors import TargetError
 from qcompile.targets.target import Target

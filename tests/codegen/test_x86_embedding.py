@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from qcompile.codegen.kernels.x86.embedding import Embedding, Table
+from qcompile.codegen.kernels.cpu.embedding import Embedding, Table
 from qcompile.codegen.kernels.x86.harness import TARGETS, run
 from qcompile.errors import TargetError
 from qcompile.targets.target import Target

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from qcompile.codegen.kernels.x86.harness import TARGETS, run
-from qcompile.codegen.kernels.x86.rowwise import Rowwise
+from qcompile.codegen.kernels.cpu.rowwise import Rowwise
 from qcompile.formats.hadamard import hadamard_matrix
 
 

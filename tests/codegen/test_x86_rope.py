@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from qcompile.codegen.kernels.x86.harness import TARGETS, compiled, run
-from qcompile.codegen.kernels.x86.rope import Rope
+from qcompile.codegen.kernels.cpu.rope import Rope
 from qcompile.errors import TargetError
 from qcompile.targets.target import Target
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qcompile.codegen.kernels.x86.harness import TARGETS, run, unaligned
-from qcompile.codegen.kernels.x86.rowwise import Rowwise
+from qcompile.codegen.kernels.cpu.rowwise import Rowwise
 from qcompile.errors import TargetError
 from qcompile.targets.target import Target
 

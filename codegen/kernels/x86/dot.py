@@ -17,10 +17,10 @@ from typing import Any
 from tvm.script import tirx as T
 
 from qcompile.codegen.kernels.base import LinearProblem
-from qcompile.codegen.kernels.x86 import vector as v
-from qcompile.codegen.kernels.x86.gemm import Emission, Register, Tile, TiledGemm
-from qcompile.codegen.kernels.x86.panels import Panels, largest
-from qcompile.codegen.kernels.x86.unpack import as_bytes, field, repeat_byte
+from qcompile.codegen.kernels.cpu import vector as v
+from qcompile.codegen.kernels.cpu.gemm import Emission, Register, Tile, TiledGemm
+from qcompile.codegen.kernels.cpu.panels import Panels, largest
+from qcompile.codegen.kernels.cpu.unpack import as_bytes, field, repeat_byte
 from qcompile.formats import IntFormat
 from qcompile.targets.target import Target
 

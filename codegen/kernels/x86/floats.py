@@ -13,11 +13,11 @@ from typing import Any
 from tvm.script import tirx as T
 
 from qcompile.codegen.kernels.base import LinearProblem
-from qcompile.codegen.kernels.x86 import vector as v
-from qcompile.codegen.kernels.x86 import vmath
-from qcompile.codegen.kernels.x86.gemm import Emission, Tile, TiledGemm
-from qcompile.codegen.kernels.x86.panels import Panels
-from qcompile.codegen.kernels.x86.unpack import field, shift, signed_field, unsigned_field
+from qcompile.codegen.kernels.cpu import vector as v
+from qcompile.codegen.kernels.cpu import vmath
+from qcompile.codegen.kernels.cpu.gemm import Emission, Tile, TiledGemm
+from qcompile.codegen.kernels.cpu.panels import Panels
+from qcompile.codegen.kernels.cpu.unpack import field, shift, signed_field, unsigned_field
 from qcompile.targets.target import Target
 
 PERMUTE = "llvm.x86.avx512.permvar.sf.512"

@@ -13,10 +13,10 @@ from tvm.script import tirx as T
 from tvm.tirx.script.builder import ir as B
 
 from qcompile.codegen.kernels.base import LinearProblem
-from qcompile.codegen.kernels.x86 import vector as v
+from qcompile.codegen.kernels.cpu import vector as v
 from qcompile.codegen.kernels.x86.dot import MADDWD, products
-from qcompile.codegen.kernels.x86.gemm import Emission, Tile, TiledGemm
-from qcompile.codegen.kernels.x86.panels import Panels
+from qcompile.codegen.kernels.cpu.gemm import Emission, Tile, TiledGemm
+from qcompile.codegen.kernels.cpu.panels import Panels
 from qcompile.targets.target import Target
 
 

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 from tvm.script import tirx as T
 
-from qcompile.codegen.kernels.x86 import vector as v
+from qcompile.codegen.kernels.cpu import vector as v
 from qcompile.targets.target import Target
 
 if TYPE_CHECKING:
-    from qcompile.codegen.kernels.x86.attention import Attention
+    from qcompile.codegen.kernels.cpu.attention import Attention
 
 LOWEST = -3.0e38
 """Stands for a masked score; low enough to absorb any real one, far enough from -inf to leave room for sums."""

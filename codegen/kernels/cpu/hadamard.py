@@ -11,7 +11,7 @@ from typing import Any
 
 from tvm.script import tirx as T
 
-from qcompile.codegen.kernels.x86 import vector as v
+from qcompile.codegen.kernels.cpu import vector as v
 from qcompile.formats.hadamard import factors, hadamard_signs
 
 

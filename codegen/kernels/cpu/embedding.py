@@ -17,8 +17,8 @@ from tvm.ir import StringImm
 from tvm.script import tirx as T
 from tvm.tirx.script.builder import ir as B
 
-from qcompile.codegen.kernels.x86 import vector as v
-from qcompile.codegen.kernels.x86.rowwise import Load, Rowwise
+from qcompile.codegen.kernels.cpu import vector as v
+from qcompile.codegen.kernels.cpu.rowwise import Load, Rowwise
 from qcompile.errors import TargetError
 
 

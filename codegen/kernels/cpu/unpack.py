@@ -9,8 +9,8 @@ from typing import Any
 
 from tvm.script import tirx as T
 
-from qcompile.codegen.kernels.x86 import vector as v
-from qcompile.codegen.kernels.x86.panels import Panels
+from qcompile.codegen.kernels.cpu import vector as v
+from qcompile.codegen.kernels.cpu.panels import Panels
 
 
 def as_bytes(words: Any, lanes: int) -> Any:

@@ -20,7 +20,7 @@ from tvm.ir import StringImm
 from tvm.script import tirx as T
 from tvm.tirx.script.builder import ir as B
 
-from qcompile.codegen.kernels.x86 import vector as v
+from qcompile.codegen.kernels.cpu import vector as v
 from qcompile.errors import TargetError
 from qcompile.targets.target import Target
 

@@ -20,10 +20,10 @@ from typing import Any
 import numpy as np
 from tvm.script import tirx as T
 
-from qcompile.codegen.kernels.x86 import vector as v
-from qcompile.codegen.kernels.x86.attention_blocked import BlockedAttention
-from qcompile.codegen.kernels.x86.attention_parts import LOWEST
-from qcompile.codegen.kernels.x86.attention_single import SingleQueryAttention
+from qcompile.codegen.kernels.cpu import vector as v
+from qcompile.codegen.kernels.cpu.attention_blocked import BlockedAttention
+from qcompile.codegen.kernels.cpu.attention_parts import LOWEST
+from qcompile.codegen.kernels.cpu.attention_single import SingleQueryAttention
 from qcompile.errors import TargetError
 from qcompile.targets.target import Target
 

@@ -23,9 +23,9 @@ from tvm.script import tirx as T
 from tvm.tirx.script.builder import ir as B
 
 from qcompile.codegen.kernels.base import LinearKernel, LinearProblem, Support
-from qcompile.codegen.kernels.x86 import vector as v
-from qcompile.codegen.kernels.x86 import vmath
-from qcompile.codegen.kernels.x86.panels import Panels, half_scales
+from qcompile.codegen.kernels.cpu import vector as v
+from qcompile.codegen.kernels.cpu import vmath
+from qcompile.codegen.kernels.cpu.panels import Panels, half_scales
 from qcompile.formats import IntFormat, Quantized
 from qcompile.targets.target import Target
 

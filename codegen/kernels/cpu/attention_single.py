@@ -12,8 +12,8 @@ from typing import Any
 from tvm.script import tirx as T
 from tvm.tirx.script.builder import ir as B
 
-from qcompile.codegen.kernels.x86 import vector as v
-from qcompile.codegen.kernels.x86.attention_parts import LOWEST, Parts, exp2
+from qcompile.codegen.kernels.cpu import vector as v
+from qcompile.codegen.kernels.cpu.attention_parts import LOWEST, Parts, exp2
 
 
 class SingleQueryAttention(Parts):

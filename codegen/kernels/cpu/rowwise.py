@@ -30,8 +30,8 @@ from tvm.script import tirx as T
 from tvm.tirx.script.builder import ir as B
 
 from qcompile.codegen.kernels.base import ACTIVATIONS
-from qcompile.codegen.kernels.x86 import vector as v
-from qcompile.codegen.kernels.x86 import vmath
+from qcompile.codegen.kernels.cpu import vector as v
+from qcompile.codegen.kernels.cpu import vmath
 from qcompile.errors import TargetError
 from qcompile.formats.hadamard import hadamard_matrix
 from qcompile.targets.target import Target
@@ -184,7 +184,7 @@ class Rowwise:
                 else:
                     v.sweep(d, lanes, lambda s, n, _: keep(s, n))
                 if self.hadamard:
-                    from qcompile.codegen.kernels.x86.hadamard import transform_row
+                    from qcompile.codegen.kernels.cpu.hadamard import transform_row
 
                     transform_row(y, at_y, d, lanes, self.hadamard)
                 value = lambda s, n: v.load(y, at_y(s), n)  # noqa: E731

@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING, Any
 from tvm.script import tirx as T
 from tvm.tirx.script.builder import ir as B
 
-from qcompile.codegen.kernels.x86 import vector as v
-from qcompile.codegen.kernels.x86.attention_parts import LOWEST, Parts, exp2
+from qcompile.codegen.kernels.cpu import vector as v
+from qcompile.codegen.kernels.cpu.attention_parts import LOWEST, Parts, exp2
 from qcompile.targets.target import Target
 
 if TYPE_CHECKING:
-    from qcompile.codegen.kernels.x86.attention import Attention
+    from qcompile.codegen.kernels.cpu.attention import Attention
 
 _BLOCK = 256
 

@@ -15,8 +15,8 @@ import tvm
 
 from qcompile.codegen.kernels import families, select
 from qcompile.codegen.kernels.base import Epilogue, LinearProblem
-from qcompile.codegen.kernels.x86.harness import unaligned
 from qcompile.codegen.kernels.cpu.panels import Panels, half_scales
+from qcompile.codegen.kernels.x86.harness import unaligned
 from qcompile.errors import TargetError
 from qcompile.formats import IntFormat, Quantized, parse_activation, parse_format
 from qcompile.targets import x86

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from qcompile.codegen.kernels.x86.harness import TARGETS, run
 from qcompile.codegen.kernels.cpu.rowwise import Rowwise
+from qcompile.codegen.kernels.x86.harness import TARGETS, run
 from qcompile.formats.hadamard import hadamard_matrix
 
 

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from qcompile.codegen.kernels.x86.harness import TARGETS, compiled, run
 from qcompile.codegen.kernels.cpu.rope import Rope
+from qcompile.codegen.kernels.x86.harness import TARGETS, compiled, run
 from qcompile.errors import TargetError
 from qcompile.targets.target import Target
 

@@ -14,9 +14,9 @@ from tvm.tirx.script.builder import ir as B
 
 from qcompile.codegen.kernels.base import LinearProblem
 from qcompile.codegen.kernels.cpu import vector as v
-from qcompile.codegen.kernels.x86.dot import MADDWD, products
 from qcompile.codegen.kernels.cpu.gemm import Emission, Tile, TiledGemm
 from qcompile.codegen.kernels.cpu.panels import Panels
+from qcompile.codegen.kernels.x86.dot import MADDWD, products
 from qcompile.targets.target import Target
 
 

@@ -13,10 +13,9 @@ from typing import Any
 import numpy as np
 
 from qcompile import artifact as artifacts
-from qcompile import tensors
-from qcompile.errors import ArtifactError, TargetError
+from qcompile.backends import Runner, get_backend
 from qcompile.report import Report
-from qcompile.runtime import Program, TensorSpec
+from qcompile.runtime import TensorSpec
 
 
 class CompiledModel:
@@ -24,7 +23,7 @@ class CompiledModel:
 
     def __init__(self, artifact: artifacts.Artifact) -> None:
         self._artifact = artifact
-        self._program: Program | None = None
+        self._program: Runner | None = None
         self._report: Report | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -36,7 +35,7 @@ class CompiledModel:
         return self.program.run(feeds)
 
     @property
-    def program(self) -> Program:
+    def program(self) -> Runner:
         """The loaded program.
 
         Raises:
@@ -119,42 +118,16 @@ def load(path: str | os.PathLike[str], *, verify: bool = True) -> CompiledModel:
     return CompiledModel(artifacts.open_artifact(path, verify=verify))
 
 
-def load_program(folder: Path, target: Mapping[str, Any] | None = None) -> Program:
-    """Load library and weights from an artifact directory, complete or being written.
+def load_program(folder: Path, target: Mapping[str, Any] | None = None) -> Runner:
+    """Load the program of an artifact directory, complete or being written.
 
     Raises:
         TargetError: this machine cannot run it.
-        ArtifactError: a weight is missing.
+        ArtifactError: something is missing.
     """
-    content = json.loads((folder / "program.json").read_text(encoding="utf-8"))
-    check_machine(content["target"] if target is None else target)
-    arrays = tensors.load(folder / "weights.safetensors")
-    if missing := [n for n in content["parameters"] if n not in arrays]:
-        raise ArtifactError(f"{folder / 'weights.safetensors'} lacks the tensor {missing[0]!r}")
-    return Program(
-        folder / "lib" / "model.so",
-        [arrays[n] for n in content["parameters"]],
-        _specs(folder / "program.json", "inputs"),
-        _specs(folder / "program.json", "outputs"),
-    )
-
-
-def check_machine(target: Mapping[str, Any]) -> None:
-    """Fail if this machine lacks an instruction-set feature the program uses.
-
-    Raises:
-        TargetError: naming the target, what is missing, and what to do.
-    """
-    if target["kind"] == "x86":
-        from qcompile.targets.x86 import host_features
-
-        if missing := sorted(set(target["features"]) - host_features()):
-            raise TargetError(
-                f"the program was compiled for {target['kind']}/{target['cpu']}; this machine lacks {', '.join(missing)}: "
-                "compile again with --target native, or with --target x86-64-v3 for any x86 machine with AVX2"
-            )
-    else:
-        raise TargetError(f"the program was compiled for {target['kind']}/{target['cpu']}, not for this machine")
+    if target is None:
+        target = json.loads((folder / "program.json").read_text(encoding="utf-8"))["target"]
+    return get_backend(target["kind"]).load(folder, target)
 
 
 def _specs(path: Path, key: str) -> tuple[TensorSpec, ...]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.metadata
 import os
 import platform
@@ -17,19 +16,20 @@ import numpy as np
 import onnx_ir as ir
 
 from qcompile import artifact as artifacts
-from qcompile import ort, tensors
+from qcompile import ort
+from qcompile.backends import Job, get_backend
 from qcompile.calibration import Feed, collect, input_specs, load_feeds
 from qcompile.compiled import CompiledModel, load
-from qcompile.errors import ArtifactError, CalibrationError, RecipeError, TargetError, UnsupportedOperatorError
+from qcompile.errors import CalibrationError, RecipeError, TargetError, UnsupportedOperatorError
 from qcompile.passes.sites import linear_sites
 from qcompile.progress import Progress
 from qcompile.quantization import quantize_model, sites_with_hessian
 from qcompile.recipes import Recipe, get_recipe
 from qcompile.report import Report
+from qcompile.targets import Target, get_target
 from qcompile.transforms import TransformContext, apply_transforms
 
 MAX_CHECK_SAMPLES = 8
-MIN_FREE_BYTES = 50_000_000
 
 
 @dataclass
@@ -83,6 +83,8 @@ def compile(
     overwrite: bool = False,
     keep_stages: str | os.PathLike[str] | None = None,
     emit: Sequence[str] = (),
+    variant: str | None = None,
+    options: Mapping[str, Any] | None = None,
     max_tokens: int = 512,
     max_samples: int = 256,
     capture_options: Mapping[str, Any] | None = None,
@@ -102,6 +104,8 @@ def compile(
         overwrite: replace an artifact that is there already.
         keep_stages: folder that receives the model after every stage.
         emit: ``["mlir"]`` writes the captured and the transformed model as MLIR (linalg) into the artifact.
+        variant: which machine of the target's kind: a processor, an architecture or a device.
+        options: what the target's backend takes, see `qcompile.backends`.
         max_tokens, max_samples: length and number of calibration samples used.
         capture_options: passed on to capture (``example_inputs``, ``dynamic``, ``task``, ``kv_cache`` ...).
         progress: show bars; by default on a terminal.
@@ -114,14 +118,16 @@ def compile(
         QcompileError: one of its subclasses, with a message that names the file, tensor or node.
     """
     from qcompile.capture import capture
-    from qcompile.passes.lower import lower
     from qcompile.passes.recognise import recognise
 
     try:
         chosen = get_recipe(recipe, **changes)
     except TypeError as error:
         raise RecipeError(f"a recipe has no such field: {error}") from None
-    machine = resolve_target(target)
+    machine = resolve_target(target, variant)
+    backend = get_backend(machine.kind)
+    options, forms = dict(options or {}), tuple(form for form in emit if form != "mlir")
+    backend.check_options(options, forms)
     temporary = None
     if output is None:
         temporary = tempfile.mkdtemp(prefix="qcompile-")
@@ -156,12 +162,7 @@ def compile(
             stages.save("quantized", quantized)
             for name, reason in stages.refused:
                 report.refuse("emit MLIR", name, reason)
-            with bars.stage("lower"):
-                lowered = lower(quantized)
-                if stages.folder is not None:
-                    stages.save("lowered", lowered)
-            with bars.stage("generate code"):
-                _emit(folder, lowered, quantized, machine, report)
+            backend.emit(Job(folder, quantized, machine, report, options, forms, stages.save, bars.stage))
             with bars.stage("check against float"):
                 samples = feeds[:MAX_CHECK_SAMPLES] or _example(captured.example_inputs)
                 _check(folder, reference, samples, report)
@@ -176,21 +177,13 @@ def compile(
             shutil.rmtree(temporary, ignore_errors=True)
 
 
-def resolve_target(target: Any) -> Any:
+def resolve_target(target: Any, variant: str | None = None) -> Target:
     """Return a `Target` from a name.
 
     Raises:
-        TargetError: the name is unknown.
+        TargetError: the name or the variant is unknown.
     """
-    from qcompile.targets import get_target
-    from qcompile.targets.target import Target
-
-    if isinstance(target, Target):
-        return target
-    found = get_target(str(target))
-    if found.kind not in ("x86", "arm"):
-        raise TargetError(f"target {target!r} cannot be compiled for yet; `qcompile targets` lists those that can")
-    return found
+    return target if isinstance(target, Target) else get_target(str(target), variant=variant)
 
 
 def _feeds(calibration: Any, graph: ir.Model, tokenizer: Any, max_tokens: int, max_samples: int) -> list[Feed]:
@@ -231,70 +224,6 @@ def _channel_ranges(
             layer.before = [float(v) for v in before[name].absmax]
         if name in after:
             layer.after = [float(v) for v in after[name].absmax]
-
-
-def _emit(folder: Path, lowered: ir.Model, quantized: ir.Model, machine: Any, report: Report) -> None:
-    """Write library, weights and model.onnx."""
-    from qcompile.codegen.program import build_program
-
-    program = build_program(lowered, machine)
-    # Weights first: a full disk is then met by code that can say so; the code generator would abort the process.
-    places = tensors.save(folder / "weights.safetensors", program.params)
-    _require_space(folder, Path(tempfile.gettempdir()))
-    (folder / "lib").mkdir()
-    program.export(folder / "lib" / "model.so")
-    report.tensors = {name: place.length for name, place in places.items()}
-
-    def external(name: str) -> ir.ExternalTensor:
-        array, place = program.params[name], places[name]
-        return ir.ExternalTensor(
-            "weights.safetensors",
-            place.offset,
-            place.length,
-            ir.DataType.from_numpy(array.dtype),
-            shape=ir.Shape(array.shape),
-            name=f"packed.{name}",
-            base_dir=folder,
-        )
-
-    emitted = program.share_weights(quantized, external)
-    ir.save(emitted, folder / "model.onnx")
-    manifest = {
-        "inputs": [dataclasses.asdict(s) for s in program.inputs],
-        "outputs": [dataclasses.asdict(s) for s in program.outputs],
-        "parameters": list(program.params),
-        "target": {"kind": machine.kind, "cpu": machine.cpu, "features": sorted(machine.features)},
-    }
-    (folder / "program.json").write_text(_json(manifest), encoding="utf-8")
-    _describe(report, program)
-
-
-def _require_space(*folders: Path) -> None:
-    """Fail if a disk has no room for the library and its object files.
-
-    Raises:
-        ArtifactError: naming the folder.
-    """
-    for folder in folders:
-        free = shutil.disk_usage(folder).free
-        if free < MIN_FREE_BYTES:
-            raise ArtifactError(
-                f"the disk of {folder} has {free / 1e6:.0f} MB left; {MIN_FREE_BYTES / 1e6:.0f} MB are needed"
-            )
-
-
-def _describe(report: Report, program: Any) -> None:
-    """Enter the kernels chosen, and those refused, into the report's layers."""
-    layers = {layer.name: layer for layer in report.layers}
-    for use in program.linears:
-        report.kernels[use.family.name] = report.kernels.get(use.family.name, 0) + 1
-        for name in use.sites:
-            if (layer := layers.get(name)) is not None:
-                layer.kernel, layer.kernel_reason, layer.refused = use.family.name, use.reason, dict(use.refused)
-    for name, count in program.kernels.items():
-        report.kernels[name] = report.kernels.get(name, 0) + count
-    for what, where, reason in program.refusals:
-        report.refuse(what, where, reason)
 
 
 def _check(folder: Path, reference: ir.Model, samples: Sequence[Feed], report: Report) -> None:

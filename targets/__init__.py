@@ -21,19 +21,25 @@ def list_targets() -> dict[str, Target]:
     return found
 
 
-def get_target(name: str, cores: int | None = None) -> Target:
+def get_target(name: str, cores: int | None = None, variant: str | None = None) -> Target:
     """Return the target called ``name``; ``x86`` is the same as ``native`` on an x86 machine.
 
+    Args:
+        name: a name of `list_targets`, or a kind.
+        cores: cores to assume; those this process may use by default.
+        variant: which machine of that kind (a processor, an architecture, a device).
+
     Raises:
-        TargetError: the name is unknown, or this machine is none of the known targets.
+        TargetError: the name or the variant is unknown, or this machine is none of the known targets.
     """
     from dataclasses import replace
 
     from qcompile.targets import x86
 
     count = cores or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
-    if name in ("native", "x86"):
+    if name in ("native", "x86") and variant is None:
         return x86.host(cores=count)
-    if name not in x86.TARGETS:
-        raise TargetError(f"unknown target {name!r}; known: native, x86, {', '.join(x86.TARGETS)}")
-    return replace(x86.TARGETS[name], cores=count)
+    wanted = variant if name == "x86" and variant else name
+    if wanted not in x86.TARGETS or (variant and name != "x86"):
+        raise TargetError(f"unknown target {wanted!r}; known: native, x86, {', '.join(x86.TARGETS)}")
+    return replace(x86.TARGETS[wanted], cores=count)

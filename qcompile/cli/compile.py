@@ -10,6 +10,10 @@ import click
 @click.command()
 @click.argument("model")
 @click.option("--target", default="native", show_default=True, help="Machine to compile for; see `qcompile targets`.")
+@click.option(
+    "--cpu", "--arch", "--device", "variant", help="Which machine of the target's kind, e.g. cortex-a76, sm_90a."
+)
+@click.option("--option", "options", multiple=True, metavar="NAME=VALUE", help="An option of the target's backend.")
 @click.option("--recipe", default="w8a8", show_default=True, help="Recipe name or .toml file; see `qcompile recipes`.")
 @click.option("--calibration", type=click.Path(), help="Samples: .npz, .txt or .jsonl.")
 @click.option("--tokenizer", type=click.Path(), help="tokenizer.json for texts; found by itself in a model directory.")
@@ -22,12 +26,14 @@ import click
 @click.option("--max-tokens", default=512, show_default=True, help="Texts are cut at this length.")
 @click.option("--kv-cache", is_flag=True, help="Capture a decoder with past keys and values as inputs.")
 @click.option("--keep-stages", type=click.Path(), help="Write the model after every stage into this directory.")
-@click.option("--emit", type=click.Choice(["mlir"]), multiple=True, help="Also write other forms of the stages.")
+@click.option("--emit", multiple=True, help="Also write other forms: mlir (the stages), and what the target has.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 @click.option("--quiet", is_flag=True, help="No progress bars.")
 def compile(
     model: str,
     target: str,
+    variant: str | None,
+    options: tuple[str, ...],
     recipe: str,
     calibration: str | None,
     tokenizer: str | None,
@@ -48,10 +54,11 @@ def compile(
     from qcompile.compiler import compile as compile_model
     from qcompile.report.table import print_report
 
-    options = {"kv_cache": True} if kv_cache else {}
     result = compile_model(
         model,
         target=target,
+        variant=variant,
+        options=dict(_option(text) for text in options),
         recipe=recipe,
         calibration=calibration,
         tokenizer=tokenizer,
@@ -61,7 +68,7 @@ def compile(
         emit=emit,
         max_samples=max_samples,
         max_tokens=max_tokens,
-        capture_options=options,
+        capture_options={"kv_cache": True} if kv_cache else {},
         progress=False if quiet or as_json else None,
         weight=weight,
         activation=activation,
@@ -72,3 +79,10 @@ def compile(
     else:
         print_report(result.report, result.size)
         click.echo(f"artifact: {result.path}")
+
+
+def _option(text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise click.BadParameter(f"{text!r} is not of the form NAME=VALUE")
+    return name, value

@@ -10,7 +10,10 @@ from qcompile.codegen.kernels.base import LinearKernel, LinearProblem
 from qcompile.errors import TargetError
 from qcompile.targets.target import Target
 
-__all__ = ["Choice", "Tuned", "families", "select"]
+__all__ = ["CPUS", "Choice", "Tuned", "families", "select"]
+
+CPUS = ("x86", "arm")
+"""Kinds of targets that run the kernels in `kernels.cpu`."""
 
 TYPICAL_ROWS = (1, 16, 128)
 """Numbers of rows a kernel is chosen for when the number is only known at run time."""

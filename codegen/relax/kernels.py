@@ -15,9 +15,11 @@ import numpy as np
 import onnx_ir as ir
 from tvm import relax, te, tirx
 
-from qcompile.codegen.kernels import select
+from qcompile.codegen.kernels import CPUS, select
 from qcompile.codegen.kernels.base import Epilogue, LinearKernel, LinearProblem
 from qcompile.codegen.kernels.cpu.attention import Attention
+from qcompile.codegen.kernels.cpu.embedding import Embedding, Table
+from qcompile.codegen.kernels.cpu.rope import Rope
 from qcompile.codegen.kernels.cpu.rowwise import Rowwise
 from qcompile.codegen.relax.attributes import attr
 from qcompile.codegen.relax.context import Context
@@ -250,6 +252,21 @@ def attention(ctx: Context, node: ir.Node, *operands: Any) -> relax.Expr:
     return out
 
 
+@converter(DOMAIN, "Embedding", kinds=CPUS, priority=1)
+def embedding_kernel(ctx: Context, node: ir.Node, codes: Any, scale: Any, ids: Any) -> relax.Expr:
+    """The same as `embedding`, by the kernel all processors share."""
+    size, width = (int(d) for d in ctx.shape(codes))
+    kernel = Embedding(width, tables=(Table(size),), ids_dtype=ctx.storage(ids))
+    lead = ctx.shape(ids)
+    m = ctx.dims.product(lead)
+    operands = [codes, scale, ctx.reshape(ids, [m])]
+    (out,) = call(
+        ctx, kernel, lambda: kernel.build(ctx.target), f"embedding_{width}", operands, [([m, width], "float32")]
+    )
+    calls(ctx).uses["embedding"] += 1
+    return shaped(ctx, out, list(lead), width)
+
+
 @converter(DOMAIN, "Embedding")
 def embedding(ctx: Context, node: ir.Node, codes: Any, scale: Any, ids: Any) -> relax.Expr:
     """Rows of an int8 table times their scales; a negative id counts from the end, as in ONNX Gather."""
@@ -265,6 +282,24 @@ def embedding(ctx: Context, node: ir.Node, codes: Any, scale: Any, ids: Any) -> 
 
     calls(ctx).uses["embedding"] += 1
     return ctx.te(rows_of, codes, scale, ids, name="embedding")
+
+
+@converter(DOMAIN, "Rope", kinds=CPUS, priority=1)
+def rope_kernel(ctx: Context, node: ir.Node, x: Any, cos: Any, sin: Any) -> relax.Expr:
+    """The same as `rope`, by the kernel all processors share."""
+    shape = ctx.shape(x)
+    kernel = Rope(
+        int(shape[-1]),
+        attr(node, "heads"),
+        attr(node, "head_dim"),
+        attr(node, "rotary"),
+        interleaved=bool(attr(node, "interleaved")),
+        shared=ctx.dims.equal(ctx.shape(cos)[0], 1),
+    )
+    name = f"rope_{kernel.heads}x{kernel.head_dim}"
+    (out,) = call(ctx, kernel, lambda: kernel.build(ctx.target), name, [x, cos, sin], [(list(shape), "float32")])
+    calls(ctx).uses["rope"] += 1
+    return out
 
 
 @converter(DOMAIN, "Rope")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from dataclasses import replace
 
 from qcompile.errors import TargetError
 from qcompile.targets.target import Target
@@ -11,35 +12,46 @@ from qcompile.targets.target import Target
 __all__ = ["Target", "get_target", "list_targets"]
 
 
+BOARD_CORES = 4
+"""Cores assumed of a machine other than this one."""
+
+
 def list_targets() -> dict[str, Target]:
     """All targets by name; ``native`` is the best one this machine executes, if it is known."""
-    from qcompile.targets import x86
+    from qcompile.targets import arm, x86
 
-    found = dict(x86.TARGETS)
-    with contextlib.suppress(TargetError):
-        found = {"native": x86.host(), **found}
+    found = {**x86.TARGETS, **arm.TARGETS}
+    for host in (x86.host, arm.host):
+        with contextlib.suppress(TargetError):
+            found = {"native": host(), **found}
     return found
 
 
 def get_target(name: str, cores: int | None = None, variant: str | None = None) -> Target:
-    """Return the target called ``name``; ``x86`` is the same as ``native`` on an x86 machine.
+    """Return the target called ``name``.
 
     Args:
-        name: a name of `list_targets`, or a kind.
-        cores: cores to assume; those this process may use by default.
+        name: a name of `list_targets`, or a kind: ``x86`` is this machine where it is one, ``arm`` a Cortex-A76.
+        cores: cores to assume; by default those this process may use, or `BOARD_CORES` for another machine.
         variant: which machine of that kind (a processor, an architecture, a device).
 
     Raises:
         TargetError: the name or the variant is unknown, or this machine is none of the known targets.
     """
-    from dataclasses import replace
+    from qcompile.targets import arm, x86
 
-    from qcompile.targets import x86
-
-    count = cores or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
-    if name in ("native", "x86") and variant is None:
-        return x86.host(cores=count)
-    wanted = variant if name == "x86" and variant else name
-    if wanted not in x86.TARGETS or (variant and name != "x86"):
-        raise TargetError(f"unknown target {wanted!r}; known: native, x86, {', '.join(x86.TARGETS)}")
-    return replace(x86.TARGETS[wanted], cores=count)
+    here = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if name == "native" and variant is None:
+        return (arm if arm.host_features() else x86).host(cores=cores or here)
+    if name == "x86" and variant is None:
+        return x86.host(cores=cores or here)
+    if name == "arm":
+        variant = variant or arm.DEFAULT
+    kinds = {"x86": x86.TARGETS, "arm": arm.TARGETS}
+    known = kinds.get(name) if variant else {**x86.TARGETS, **arm.TARGETS}
+    wanted = variant or name
+    if not known or wanted not in known:
+        names = known or {"native": None, **kinds, **x86.TARGETS, **arm.TARGETS}
+        raise TargetError(f"unknown target {wanted!r}; known: {', '.join(names)}")
+    default = here if known[wanted].kind == "x86" else BOARD_CORES
+    return replace(known[wanted], cores=cores or default)

@@ -51,7 +51,7 @@ def get_target(name: str, cores: int | None = None, variant: str | None = None) 
     known = kinds.get(name) if variant else {**x86.TARGETS, **arm.TARGETS}
     wanted = variant or name
     if not known or wanted not in known:
-        names = known or {"native": None, **kinds, **x86.TARGETS, **arm.TARGETS}
+        names = known if variant and known else {"native": None, **kinds, **x86.TARGETS, **arm.TARGETS}
         raise TargetError(f"unknown target {wanted!r}; known: {', '.join(names)}")
     default = here if known[wanted].kind == "x86" else BOARD_CORES
     return replace(known[wanted], cores=cores or default)

@@ -324,42 +324,69 @@ class TiledGemm(LinearKernel):
         for height in range(e.config["mr"], 0, -1):
             with T.If(rows == height), T.Then():
                 self.micro(e, panel, first, height)
-        tail = e.problem.n % e.panels.width
-        if not tail:
-            self._finish(e, panel, first, rows, e.panels.width)
-        elif e.panels.count == 1:
-            self._finish(e, panel, first, rows, tail)
-        else:
-            with T.If(panel == e.panels.count - 1):
-                with T.Then():
-                    self._finish(e, panel, first, rows, tail)
-                with T.Else():
-                    self._finish(e, panel, first, rows, e.panels.width)
+        finish(e.problem, e.names, e.tile, e.panels, e.panels.lanes, panel, first, rows)
 
-    def _finish(self, e: Emission, panel: Any, first: Any, rows: Any, columns: int) -> None:
-        """Scale, bias, activation, residual and store of the first ``columns`` columns of the tile."""
-        lanes, names, epilogue = e.panels.lanes, e.names, e.problem.epilogue
-        start = v.let(panel * e.panels.width)
-        with T.serial(rows) as row:
-            at = v.let(first + row)
-            factor = v.let(names["x_scale"][at]) if e.problem.activation.bits else None
-            for column in range(0, columns, lanes):
-                here = min(lanes, columns - column)
-                n = start + column
-                value = v.let(v.load(e.tile, [row, column], here))
-                if not self.tile_is_float(e.panels):
-                    value = v.cast(value, "float32", here)
-                scale = v.load(names["scale"], [n], here)
-                if factor is not None:
-                    scale = scale * v.splat(factor, here)
-                if epilogue.bias:
-                    value = vmath.fma(value, scale, v.load(names["bias"], [n], here))
-                else:
-                    value = value * scale
-                value = vmath.ACTIVATIONS[epilogue.activation](v.let(value))
-                if epilogue.residual:
-                    value = value + v.load(names["residual"], [at, n], here)
-                v.store(names["out"], [at, n], value, here)
+
+def finish(
+    problem: LinearProblem, names: dict[str, Any], tile: Any, panels: Any, lanes: int, panel: Any, first: Any, rows: Any
+) -> None:
+    """Emit scale, bias, activation, residual and store of a tile; of the last panel only the columns that exist.
+
+    Args:
+        problem, names: the operator and the parameters of its PrimFunc.
+        tile: ``(>= rows, width)``, int32 or float32.
+        panels: geometry: ``width`` and ``count``.
+        lanes: of a float32 register.
+        panel, first, rows: which panel; the tile's first row in the output, and how many it has.
+    """
+
+    def columns(count: int) -> None:
+        _finish(problem, names, tile, lanes, v.let(panel * panels.width), first, rows, count)
+
+    tail = problem.n % panels.width
+    if not tail:
+        columns(panels.width)
+    elif panels.count == 1:
+        columns(tail)
+    else:
+        with T.If(panel == panels.count - 1):
+            with T.Then():
+                columns(tail)
+            with T.Else():
+                columns(panels.width)
+
+
+def _finish(
+    problem: LinearProblem,
+    names: dict[str, Any],
+    tile: Any,
+    lanes: int,
+    start: Any,
+    first: Any,
+    rows: Any,
+    columns: int,
+) -> None:
+    epilogue = problem.epilogue
+    with T.serial(rows) as row:
+        at = v.let(first + row)
+        factor = v.let(names["x_scale"][at]) if problem.activation.bits else None
+        for column in range(0, columns, lanes):
+            here = min(lanes, columns - column)
+            n = start + column
+            value = v.let(v.load(tile, [row, column], here))
+            if str(tile.dtype) != "float32":
+                value = v.cast(value, "float32", here)
+            scale = v.load(names["scale"], [n], here)
+            if factor is not None:
+                scale = scale * v.splat(factor, here)
+            if epilogue.bias:
+                value = vmath.fma(value, scale, v.load(names["bias"], [n], here))
+            else:
+                value = value * scale
+            value = vmath.ACTIVATIONS[epilogue.activation](v.let(value))
+            if epilogue.residual:
+                value = value + v.load(names["residual"], [at, n], here)
+            v.store(names["out"], [at, n], value, here)
 
 
 def opaque(value: Any) -> Any:

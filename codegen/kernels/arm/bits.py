@@ -1,0 +1,102 @@
+"""How packed codes become bytes that a dot product takes, 16 at a time.
+
+A code may leave its byte multiplied by a power of two, if the products with it get an accumulator of their own that is
+shifted back once per group. So a two-bit field costs one instruction: ``x & 3``, ``x & 12`` (times 4), ``x & 48`` (times
+16), ``x >> 6``. A single bit becomes 255 or 0 (CMTST); the sum is then 255 times too large and is multiplied by the inverse
+of 255 modulo 2^32, which is exact. More registers of codes than accumulators are worth this only for one row of
+activations: with several, codes are brought to the bottom of their bytes once and used by all rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from tvm.script import tirx as T
+
+from qcompile.codegen.kernels.cpu import vector as v
+from qcompile.codegen.kernels.cpu.panels import Panels
+
+BYTES = 16
+LANES = 4
+
+
+@dataclass(frozen=True)
+class Part:
+    """One of the accumulators a sum is split into: ``sum += (accumulator >> shift) * factor``, modulo 2^32."""
+
+    shift: int = 0
+    factor: int = 1
+
+
+PLAIN = Part()
+
+INVERSE = pow(255, -1, 1 << 32)
+"""``255 * INVERSE = 1`` modulo 2^32."""
+
+
+def partial_sums(panels: Panels, rows: int) -> list[Part]:
+    """The accumulators of one column vector."""
+    if panels.bits == 1:
+        return [Part(0, INVERSE)]
+    if panels.planes and rows == 1:
+        return [Part(0, INVERSE * (1 << bit)) for bit in range(panels.bits)]
+    if panels.bits == 2 and rows == 1:
+        return [PLAIN, Part(2), Part(4)]
+    return [PLAIN]
+
+
+def unpack(panels: Panels, raw: list[Any], index: int, rows: int) -> Iterator[tuple[int, Any]]:
+    """The codes at position ``index`` of every byte: (number of the accumulator, uint8 vector)."""
+    bits = panels.bits
+    if bits == 8:
+        yield 0, raw[0]
+    elif bits == 1:
+        yield 0, _mask(raw[0], index)
+    elif panels.planes and rows == 1:
+        for bit in range(bits):
+            yield bit, _mask(raw[bit], index)
+    elif panels.planes:
+        value = None
+        for bit in range(bits):
+            one = T.bitwise_and(_shift(raw[bit], bit - index), v.const(1 << bit, BYTES, "uint8"))
+            value = one if value is None else T.bitwise_or(value, one)
+        yield 0, value
+    elif bits == 2 and rows == 1:
+        if index == 3:
+            yield 0, _shift(raw[0], -6)
+        else:
+            yield index, T.bitwise_and(raw[0], v.const(3 << (2 * index), BYTES, "uint8"))
+    else:
+        moved = _shift(raw[0], -index * bits)
+        top = (index + 1) * bits == 8
+        yield 0, moved if top else T.bitwise_and(moved, v.const((1 << bits) - 1, BYTES, "uint8"))
+
+
+def combine(parts: list[Part], sums: list[Any]) -> Any:
+    """The sum the accumulators stand for."""
+    total = None
+    for part, value in zip(parts, sums, strict=True):
+        if part.shift:
+            moved = T.shift_right(v.bits_of(value, "uint32", LANES), v.const(part.shift, LANES, "uint32"))
+            value = v.bits_of(moved, "int32", LANES)
+        factor = part.factor % (1 << 32)
+        if factor != 1:
+            value = value * v.const(factor - (1 << 32) if factor >> 31 else factor, LANES, "int32")
+        total = value if total is None else total + value
+    return total
+
+
+def _mask(x: Any, bit: int) -> Any:
+    """255 where ``bit`` is set in the byte, else 0."""
+    chosen = T.bitwise_and(x, v.const(1 << bit, BYTES, "uint8"))
+    return T.Select(chosen != v.const(0, BYTES, "uint8"), v.const(255, BYTES, "uint8"), v.const(0, BYTES, "uint8"))
+
+
+def _shift(x: Any, left: int) -> Any:
+    """Shift every byte left, or right if negative."""
+    if left == 0:
+        return x
+    amount = v.const(abs(left), BYTES, "uint8")
+    return T.shift_left(x, amount) if left > 0 else T.shift_right(x, amount)

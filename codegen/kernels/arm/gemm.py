@@ -1,0 +1,279 @@
+"""Integer GEMM for ARM: unsigned codes times ``a + 128``, and zero points taken off per group.
+
+    sum_k (u[k, n] - z[g, n]) (a[k] + 128)  =  sum_k u[k, n] a'[k]  -  z[g, n] sum_{k in g} a'[k],      a' = a + 128
+
+With unsigned codes a field of a byte needs no sign extension: one AND or one shift unpacks 16 codes. The sums of
+activations per group are taken once per item, which covers several panels, and cost next to nothing. What 128 adds is part
+of the constant every accumulator starts from, as on x86, so the integers of a group, and with them the floats, are those of
+the x86 kernels bit for bit.
+
+A register of weights holds 4 columns x 4 consecutive k; the activations of 16 consecutive k fill one register, and an
+instruction takes 4 of them by index. `DotGemm` is the family for processors with UDOT; `NeonGemm` has the same loops in
+16-bit multiply-adds.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from tvm.script import tirx as T
+from tvm.tirx.script.builder import ir as B
+
+from qcompile.codegen.kernels.arm import bits
+from qcompile.codegen.kernels.base import LinearProblem, Support
+from qcompile.codegen.kernels.cpu import vector as v
+from qcompile.codegen.kernels.cpu.gemm import ON_STACK, Emission, Register, Tile, TiledGemm
+from qcompile.codegen.kernels.cpu.panels import Panels, largest
+from qcompile.formats import IntFormat, Quantized
+from qcompile.targets.target import Target
+
+LANES = 4
+"""32-bit lanes of a register."""
+
+BYTES = 16
+"""Activations of one load."""
+
+STACK_BYTES = 16 << 10
+"""Sums of activations up to this size live on the stack."""
+
+
+@dataclass(frozen=True)
+class UnsignedPanels(Panels):
+    """Panels whose codes are unsigned at every width; positions beyond a group hold 0."""
+
+    @property
+    def bias(self) -> int:
+        """What is added to a symmetric code to store it."""
+        return -self.fmt.qmin
+
+    def pack_codes(self, weight: Quantized) -> np.ndarray:
+        """The panels, uint8 ``(count, groups * rows_per_group, row_bytes)``."""
+        source = self.source()
+        codes = weight.codes.astype(np.int16) + (self.bias if self.fmt.symmetric else 0)
+        padded = np.where(source[:, None] >= 0, codes[np.maximum(source, 0)], 0).astype(np.uint8)
+        rows = self.groups * self.rows_per_group
+        return self.layout.pack(padded).reshape(self.count, rows, self.row_bytes)
+
+    @cached_property
+    def row_vectors(self) -> int:
+        """Registers of one vector of columns in a panel row."""
+        return self.row_bytes // (self.vectors * BYTES)
+
+
+class ArmGemm(TiledGemm):
+    """What the integer families share. A subclass gives the dot product and the register tiles."""
+
+    depth = 4
+
+    def lanes(self, target: Target) -> int:
+        return LANES
+
+    @property
+    @abstractmethod
+    def needs(self) -> tuple[str, ...]:
+        """Features of the processor."""
+
+    def supports(self, problem: LinearProblem, target: Target) -> Support:
+        if target.kind != "arm":
+            return Support(False, f"{self.name} needs an ARM target, not {target.kind}")
+        if not target.has(*self.needs):
+            missing = ", ".join(sorted(set(self.needs) - target.features))
+            return Support(False, f"{self.name} needs {missing}, which {target} does not have")
+        if not isinstance(problem.weight, IntFormat):
+            return Support(False, f"{self.name} takes integer weights, not {problem.weight}")
+        if not problem.activation.bits:
+            return Support(
+                False, f"{self.name} multiplies integer activations; this operator has {problem.activation} ones"
+            )
+        longest = min(problem.weight.group or problem.k, problem.k)
+        if longest * 255 * largest(problem.weight) >= 1 << 31:
+            return Support(False, f"{self.name}: {longest} products of 8-bit numbers may overflow an int32 accumulator")
+        if reason := self.refuse(problem, target):
+            return Support(False, reason)
+        return Support(True)
+
+    def panels(self, problem: LinearProblem, config: dict[str, Any]) -> UnsignedPanels:
+        return UnsignedPanels(
+            problem.k, problem.n, problem.weight, config["lanes"], config["vectors"], depth=self.depth
+        )
+
+    def unit(self, panels: Panels) -> int:
+        return 1
+
+    def panels_per_item(self) -> int:
+        return 4
+
+    # Sums of activations
+
+    def prologue(self, e: Emission, first: Any, rows: Any) -> None:
+        p = e.panels
+        shape = (e.config["mr"], p.groups)
+        small = 4 * shape[0] * shape[1] <= STACK_BYTES
+        sums = e.extra["sums"] = B.alloc_buffer(shape, "int32", annotations=ON_STACK if small else {})
+        with T.serial(rows) as row:
+            at = v.let(first + row)
+            with T.serial(p.groups) as group:
+                begin = v.let(group * p.group)
+                length = v.let(T.min(p.k - begin, p.group))
+                total = Register("int32", LANES)
+                total.set(v.const(0, LANES, "int32"))
+                full = v.let(T.truncdiv(length, BYTES))
+                with T.serial(full) as i:
+                    total.set(self.add_bytes(total.get(), v.let(v.load(e.names["x"], [at, begin + i * BYTES], BYTES))))
+                rest = Register("int32", 1)
+                rest.set(v.reduce_lanes(v.let(total.get()), LANES, v.add))
+                if p.group % BYTES or p.k % BYTES:
+                    with T.serial(length - full * BYTES) as i:
+                        rest.set(rest.get() + T.cast(e.names["x"][at, begin + full * BYTES + i], "int32"))
+                v.store(sums, [row, group], rest.get(), 1)
+
+    @abstractmethod
+    def add_bytes(self, total: Any, x: Any) -> Any:
+        """``total`` (int32 lanes) plus 16 bytes, each in some lane."""
+
+    # Micro-kernel
+
+    def micro(self, e: Emission, panel: Any, first: Any, rows: int) -> None:
+        def reduce(group: Any, sums: Tile) -> None:
+            self.reduce(e, panel, first, sums, group)
+            self.take_zeros_off(e, panel, sums, group)
+
+        self.by_group(e, panel, "int32", rows, reduce)
+
+    @abstractmethod
+    def reduce(self, e: Emission, panel: Any, first: Any, sums: Tile, group: Any) -> None:
+        """Emit ``sums[row][vector] += sum_k u a'`` over one group."""
+
+    def take_zeros_off(self, e: Emission, panel: Any, sums: Tile, group: Any) -> None:
+        """Subtract zero points times the sum of the group's activations."""
+        p = e.panels
+        zeros = self.zero_codes(e, panel, group) if not p.fmt.symmetric else None
+        for r, line in enumerate(sums):
+            total = v.let(v.load(e.extra["sums"], [r, group], 1))
+            if zeros is None:
+                total = v.let(v.splat(total * p.bias, LANES))
+            for vec, acc in enumerate(line):
+                part = total if zeros is None else zeros[vec] * v.splat(total, LANES)
+                acc.set(acc.get() - part)
+
+    def load_weights(self, e: Emission, panel: Any, row: Any) -> list[list[Any]]:
+        """Load one panel row: uint8 registers ``[vector][plane]``."""
+        p = e.panels
+        planes = p.bits if p.planes else 1
+        return [
+            [
+                v.let(v.load(e.names["weight"], [panel, row, (plane * p.vectors + vec) * BYTES], BYTES))
+                for plane in range(planes)
+            ]
+            for vec in range(p.vectors)
+        ]
+
+    def over_rows(
+        self, e: Emission, first: Any, rows: int, group: Any, body: Callable[[Any, int, Callable[[int, int], Any]], None]
+    ) -> None:
+        """Emit ``body(line, count, activations)`` over the panel rows of a group.
+
+        ``line`` is the first of ``count`` panel rows; ``activations(r, i)`` are 4 consecutive activations of row ``first +
+        r`` in every lane, uint8, those at ``4 i`` from the first k of ``line``. Rows go in chunks of 16 activations or more;
+        where a row of activations ends earlier, one by one with its last 4 activations read again (see `Panels`).
+        """
+        p = e.panels
+        chunk = max(1, BYTES // p.step)
+        loads = max(1, p.step // BYTES)
+        whole = chunk * p.step
+        full = p.group // whole  # of a group that is not the last
+        last = (p.k - (p.groups - 1) * p.group) // whole
+        chunks = v.let(T.min(T.truncdiv(p.k - group * p.group, whole), full)) if last < full else full
+        base = v.let(group * p.rows_per_group)
+
+        if full:
+            with T.serial(e.rolled(chunks) if isinstance(chunks, int) else chunks) as i:
+                k = v.let(group * p.group + i * whole)
+                wide = [
+                    [v.let(v.bits_of(v.load(e.names["x"], [first + r, k + j * BYTES], BYTES), "int32", LANES))
+                     for j in range(loads)]
+                    for r in range(rows)
+                ]  # fmt: skip
+
+                def indexed(r: int, at: int) -> Any:
+                    return v.bits_of(v.shuffle(wide[r][at // LANES], [at % LANES] * LANES), "uint8", BYTES)
+
+                body(base + i * chunk, chunk, indexed)
+        if last < full or p.rows_per_group > full * chunk:
+            with T.serial(p.rows_per_group - chunks * chunk) as i:
+                row = v.let(chunks * chunk + i)
+
+                def single(r: int, at: int) -> Any:
+                    return self.four(e, first + r, self.position(e, group, row, at))
+
+                body(base + row, 1, single)
+
+    def four(self, e: Emission, row: Any, k: Any) -> Any:
+        """Four consecutive activations of a row in every lane."""
+        x, width = e.names["x"], e.problem.k
+        if width >= 4:
+            word = v.bits_of(v.load(x, [row, k], 4), "int32", 1)
+        else:
+            word = T.int32(0)
+            for i in range(width):
+                word = T.bitwise_or(word, T.shift_left(T.cast(x[row, i], "int32"), T.int32(8 * i)))
+        return v.bits_of(v.splat(word, LANES), "uint8", BYTES)
+
+
+def dot(acc: Any, a: Any, b: Any) -> Any:
+    """``acc`` plus products of unsigned bytes, four into each int32 lane (UDOT)."""
+    return T.call_llvm_pure_intrin("int32x4", "llvm.aarch64.neon.udot", acc, a, b)
+
+
+class DotGemm(ArmGemm):
+    """UDOT, 16 products per instruction."""
+
+    name = "arm-udot"
+    needs = ("neon", "dotprod")
+
+    def tiles(self, problem: LinearProblem, target: Target) -> list[tuple[int, int]]:
+        return [(4, 4), (6, 2), (8, 2), (2, 4)]
+
+    def speed(self, problem: LinearProblem, target: Target) -> tuple[float, float]:
+        return 32.0, 1.5 if 8 % problem.weight.bits else 0.0 if problem.weight.bits == 8 else 0.5
+
+    def add_bytes(self, total: Any, x: Any) -> Any:
+        return dot(total, x, v.const(1, BYTES, "uint8"))
+
+    def reduce(self, e: Emission, panel: Any, first: Any, sums: Tile, group: Any) -> None:
+        p = e.panels
+        rows = len(sums)
+        parts = bits.partial_sums(p, rows)
+        accumulators: list[list[list[Register]]] = []
+        for line in sums:
+            fresh = [[acc, *(Register("int32", LANES) for _ in parts[1:])] for acc in line]
+            accumulators.append(fresh)
+        zero = v.const(0, LANES, "int32")
+        start = [[v.let(acc.get()) for acc in line] for line in sums] if parts[0] != bits.PLAIN else None
+        for line in accumulators:
+            for registers in line:
+                for register in registers[0 if start else 1 :]:
+                    register.set(zero)
+
+        def body(line: Any, count: int, activations: Callable[[int, int], Any]) -> None:
+            for i in range(count):
+                raw = self.load_weights(e, panel, line + i)
+                for index in range(p.per_byte):
+                    a = [activations(r, i * p.per_byte + index) for r in range(rows)]
+                    for vec in range(p.vectors):
+                        for part, codes in bits.unpack(p, raw[vec], index, rows):
+                            codes = v.let(codes)
+                            for r in range(rows):
+                                register = accumulators[r][vec][part]
+                                register.set(dot(register.get(), codes, a[r]))
+
+        self.over_rows(e, first, rows, group, body)
+        for r, line in enumerate(sums):
+            for vec, acc in enumerate(line):
+                total = bits.combine(parts, [register.get() for register in accumulators[r][vec]])
+                acc.set(total if start is None else start[r][vec] + total)

@@ -2,9 +2,10 @@
 
     python benchmarks/perplexity.py MODEL_DIRECTORY --recipe w8a8 --recipe w4a8-g128
 
-MODEL_DIRECTORY is a Hugging Face directory with ``calibration.txt`` and ``eval.txt`` (documents separated by NUL; each
-is preceded by the tokenizer's first special token). What runs is the artifact itself, not a simulation; the float
-figure comes from the captured graph in ONNX Runtime.
+MODEL_DIRECTORY is a Hugging Face directory with ``calibration.txt`` and ``eval.txt`` (documents separated by NUL). The
+documents, stripped, each behind ``<s>``, make one stream of tokens, which is cut into windows; 48 of them, evenly spread,
+are evaluated, every token but the first of its window. Calibration uses windows of ``calibration.txt`` made the same way.
+What runs is the artifact itself, not a simulation; the float figure comes from the captured graph in ONNX Runtime.
 """
 
 from __future__ import annotations
@@ -25,27 +26,29 @@ from qcompile.capture import capture
 from qcompile.passes.recognise import recognise
 
 
-def windows(directory: Path, count: int, length: int) -> np.ndarray:
-    """``(count, length)`` token ids, spread evenly over the concatenated documents."""
+def windows(directory: Path, count: int, length: int, text: str = "eval.txt") -> np.ndarray:
+    """``(count, length)`` token ids: windows of the concatenated documents, spread evenly."""
     tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
     start = tokenizer.token_to_id("<s>")
-    documents = (directory / "eval.txt").read_text(encoding="utf-8").split("\0")
     stream: list[int] = []
-    for document in documents:
+    for document in (directory / text).read_text(encoding="utf-8").split("\0"):
         if document.strip():
-            stream += [start, *tokenizer.encode(document, add_special_tokens=False).ids]
-    ids = np.asarray(stream, np.int64)
-    starts = np.linspace(0, len(ids) - length, count).astype(int)
-    return np.stack([ids[s : s + length] for s in starts])
+            stream += [start, *tokenizer.encode(document.strip(), add_special_tokens=False).ids]
+    whole = len(stream) // length
+    rows = np.asarray(stream[: whole * length], np.int64).reshape(whole, length)
+    return rows[np.linspace(0, whole - 1, min(count, whole)).astype(int)]
+
+
+def feeds(rows: np.ndarray) -> list[dict[str, np.ndarray]]:
+    """One sample per window."""
+    return [{"input_ids": row[None], "attention_mask": np.ones((1, len(row)), np.int64)} for row in rows]
 
 
 def perplexity(run, ids: np.ndarray) -> float:
     """``exp`` of the mean negative log likelihood of every token but the first of each window."""
     total = 0.0
-    for row in ids:
-        logits = run({"input_ids": row[None], "attention_mask": np.ones((1, len(row)), np.int64)})[0, :-1].astype(
-            np.float64
-        )
+    for row, feed in zip(ids, feeds(ids)):
+        logits = run(feed)[0, :-1].astype(np.float64)
         top = logits.max(1, keepdims=True)
         norm = np.log(np.exp(logits - top).sum(1)) + top[:, 0]
         total += float((norm - logits[np.arange(len(row) - 1), row[1:]]).sum())
@@ -70,9 +73,7 @@ def main(directory: Path, recipes: tuple[str, ...], count: int, length: int, sam
             model = qcompile.compile(
                 directory,
                 recipe=recipe,
-                calibration=directory / "calibration.txt",
-                max_samples=samples,
-                max_tokens=length,
+                calibration=feeds(windows(directory, samples, length, "calibration.txt")),
                 output=Path(folder) / recipe,
             )
             value = perplexity(lambda feed, run=model.run: next(iter(run(feed).values())), ids)

@@ -50,6 +50,10 @@ def families(kind: str) -> tuple[LinearKernel, ...]:
         from qcompile.codegen.kernels.x86 import FAMILIES
 
         return tuple(family() for family in FAMILIES)
+    if kind == "arm":
+        from qcompile.codegen.kernels import arm
+
+        return tuple(family() for family in arm.FAMILIES)
     if kind == "cuda":
         from qcompile.codegen.kernels import cuda
 

@@ -1,0 +1,9 @@
+"""Kernels for 64-bit ARM processors: integer GEMM on UDOT or 16-bit multiply-adds, and weight-only GEMM."""
+
+from qcompile.codegen.kernels.arm.floats import FloatGemm
+from qcompile.codegen.kernels.arm.gemm import DotGemm, NeonGemm
+
+FAMILIES = (DotGemm, NeonGemm, FloatGemm)
+"""Families of linear kernels, the one to prefer among equals first."""
+
+__all__ = ["FAMILIES", "DotGemm", "FloatGemm", "NeonGemm"]

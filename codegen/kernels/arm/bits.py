@@ -24,10 +24,14 @@ LANES = 4
 
 @dataclass(frozen=True)
 class Part:
-    """One of the accumulators a sum is split into: ``sum += (accumulator >> shift) * factor``, modulo 2^32."""
+    """One of the accumulators a sum is split into: ``sum += (accumulator >> shift) * factor``, modulo 2^32.
+
+    ``mask`` says that its codes are 255 or 0.
+    """
 
     shift: int = 0
     factor: int = 1
+    mask: bool = False
 
 
 PLAIN = Part()
@@ -36,25 +40,25 @@ INVERSE = pow(255, -1, 1 << 32)
 """``255 * INVERSE = 1`` modulo 2^32."""
 
 
-def partial_sums(panels: Panels, rows: int) -> list[Part]:
-    """The accumulators of one column vector."""
+def partial_sums(panels: Panels, rows: int, wide: bool) -> list[Part]:
+    """The accumulators of one column vector; ``wide`` if they have room for codes multiplied by powers of two."""
     if panels.bits == 1:
-        return [Part(0, INVERSE)]
+        return [Part(0, INVERSE, True)]
     if panels.planes and rows == 1:
-        return [Part(0, INVERSE * (1 << bit)) for bit in range(panels.bits)]
-    if panels.bits == 2 and rows == 1:
+        return [Part(0, INVERSE * (1 << bit), True) for bit in range(panels.bits)]
+    if panels.bits == 2 and rows == 1 and wide:
         return [PLAIN, Part(2), Part(4)]
     return [PLAIN]
 
 
-def unpack(panels: Panels, raw: list[Any], index: int, rows: int) -> Iterator[tuple[int, Any]]:
-    """The codes at position ``index`` of every byte: (number of the accumulator, uint8 vector)."""
+def unpack(panels: Panels, raw: list[Any], index: int, parts: list[Part]) -> Iterator[tuple[int, Any]]:
+    """The codes at position ``index`` of every byte: (number of the accumulator in ``parts``, uint8 vector)."""
     bits = panels.bits
     if bits == 8:
         yield 0, raw[0]
     elif bits == 1:
         yield 0, _mask(raw[0], index)
-    elif panels.planes and rows == 1:
+    elif panels.planes and len(parts) > 1:
         for bit in range(bits):
             yield bit, _mask(raw[bit], index)
     elif panels.planes:
@@ -63,7 +67,7 @@ def unpack(panels: Panels, raw: list[Any], index: int, rows: int) -> Iterator[tu
             one = T.bitwise_and(_shift(raw[bit], bit - index), v.const(1 << bit, BYTES, "uint8"))
             value = one if value is None else T.bitwise_or(value, one)
         yield 0, value
-    elif bits == 2 and rows == 1:
+    elif bits == 2 and len(parts) > 1:
         if index == 3:
             yield 0, _shift(raw[0], -6)
         else:

@@ -18,18 +18,18 @@ from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from tvm.script import tirx as T
 from tvm.tirx.script.builder import ir as B
 
 from qcompile.codegen.kernels.arm import bits
-from qcompile.codegen.kernels.base import LinearProblem, Support
+from qcompile.codegen.kernels.base import LinearProblem
 from qcompile.codegen.kernels.cpu import vector as v
 from qcompile.codegen.kernels.cpu.gemm import ON_STACK, Emission, Register, Tile, TiledGemm
 from qcompile.codegen.kernels.cpu.panels import Panels, largest
-from qcompile.formats import IntFormat, Quantized
+from qcompile.formats import Quantized
 from qcompile.targets.target import Target
 
 LANES = 4
@@ -65,10 +65,29 @@ class UnsignedPanels(Panels):
         return self.row_bytes // (self.vectors * BYTES)
 
 
+class Accumulator(Protocol):
+    """A sum of products of bytes, one int32 lane per column."""
+
+    def add(self, codes: Any, activations: Any) -> None:
+        """Emit the addition of 4 products to each lane."""
+        ...
+
+    def flush(self) -> None:
+        """Emit what must happen before a narrow sum overflows."""
+        ...
+
+    def total(self) -> Any:
+        """The sum, int32x4."""
+        ...
+
+
 class ArmGemm(TiledGemm):
     """What the integer families share. A subclass gives the dot product and the register tiles."""
 
+    kind = "arm"
     depth = 4
+    wide = True
+    """Whether accumulators have room for codes multiplied by powers of two."""
 
     def lanes(self, target: Target) -> int:
         return LANES
@@ -78,24 +97,16 @@ class ArmGemm(TiledGemm):
     def needs(self) -> tuple[str, ...]:
         """Features of the processor."""
 
-    def supports(self, problem: LinearProblem, target: Target) -> Support:
-        if target.kind != "arm":
-            return Support(False, f"{self.name} needs an ARM target, not {target.kind}")
+    def refuse(self, problem: LinearProblem, target: Target) -> str:
         if not target.has(*self.needs):
             missing = ", ".join(sorted(set(self.needs) - target.features))
-            return Support(False, f"{self.name} needs {missing}, which {target} does not have")
-        if not isinstance(problem.weight, IntFormat):
-            return Support(False, f"{self.name} takes integer weights, not {problem.weight}")
+            return f"{self.name} needs {missing}, which {target} does not have"
         if not problem.activation.bits:
-            return Support(
-                False, f"{self.name} multiplies integer activations; this operator has {problem.activation} ones"
-            )
+            return f"{self.name} multiplies integer activations; this operator has float ones"
         longest = min(problem.weight.group or problem.k, problem.k)
         if longest * 255 * largest(problem.weight) >= 1 << 31:
-            return Support(False, f"{self.name}: {longest} products of 8-bit numbers may overflow an int32 accumulator")
-        if reason := self.refuse(problem, target):
-            return Support(False, reason)
-        return Support(True)
+            return f"{self.name}: {longest} products of 8-bit numbers may overflow an int32 accumulator"
+        return ""
 
     def panels(self, problem: LinearProblem, config: dict[str, Any]) -> UnsignedPanels:
         return UnsignedPanels(
@@ -146,8 +157,41 @@ class ArmGemm(TiledGemm):
         self.by_group(e, panel, "int32", rows, reduce)
 
     @abstractmethod
+    def accumulator(self, panels: UnsignedPanels, part: bits.Part) -> Accumulator:
+        """A new accumulator for one column vector of one row, starting from 0."""
+
+    @abstractmethod
+    def chunks_between_flushes(self, panels: UnsignedPanels) -> int:
+        """Chunks of `over_rows` after which accumulators must be flushed; 0 if never."""
+
     def reduce(self, e: Emission, panel: Any, first: Any, sums: Tile, group: Any) -> None:
         """Emit ``sums[row][vector] += sum_k u a'`` over one group."""
+        p = e.panels
+        rows = len(sums)
+        parts = bits.partial_sums(p, rows, self.wide)
+        tile = [[[self.accumulator(p, part) for part in parts] for _ in line] for line in sums]
+
+        def body(line: Any, count: int, activations: Callable[[int, int], Any]) -> None:
+            for i in range(count):
+                raw = self.load_weights(e, panel, line + i)
+                for index in range(p.per_byte):
+                    a = [v.let(activations(r, i * p.per_byte + index)) for r in range(rows)]
+                    for vec in range(p.vectors):
+                        for part, codes in bits.unpack(p, raw[vec], index, parts):
+                            codes = v.let(codes)
+                            for r in range(rows):
+                                tile[r][vec][part].add(codes, a[r])
+
+        def flush() -> None:
+            for line in tile:
+                for accumulators in line:
+                    for accumulator in accumulators:
+                        accumulator.flush()
+
+        self.over_rows(e, first, rows, group, body, flush, self.chunks_between_flushes(p))
+        for line, accumulators in zip(sums, tile, strict=True):
+            for acc, split in zip(line, accumulators, strict=True):
+                acc.set(acc.get() + bits.combine(parts, [part.total() for part in split]))
 
     def take_zeros_off(self, e: Emission, panel: Any, sums: Tile, group: Any) -> None:
         """Subtract zero points times the sum of the group's activations."""
@@ -174,13 +218,21 @@ class ArmGemm(TiledGemm):
         ]
 
     def over_rows(
-        self, e: Emission, first: Any, rows: int, group: Any, body: Callable[[Any, int, Callable[[int, int], Any]], None]
+        self,
+        e: Emission,
+        first: Any,
+        rows: int,
+        group: Any,
+        body: Callable[[Any, int, Callable[[int, int], Any]], None],
+        flush: Callable[[], None],
+        every: int,
     ) -> None:
         """Emit ``body(line, count, activations)`` over the panel rows of a group.
 
         ``line`` is the first of ``count`` panel rows; ``activations(r, i)`` are 4 consecutive activations of row ``first +
         r`` in every lane, uint8, those at ``4 i`` from the first k of ``line``. Rows go in chunks of 16 activations or more;
-        where a row of activations ends earlier, one by one with its last 4 activations read again (see `Panels`).
+        where a row of activations ends earlier, one by one with its last 4 activations read again (see `Panels`). ``flush()``
+        is emitted after every ``every`` chunks, and after the last.
         """
         p = e.panels
         chunk = max(1, BYTES // p.step)
@@ -191,19 +243,24 @@ class ArmGemm(TiledGemm):
         chunks = v.let(T.min(T.truncdiv(p.k - group * p.group, whole), full)) if last < full else full
         base = v.let(group * p.rows_per_group)
 
-        if full:
-            with T.serial(e.rolled(chunks) if isinstance(chunks, int) else chunks) as i:
+        def run(begin: Any, count: Any) -> None:
+            with T.serial(e.rolled(count) if isinstance(count, int) else count) as j:
+                i = begin + j
                 k = v.let(group * p.group + i * whole)
-                wide = [
-                    [v.let(v.bits_of(v.load(e.names["x"], [first + r, k + j * BYTES], BYTES), "int32", LANES))
-                     for j in range(loads)]
-                    for r in range(rows)
-                ]  # fmt: skip
+                wide = [[self._sixteen(e, first + r, k + at * BYTES) for at in range(loads)] for r in range(rows)]
 
                 def indexed(r: int, at: int) -> Any:
                     return v.bits_of(v.shuffle(wide[r][at // LANES], [at % LANES] * LANES), "uint8", BYTES)
 
                 body(base + i * chunk, chunk, indexed)
+
+        if full and (not every or full <= every):
+            run(0, chunks)
+            flush()
+        elif full:
+            with T.serial(T.truncdiv(chunks + (every - 1), every)) as block:
+                run(block * every, v.let(T.min(chunks - block * every, every)))
+                flush()
         if last < full or p.rows_per_group > full * chunk:
             with T.serial(p.rows_per_group - chunks * chunk) as i:
                 row = v.let(chunks * chunk + i)
@@ -212,6 +269,11 @@ class ArmGemm(TiledGemm):
                     return self.four(e, first + r, self.position(e, group, row, at))
 
                 body(base + row, 1, single)
+                flush()
+
+    @staticmethod
+    def _sixteen(e: Emission, row: Any, k: Any) -> Any:
+        return v.let(v.bits_of(v.load(e.names["x"], [row, k], BYTES), "int32", LANES))
 
     def four(self, e: Emission, row: Any, k: Any) -> Any:
         """Four consecutive activations of a row in every lane."""
@@ -230,6 +292,23 @@ def dot(acc: Any, a: Any, b: Any) -> Any:
     return T.call_llvm_pure_intrin("int32x4", "llvm.aarch64.neon.udot", acc, a, b)
 
 
+class DotSum:
+    """UDOT into one register."""
+
+    def __init__(self) -> None:
+        self.sum = Register("int32", LANES)
+        self.sum.set(v.const(0, LANES, "int32"))
+
+    def add(self, codes: Any, activations: Any) -> None:
+        self.sum.set(dot(self.sum.get(), codes, activations))
+
+    def flush(self) -> None:
+        pass
+
+    def total(self) -> Any:
+        return self.sum.get()
+
+
 class DotGemm(ArmGemm):
     """UDOT, 16 products per instruction."""
 
@@ -245,35 +324,92 @@ class DotGemm(ArmGemm):
     def add_bytes(self, total: Any, x: Any) -> Any:
         return dot(total, x, v.const(1, BYTES, "uint8"))
 
-    def reduce(self, e: Emission, panel: Any, first: Any, sums: Tile, group: Any) -> None:
-        p = e.panels
-        rows = len(sums)
-        parts = bits.partial_sums(p, rows)
-        accumulators: list[list[list[Register]]] = []
-        for line in sums:
-            fresh = [[acc, *(Register("int32", LANES) for _ in parts[1:])] for acc in line]
-            accumulators.append(fresh)
+    def accumulator(self, panels: UnsignedPanels, part: bits.Part) -> DotSum:
+        return DotSum()
+
+    def chunks_between_flushes(self, panels: UnsignedPanels) -> int:
+        return 0
+
+
+class ProductSum:
+    """UMULL and UMLAL into 16-bit lanes, flushed into 32-bit ones: two per column until the end."""
+
+    def __init__(self, narrow: bool) -> None:
         zero = v.const(0, LANES, "int32")
-        start = [[v.let(acc.get()) for acc in line] for line in sums] if parts[0] != bits.PLAIN else None
-        for line in accumulators:
-            for registers in line:
-                for register in registers[0 if start else 1 :]:
-                    register.set(zero)
+        self.wide = [Register("int32", LANES) for _ in range(2)]
+        self.narrow = [Register("uint16", 2 * LANES) for _ in range(2)] if narrow else []
+        for register in self.wide:
+            register.set(zero)
+        for register in self.narrow:
+            register.set(v.const(0, 2 * LANES, "uint16"))
 
-        def body(line: Any, count: int, activations: Callable[[int, int], Any]) -> None:
-            for i in range(count):
-                raw = self.load_weights(e, panel, line + i)
-                for index in range(p.per_byte):
-                    a = [activations(r, i * p.per_byte + index) for r in range(rows)]
-                    for vec in range(p.vectors):
-                        for part, codes in bits.unpack(p, raw[vec], index, rows):
-                            codes = v.let(codes)
-                            for r in range(rows):
-                                register = accumulators[r][vec][part]
-                                register.set(dot(register.get(), codes, a[r]))
+    def add(self, codes: Any, activations: Any) -> None:
+        for half in range(2):
+            part = range(8 * half, 8 * half + 8)
+            u, a = (v.cast(v.shuffle(value, part), "uint16", 8) for value in (codes, activations))
+            if self.narrow:
+                self.narrow[half].set(self.narrow[half].get() + u * a)
+            else:
+                self.wide[half].set(self.wide[half].get() + _pairs(u * a))
 
-        self.over_rows(e, first, rows, group, body)
-        for r, line in enumerate(sums):
-            for vec, acc in enumerate(line):
-                total = bits.combine(parts, [register.get() for register in accumulators[r][vec]])
-                acc.set(total if start is None else start[r][vec] + total)
+    def flush(self) -> None:
+        for wide, narrow in zip(self.wide, self.narrow):
+            wide.set(wide.get() + _pairs(narrow.get()))
+            narrow.set(v.const(0, 2 * LANES, "uint16"))
+
+    def total(self) -> Any:
+        return T.call_llvm_pure_intrin("int32x4", "llvm.aarch64.neon.addp", *(w.get() for w in self.wide))
+
+
+class MaskedSum:
+    """Activations where a mask is 255, added in pairs into 16-bit lanes."""
+
+    def __init__(self) -> None:
+        self.wide, self.narrow = Register("int32", LANES), Register("uint16", 2 * LANES)
+        self.wide.set(v.const(0, LANES, "int32"))
+        self.narrow.set(v.const(0, 2 * LANES, "uint16"))
+
+    def add(self, codes: Any, activations: Any) -> None:
+        chosen = T.bitwise_and(codes, activations)
+        self.narrow.set(self.narrow.get() + T.call_llvm_pure_intrin("uint16x8", "llvm.aarch64.neon.uaddlp", chosen))
+
+    def flush(self) -> None:
+        self.wide.set(self.wide.get() + _pairs(self.narrow.get()))
+        self.narrow.set(v.const(0, 2 * LANES, "uint16"))
+
+    def total(self) -> Any:
+        return self.wide.get() * v.const(255, LANES, "int32")
+
+
+def _pairs(value: Any) -> Any:
+    """Sums of neighbouring 16-bit lanes (UADALP when added to a register)."""
+    return T.call_llvm_pure_intrin("int32x4", "llvm.aarch64.neon.uaddlp", value)
+
+
+class NeonGemm(ArmGemm):
+    """8-bit multiply-adds into 16-bit lanes, for processors without UDOT."""
+
+    name = "arm-umlal"
+    needs = ("neon",)
+    wide = False
+
+    def tiles(self, problem: LinearProblem, target: Target) -> list[tuple[int, int]]:
+        return [(2, 2), (4, 1), (1, 4)]
+
+    def speed(self, problem: LinearProblem, target: Target) -> tuple[float, float]:
+        rate = 4.0 if problem.weight.bits == 8 else 7.0
+        return rate, 1.5 if 8 % problem.weight.bits else 0.0 if problem.weight.bits == 8 else 0.5
+
+    def add_bytes(self, total: Any, x: Any) -> Any:
+        return total + _pairs(T.call_llvm_pure_intrin("uint16x8", "llvm.aarch64.neon.uaddlp", x))
+
+    def accumulator(self, panels: UnsignedPanels, part: bits.Part) -> ProductSum | MaskedSum:
+        return MaskedSum() if part.mask else ProductSum(panels.bits < 8)
+
+    def chunks_between_flushes(self, panels: UnsignedPanels) -> int:
+        if panels.bits == 8:
+            return 0
+        steps = max(BYTES, panels.step) // LANES  # products of a lane in one chunk
+        largest_code = 1 if panels.bits == 1 else (1 << panels.bits) - 1
+        products = 65535 // (255 * largest_code) if panels.bits != 1 else 65535 // (2 * 255)
+        return max(1, products // steps)

@@ -1,4 +1,4 @@
-"""The loops all x86 GEMM families share: tiles of rows x weight panels, and the fused tail.
+"""The loops all GEMM families share: tiles of rows x weight panels, and the fused tail.
 
     for item in parallel(blocks x panels x tiles):      a tile is 1..mr rows; tiles of a call differ by one row at most
         acc[rows, width] = micro-kernel                 K innermost, accumulators in registers, one variant per height
@@ -93,6 +93,9 @@ class TiledGemm(LinearKernel):
     which the sweep over panels starts again, ``scales`` (``float16`` or ``float32``, of groups).
     """
 
+    kind = "x86"
+    """The kind of target."""
+
     float_tile = False
     """Whether the micro-kernel accumulates float32 even for per-channel scales."""
 
@@ -129,8 +132,8 @@ class TiledGemm(LinearKernel):
 
     def supports(self, problem: LinearProblem, target: Target) -> Support:
         fmt = problem.weight
-        if target.kind != "x86":
-            return Support(False, f"{self.name} needs an x86 target, not {target.kind}")
+        if target.kind != self.kind:
+            return Support(False, f"{self.name} needs an {self.kind} target, not {target.kind}")
         if not isinstance(fmt, IntFormat):
             return Support(False, f"{self.name} takes integer weights, not {fmt}")
         if reason := self.refuse(problem, target):

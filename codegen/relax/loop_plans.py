@@ -10,10 +10,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import tvm_ffi
 from tvm import tirx
+from tvm.ir import Call, TensorLoad
 from tvm.sym import Analyzer
 
 from qcompile.codegen.relax.nests import Axis, Nest, access, calls, loads, plain_indices, uses
@@ -53,25 +56,59 @@ class Plan:
         return count
 
 
-def combination(nest: Nest) -> tuple[type, Any] | None:
-    """``(operator, term)`` of a reduction ``target = operator(target, term)`` whose order does not matter, or None."""
+@dataclass(frozen=True)
+class Combination:
+    """A reduction ``target = combine(target, term)`` whose order does not matter but for rounding.
+
+    Attributes:
+        term: what is combined at each point.
+        is_sum: starts from 0 in every partial result; a maximum or minimum may start everywhere from its start value.
+        combine: works on scalars and vectors.
+    """
+
+    term: Any
+    is_sum: bool
+    combine: Callable[[Any, Any], Any]
+
+
+def combination(nest: Nest) -> Combination | None:
+    """How a nest reduces, if that is by a sum, maximum or minimum (also the kinds that let a NaN win)."""
     store = nest.store
-    if store is None or not isinstance(store.value, tirx.Add | tirx.Max | tirx.Min):
+    if store is None:
         return None
-    a, b = store.value.a, store.value.b
-    if any(load.source.same_as(store.buffer) for load in loads(a)):
-        a, b = b, a
-    ours = [load for load in loads(b) if load.source.same_as(store.buffer)]
-    if any(load.source.same_as(store.buffer) for load in loads(a)) or len(ours) != 1 or not b.same_as(ours[0]):
-        return None
-    return type(store.value), a
+
+    def is_target(node: Any) -> bool:
+        return isinstance(node, TensorLoad) and node.source.same_as(store.buffer)
+
+    def term_of(a: Any, b: Any) -> Any:
+        a, b = (a, b) if is_target(b) else (b, a)
+        return a if is_target(b) and not any(is_target(load) for load in loads(a)) else None
+
+    value = store.value
+    for kind, apply in ((tirx.Add, lambda a, b: a + b), (tirx.Max, tirx.max), (tirx.Min, tirx.min)):
+        if isinstance(value, kind):
+            term = term_of(value.a, value.b)
+            return None if term is None else Combination(term, kind is tirx.Add, apply)
+    if isinstance(value, tirx.Select) and is_target(value.true_value) and isinstance(value.condition, tirx.Or):
+        compare, nan = value.condition.a, value.condition.b
+        term = term_of(value.true_value, value.false_value)
+        same = (
+            isinstance(compare, tirx.GT | tirx.LT)
+            and is_target(compare.a)
+            and tvm_ffi.structural_equal(compare.b, term)
+        )
+        asks_nan = isinstance(nan, Call) and nan.op.name == "tirx.isnan" and is_target(nan.args[0])
+        if term is not None and same and asks_nan:
+            more = tirx.GT if isinstance(compare, tirx.GT) else tirx.LT
+            return Combination(term, False, lambda a, b: tirx.Select(tirx.Or(more(a, b), tirx.NE(a, a)), a, b))
+    return None
 
 
 def make_plan(nest: Nest, lanes: int, registers: int) -> Plan:
     """Choose how to run ``nest`` on a machine with ``registers`` vector registers of ``lanes`` float32 elements."""
     analyzer = Analyzer()
     store = nest.store
-    if not nest.reduced or store is None or str(store.buffer.dtype) == "bool" or _branches(store.value):
+    if not nest.reduced or store is None or not _fits_registers(nest) or _branches(store.value):
         return Plan("loops", outer=_outer_of_loops(nest, analyzer))
     reads = [load for load in loads(store.value) if not load.source.same_as(store.buffer)]
     last = plain_indices([store.indices[-1]], nest.spatial) if len(store.indices) else None
@@ -87,6 +124,13 @@ def make_plan(nest: Nest, lanes: int, registers: int) -> Plan:
     if column and any(step is not None for step in steps):
         return _columns(nest, column, reads, analyzer, lanes, registers)
     return Plan("loops", outer=_outer_of_loops(nest, analyzer))
+
+
+def _fits_registers(nest: Nest) -> bool:
+    """Whether all elements are of types that vector instructions handle; the narrow floats are emulated."""
+    parts = [part for part in (nest.body, nest.final) if part is not None]
+    used = {str(b.dtype) for part in parts for b in (part.buffer, *(load.source for load in loads(part)))}
+    return not any(dtype == "bool" or ("float" in dtype and dtype not in ("float32", "float64")) for dtype in used)
 
 
 def _branches(value: Any) -> bool:

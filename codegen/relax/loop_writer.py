@@ -18,7 +18,7 @@ from tvm.tirx.script.builder import ir as B
 from qcompile.codegen.kernels.cpu import vector as v
 from qcompile.codegen.relax.loop_plans import Plan, combination, make_plan
 from qcompile.codegen.relax.nests import Axis, Function, Nest, calls, loads, replace_loads, stores, substitute
-from qcompile.codegen.relax.vector_math import use_vector_math
+from qcompile.codegen.relax.vector_math import allows_vector_math, use_vector_math
 
 _GRAIN = 65536
 """Elementary operations that are worth waking another thread for: some ten microseconds."""
@@ -140,6 +140,7 @@ def _cost(nest: Nest) -> int:
 class _Writer:
     def __init__(self, function: Function, cores: int) -> None:
         self.function, self.cores = function, cores
+        self.math = use_vector_math if allows_vector_math(function.original.body) else lambda node: node
 
     # Outer loops
 
@@ -260,7 +261,7 @@ class _Writer:
                 # The same statements may be written more than once; a name is bound only once.
                 env[part.var] = tirx.Var(part.var.name, part.var.ty)
                 part = tirx.Bind(env[part.var], part.value)
-            B.add_to_parent(use_vector_math(substitute(part, env)))
+            B.add_to_parent(self.math(substitute(part, env)))
 
     def _point(self, nest: Nest, env: Environment) -> None:
         if not nest.reduced:
@@ -282,7 +283,7 @@ class _Writer:
         """An expression at a point, with the element being reduced replaced by its register."""
         if target is not None:
             value = replace_loads(value, target, lambda _: stand_in)
-        return use_vector_math(substitute(value, env))
+        return self.math(substitute(value, env))
 
     def _finish(self, nest: Nest, env: Environment, result: Any) -> None:
         store = nest.store
@@ -340,11 +341,10 @@ class _Writer:
     def _rows(self, nest: Nest, plan: Plan, tiles: list, env: Environment, ranges: dict[int, Range]) -> None:
         found = combination(nest)
         assert found is not None and plan.vector is not None
-        operator, term = found
         store, lanes, vector = nest.store, plan.lanes, plan.vector
         dtype = str(store.buffer.dtype)
         others = [a for a in nest.reduced if a is not vector]
-        combine = {tirx.Add: v.add, tirx.Max: T.max, tirx.Min: T.min}[operator]
+        term, combine, name = found.term, found.combine, v.let if found.is_sum else v.held
 
         def block(points: list[Environment]) -> None:
             unroll = max(1, 4 // len(points))
@@ -354,7 +354,7 @@ class _Writer:
                 start = self._value(nest.init.value, point)
                 v.store(single, [i], start, 1)
                 # A sum starts once, in `single`; a maximum may start in every lane.
-                identity = v.const(0, lanes, dtype) if operator is tirx.Add else v.splat(start, lanes)
+                identity = v.const(0, lanes, dtype) if found.is_sum else v.splat(start, lanes)
                 for u in range(unroll):
                     v.store(acc, [(i * unroll + u) * lanes], identity, lanes)
 
@@ -379,8 +379,8 @@ class _Writer:
                 parts = [v.let(v.load(acc, [(i * unroll + u) * lanes], lanes)) for u in range(unroll)]
                 whole = parts[0]
                 for part in parts[1:]:
-                    whole = v.let(combine(whole, part))
-                result = v.let(combine(v.reduce_lanes(whole, lanes, combine), single[i]))
+                    whole = name(combine(whole, part))
+                result = v.let(combine(v.reduce_lanes(whole, lanes, combine, name), single[i]))
                 self._finish(nest, env | point, result)
 
         def tile(remaining: list, points: list[Environment]) -> None:

@@ -179,6 +179,8 @@ def stride(index: Any, var: Any, analyzer: Analyzer) -> int | None:
 
 def access(load: Any, var: Any, analyzer: Analyzer) -> int | None:
     """How far apart in memory consecutive points of an axis read: 0, 1, or None for anything else."""
+    if not len(load.indices):
+        return 0
     *outer, last = load.indices
     if any(stride(index, var, analyzer) != 0 for index in outer):
         return None

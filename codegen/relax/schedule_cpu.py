@@ -16,7 +16,7 @@ from tvm import relax, tirx
 from qcompile.codegen.kernels.cpu.vector import SCHEDULED
 from qcompile.codegen.relax.loop_writer import write
 from qcompile.codegen.relax.nests import NotANest, parse, simplify
-from qcompile.codegen.relax.vector_math import use_vector_math
+from qcompile.codegen.relax.vector_math import allows_vector_math, use_vector_math
 from qcompile.targets.target import Target
 
 _log = logging.getLogger("qcompile.schedule_cpu")
@@ -45,7 +45,8 @@ def schedule_functions(mod: tvm.IRModule, target: Target) -> tuple[tvm.IRModule,
             _log.debug("scheduling %s failed", name.name_hint, exc_info=True)
         if name.name_hint in skipped:
             _log.info("%s keeps its plain loops: %s", name.name_hint, skipped[name.name_hint])
-            scheduled[name] = function.with_body(use_vector_math(function.body))
+            if allows_vector_math(function.body):
+                scheduled[name] = function.with_body(use_vector_math(function.body))
     result = mod.clone() if hasattr(mod, "clone") else tvm.IRModule(dict(mod.functions_items()), attrs=mod.attrs)
     for name, function in scheduled.items():
         result.update_func(name, function)

@@ -11,11 +11,28 @@ from typing import Any
 
 import tvm_ffi
 from tvm import tirx
-from tvm.ir import Call
+from tvm.ir import Call, TensorLoad
 
 from qcompile.codegen.kernels.cpu import vmath
 
 _FUNCTIONS = {"exp": vmath.exp, "erf": vmath.erf, "tanh": vmath.tanh, "sigmoid": vmath.sigmoid}
+
+
+def allows_vector_math(node: Any) -> bool:
+    """Whether `use_vector_math` may be applied to a function's body.
+
+    The polynomials bind their argument with ``Let``, and the passes that emulate bfloat16 and narrower floats leave
+    reads inside of such bindings as they are (TVM 0.27).
+    """
+    emulated = False
+
+    def visit(load: TensorLoad) -> None:
+        nonlocal emulated
+        dtype = str(load.source.dtype)
+        emulated = emulated or dtype == "bfloat16" or dtype.startswith(("float8", "float6", "float4"))
+
+    tvm_ffi.structural_walk(node, (TensorLoad, visit))
+    return not emulated
 
 
 def use_vector_math(node: Any) -> Any:

@@ -5,11 +5,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import tvm
-from tvm import relax, tirx
+from tvm import relax, te, tirx
+from tvm.script import tirx as T
+from tvm.script.ir_builder import IRBuilder
 
 from qcompile.codegen.kernels.x86.harness import TARGETS
 from qcompile.codegen.relax.pipeline import compile_relax, lower
 from qcompile.codegen.relax.schedule_cpu import schedule_functions
+from qcompile.targets.target import Target
 
 op, nn = relax.op, relax.op.nn
 
@@ -172,6 +175,78 @@ def test_scheduled_equals_plain(build: object) -> None:
                     np.testing.assert_allclose(a, b, rtol=2e-5, atol=3e-6 * np.abs(b).max(initial=1), err_msg=where)
                 else:
                     np.testing.assert_array_equal(a, b, err_msg=where)
+
+
+def softmax_where_nan_wins(x: te.Tensor) -> te.Tensor:
+    """The maximum as ONNX wants it, in a reducer of its own."""
+    m, n = x.shape
+
+    def larger(a: object, b: object) -> object:
+        return tirx.Select(tirx.Or(a > b, tirx.isnan(a)), a, b)
+
+    peak_of = te.comm_reducer(larger, lambda dtype: tirx.const(float("-inf"), dtype), name="peak")
+    k = te.reduce_axis((0, n), "k")
+    peak = te.compute((m,), lambda i: peak_of(x[i, k], axis=k), name="peak")
+    power = te.compute((m, n), lambda i, j: te.exp(x[i, j] - peak[i]), name="power")
+    j = te.reduce_axis((0, n), "j")
+    total = te.compute((m,), lambda i: te.sum(power[i, j], axis=j), name="total")
+    return te.compute((m, n), lambda i, j: power[i, j] / total[i], name="softmax")
+
+
+def run_te(compute: object, target: Target, x: np.ndarray) -> tuple[np.ndarray, str]:
+    given = te.placeholder((te.var("m", dtype="int64"), tirx.IntImm("int64", x.shape[1])), str(x.dtype), name="x")
+    out = compute(given)  # type: ignore[operator]
+    function = te.create_prim_func([given, out]).with_attr("global_symbol", "main").with_attr("tirx.noalias", True)
+    scheduled, skipped = schedule_functions(tvm.IRModule({"main": function}), target)
+    assert not skipped
+    y = tvm.runtime.empty(x.shape, str(out.dtype))
+    tvm.compile(scheduled, target=target.tvm())["main"](tvm.runtime.tensor(x), y)
+    return y.numpy(), scheduled["main"].script()
+
+
+@pytest.mark.parametrize("target", TARGETS, ids=str)
+def test_maximum_that_lets_nan_win_is_vectorised(target: Target) -> None:
+    x = np.random.default_rng(0).standard_normal((5, 77)).astype(np.float32)
+    x[2, 60] = np.nan
+    x[3] = -np.inf
+    got, script = run_te(softmax_where_nan_wins, target, x)
+    with np.errstate(invalid="ignore"):
+        power = np.exp(x - x.max(1, keepdims=True))
+    np.testing.assert_allclose(got, power / power.sum(1, keepdims=True), rtol=1e-5)
+    assert "T.vectorized" in script and "T.exp" not in script
+
+
+def test_emulated_types_keep_their_meaning() -> None:
+    """bfloat16 is emulated by passes that run after scheduling."""
+    import ml_dtypes
+
+    x = np.random.default_rng(1).standard_normal((4, 40)).astype(ml_dtypes.bfloat16)
+
+    def exponential(given: te.Tensor) -> te.Tensor:
+        return te.compute(given.shape, lambda i, j: te.exp(given[i, j].astype("float32")), name="e")
+
+    got, _ = run_te(exponential, TARGETS[0], x)
+    np.testing.assert_allclose(got, np.exp(x.astype(np.float32)), rtol=1e-5)
+
+
+def test_what_is_no_nest_keeps_its_loops_and_says_why() -> None:
+    def scan(given: te.Tensor) -> te.Tensor:
+        def body(ins: list, outs: list) -> object:
+            with IRBuilder() as builder:
+                with T.serial(given.shape[0]) as i:
+                    T.buffer_store(outs[0], T.exp(ins[0][i, 0]), [i, 0])
+                return builder.get()
+
+        return te.extern([given.shape], [given], body, dtype="float32", name="scan")
+
+    given = te.placeholder((6, 1), "float32", name="x")
+    function = te.create_prim_func([given, scan(given)]).with_attr("global_symbol", "main")
+    scheduled, skipped = schedule_functions(tvm.IRModule({"main": function}), TARGETS[0])
+    assert "where a block was expected" in skipped["main"]
+    x = np.linspace(-2, 2, 6, dtype=np.float32)[:, None]
+    y = tvm.runtime.empty((6, 1), "float32")
+    tvm.compile(scheduled, target=TARGETS[0].tvm())["main"](tvm.runtime.tensor(x), y)
+    np.testing.assert_allclose(y.numpy(), np.exp(x), rtol=1e-6)
 
 
 @pytest.mark.parametrize("build", PROGRAMS, ids=lambda f: f.__name__)

@@ -71,12 +71,17 @@ def let(value: Any) -> Any:
     """Evaluate once and give it a name.
 
     TVM's simplifier substitutes integer bindings back into their uses, which makes a chain of reductions grow
-    exponentially and bounds made of minima slow to analyse. Integers are therefore kept in a small buffer, which LLVM
-    turns back into a register.
+    exponentially and bounds made of minima slow to analyse. Integers are therefore kept as `held` does.
+    """
+    return held(value) if str(value.ty.dtype).startswith(("int", "uint")) else B.Bind(value)
+
+
+def held(value: Any) -> Any:
+    """Evaluate once and keep in a small buffer, which LLVM turns back into a register.
+
+    For values whose bindings TVM's passes would substitute into all of their uses: integers, and conditions on floats.
     """
     dtype = value.ty.dtype
-    if not str(dtype).startswith(("int", "uint")):
-        return B.Bind(value)
     home = B.alloc_buffer((dtype.lanes,), str(dtype).partition("x")[0])
     store(home, [0], value, dtype.lanes)
     return load(home, [0], dtype.lanes)
@@ -120,17 +125,17 @@ def transpose(rows: Sequence[Any], lanes: int) -> list[Any]:
     return rows
 
 
-def reduce_lanes(value: Any, lanes: int, combine: Callable[[Any, Any], Any]) -> Any:
-    """Combine all lanes into one scalar by halving; ``lanes`` need not be a power of two."""
+def reduce_lanes(value: Any, lanes: int, combine: Callable[[Any, Any], Any], name: Callable[[Any], Any] = let) -> Any:
+    """Combine all lanes into one scalar by halving; ``lanes`` need not be a power of two. ``name`` is `let` or `held`."""
     odd = None
     while lanes > 1:
         half = lanes // 2
         if lanes % 2:
             last = shuffle(value, [lanes - 1])
             odd = last if odd is None else combine(odd, last)
-        value = let(combine(shuffle(value, range(half)), shuffle(value, range(half, 2 * half))))
+        value = name(combine(shuffle(value, range(half)), shuffle(value, range(half, 2 * half))))
         lanes = half
-    return let(value if odd is None else combine(value, odd))
+    return name(value if odd is None else combine(value, odd))
 
 
 def sweep(width: int, lanes: int, body: Callable[[Any, int, int], None], unroll: int = UNROLL) -> None:

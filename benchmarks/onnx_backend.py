@@ -2,6 +2,7 @@
 
     python benchmarks/onnx_backend.py                         # all cases; writes docs/onnx-operators.md
     python benchmarks/onnx_backend.py --filter '^test_resize' # some cases; prints only
+    python benchmarks/onnx_backend.py --resume state.json --seconds 180   # a part; repeat until all have run
 
 Every case ends in one of five ways. *passed*: outputs have the expected dtypes, shapes and values. *unsupported*: the
 converter refused with an error that names the operator and the reason. *wrong*, *crashed* and *timed out* are defects.
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import multiprocessing
 import re
 import sys
@@ -167,6 +169,7 @@ def run_cases(
     *,
     limit_s: float = 60.0,
     batch: int = 60,
+    seconds: float = math.inf,
     report: Callable[[str, Outcome], None] | None = None,
 ) -> dict[str, Outcome]:
     """Runs cases in forked workers of ``batch`` cases each; a worker that dies or stalls loses the case it was at.
@@ -175,6 +178,7 @@ def run_cases(
         cases: what :func:`load_cases` returns, or a part of it.
         limit_s: time limit of one case.
         batch: cases per worker.
+        seconds: no worker starts after this time; what has not run by then has no outcome.
         report: called after each case.
     """
     import onnx_ir  # noqa: F401  (imported once, before forking)
@@ -191,7 +195,8 @@ def run_cases(
         if report:
             report(case.name, outcome)
 
-    while waiting:
+    start = time.monotonic()
+    while waiting and time.monotonic() - start < seconds:
         chunk, waiting = waiting[:batch], waiting[batch:]
         receiver, sender = context.Pipe(duplex=False)
         process = context.Process(target=_worker, args=(chunk, sender), daemon=True)
@@ -291,12 +296,22 @@ def _reason(outcome: Outcome) -> str:
     return f"**{outcome.status}** {detail}".replace("|", "\\|")
 
 
+def read(path: Path) -> dict[str, Outcome]:
+    """Outcomes written by an earlier run; none if there is no such file."""
+    if not path.exists():
+        return {}
+    found = json.loads(path.read_text(encoding="utf-8"))
+    return {name: Outcome(**{**o, "operators": tuple(o["operators"])}) for name, o in found.items()}
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; the exit code says whether a case was wrong, crashed or timed out."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--filter", default="", help="run the cases whose name this regular expression finds")
     parser.add_argument("--limit", type=float, default=60.0, help="seconds per case")
     parser.add_argument("--json", type=Path, help="write every outcome to this file")
+    parser.add_argument("--resume", type=Path, help="keep the outcomes in this file, and add those of cases not in it")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="stop after this time")
     parser.add_argument("--verbose", action="store_true", help="print every case that did not pass")
     parser.add_argument("--out", type=Path, help="the report (default: docs/onnx-operators.md when all cases run)")
     options = parser.parse_args(arguments)
@@ -307,10 +322,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"{outcome.status:12} {name}: {outcome.detail}", flush=True)
 
     start = time.perf_counter()
-    outcomes = run_cases(cases, limit_s=options.limit, report=report)
+    names = {case.name for case in cases}
+    known = {k: o for k, o in (read(options.resume) if options.resume else {}).items() if k in names}
+    todo = [case for case in cases if case.name not in known]
+    outcomes = known | run_cases(todo, limit_s=options.limit, batch=20, seconds=options.seconds, report=report)
     print(f"{len(outcomes)} cases in {time.perf_counter() - start:.0f} s: {summary(outcomes)}")
-    if options.json:
-        options.json.write_text(json.dumps({k: asdict(v) for k, v in outcomes.items()}, indent=1))
+    for path in filter(None, (options.json, options.resume)):
+        path.write_text(json.dumps({k: asdict(v) for k, v in outcomes.items()}, indent=1))
+    if left := len(cases) - len(outcomes):
+        print(f"{left} cases left: run the same command again")
+        return 1
     out = options.out or (Path(__file__).parents[1] / "docs" / "onnx-operators.md" if not options.filter else None)
     if out:
         out.write_text(markdown(dict(sorted(outcomes.items()))))

@@ -41,10 +41,18 @@ class BuiltProgram:
     kernels: Counter[str]
     refusals: list[tuple[str, str, str]]
 
-    def export(self, path: str | os.PathLike[str]) -> None:
-        """Link the shared library."""
-        # -s: symbols are a fifth of the file; --build-id would be one more thing to differ between equal compiles.
-        self.executable.export_library(os.fspath(Path(path)), options=["-s", "-Wl,--build-id=none"])
+    def export(self, path: str | os.PathLike[str], link: Callable[[str, list[str]], None] | None = None) -> None:
+        """Link the shared library.
+
+        Args:
+            path: where to put it.
+            link: for other machines than this one: links objects (second argument) into a shared library (first).
+        """
+        if link is None:
+            # -s: symbols are a fifth of the file; --build-id would be one more thing to differ between equal compiles.
+            self.executable.export_library(os.fspath(Path(path)), options=["-s", "-Wl,--build-id=none"])
+        else:
+            self.executable.export_library(os.fspath(Path(path)), fcompile=lambda out, files, **_: link(out, files))
 
     def share_weights(self, model: ir.Model, external: Callable[[str], ir.ExternalTensor]) -> ir.Model:
         """The quantized ``model`` with its weights read from `params`; see `codegen.onnx_export`."""

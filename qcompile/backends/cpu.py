@@ -6,7 +6,7 @@ import dataclasses
 import json
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,9 @@ from qcompile.runtime import Program, TensorSpec
 
 if TYPE_CHECKING:
     import onnx_ir as ir
+
+    from qcompile.codegen.program import BuiltProgram
+    from qcompile.targets.target import Target
 
 MIN_FREE_BYTES = 50_000_000
 
@@ -38,15 +41,27 @@ class Cpu(Backend):
             places = tensors.save(job.folder / "weights.safetensors", program.params)
             require_space(job.folder, Path(tempfile.gettempdir()))
             (job.folder / "lib").mkdir()
-            program.export(job.folder / "lib" / "model.so")
+            program.export(job.folder / "lib" / "model.so", self.linker(job.target))
             job.report.tensors = {name: place.length for name, place in places.items()}
             save_onnx(program, places, job.quantized, job.folder)
             write_program(job.folder, program, job.target)
             describe(job.report, program)
+            self.emit_more(job, program)
+
+    def linker(self, target: Target) -> Callable[[str, list[str]], None] | None:
+        """What links objects into a shared library, for other machines than this one."""
+        return None
+
+    def emit_more(self, job: Job, program: BuiltProgram) -> None:
+        """Write the other forms asked for."""
+
+    def check(self, target: Mapping[str, Any]) -> None:
+        """Raise `TargetError` unless this machine runs programs for ``target``."""
+        check_machine(target)
 
     def load(self, folder: Path, target: Mapping[str, Any]) -> Program:
         """Load library and weights."""
-        check_machine(target)
+        self.check(target)
         content = json.loads((folder / "program.json").read_text(encoding="utf-8"))
         arrays = tensors.load(folder / "weights.safetensors")
         if missing := [n for n in content["parameters"] if n not in arrays]:

@@ -40,13 +40,15 @@ def load_runtime() -> None:
     global _loaded
     if _loaded:
         return
-    os.environ.setdefault("TVM_NUM_THREADS", str(len(os.sched_getaffinity(0))))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    os.environ.setdefault("TVM_NUM_THREADS", str(cores))
     os.environ.setdefault("TVM_BIND_THREADS", "0")
     _import_tvm_ffi()
     spec = importlib.util.find_spec("tvm")
     if spec is None or not spec.submodule_search_locations:
         raise QcompileError("the TVM runtime is not installed; run `pip install apache-tvm==0.27.0.post1`")
-    library = Path(next(iter(spec.submodule_search_locations))) / "lib" / "libtvm_runtime.so"
+    suffix = "dylib" if sys.platform == "darwin" else "so"
+    library = Path(next(iter(spec.submodule_search_locations))) / "lib" / f"libtvm_runtime.{suffix}"
     ctypes.CDLL(str(library), ctypes.RTLD_GLOBAL)
     _loaded = True
 
@@ -85,37 +87,19 @@ def aligned(array: np.ndarray) -> np.ndarray:
     return copy
 
 
-class Program:
-    """A loaded program.
+class Checked:
+    """What every loaded program shares: inputs by position or name, and checks of what is passed.
 
     Args:
-        library: the shared object with the VM and all kernels.
-        parameters: packed weights, in the order the program takes them.
         inputs, outputs: what it takes and returns.
-
-    Raises:
-        ArtifactError: the library cannot be loaded.
     """
 
-    def __init__(
-        self,
-        library: str | os.PathLike[str],
-        parameters: Sequence[np.ndarray],
-        inputs: Sequence[TensorSpec],
-        outputs: Sequence[TensorSpec],
-    ) -> None:
-        load_runtime()
-        import tvm_ffi
-
+    def __init__(self, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]) -> None:
         self.inputs, self.outputs = tuple(inputs), tuple(outputs)
-        try:
-            module = tvm_ffi.load_module(os.path.abspath(library))
-            self._vm = module["vm_load_executable"]()
-            self._vm["vm_initialization"](1, 0, 2)  # CPU, device 0, pooled allocator
-            self._main = self._vm["main"]
-        except Exception as error:
-            raise ArtifactError(f"cannot load {library}: {_first_line(error)}") from None
-        self._parameters = [tvm_ffi.from_dlpack(aligned(p)) for p in parameters]
+
+    def run(self, feeds: Mapping[str, Any]) -> dict[str, np.ndarray]:
+        """Run with inputs by name; returns every output by name."""
+        raise NotImplementedError
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the program.
@@ -136,21 +120,6 @@ class Program:
             results = [torch.from_numpy(r) for r in results]
         return results[0] if len(results) == 1 else tuple(results)
 
-    def run(self, feeds: Mapping[str, Any]) -> dict[str, np.ndarray]:
-        """Run with inputs by name; returns every output by name."""
-        import tvm_ffi
-
-        arrays = self._check(feeds)
-        try:
-            result = self._main(*(tvm_ffi.from_dlpack(a) for a in arrays), *self._parameters)
-        except Exception as error:
-            shapes = ", ".join(f"{s.name} {a.shape}" for s, a in zip(self.inputs, arrays))
-            raise InputError(f"the program failed on inputs of shape {shapes}: {_first_line(error)}") from error
-        tensors = [result] if len(self.outputs) == 1 and not isinstance(result, (tuple, list)) else list(result)
-        if len(tensors) == 1 and hasattr(tensors[0], "__len__") and not hasattr(tensors[0], "__dlpack__"):
-            tensors = list(tensors[0])
-        return {spec.name: np.from_dlpack(t) for spec, t in zip(self.outputs, tensors)}
-
     def _bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         if len(args) == 1 and isinstance(args[0], Mapping) and not kwargs:
             return dict(args[0])
@@ -161,7 +130,12 @@ class Program:
             raise InputError(f"input {sorted(twice)[0]!r} is given twice")
         return {**feeds, **kwargs}
 
-    def _check(self, feeds: Mapping[str, Any]) -> list[np.ndarray]:
+    def check(self, feeds: Mapping[str, Any]) -> list[np.ndarray]:
+        """The inputs in order, contiguous and aligned.
+
+        Raises:
+            InputError: one is missing, unknown, or has the wrong dtype or shape.
+        """
         known = {s.name for s in self.inputs}
         if missing := [s.name for s in self.inputs if s.name not in feeds]:
             raise InputError(f"input {missing[0]!r} is missing; the model takes {self._signature()}")
@@ -187,6 +161,54 @@ class Program:
 
     def _signature(self) -> str:
         return "; ".join(map(str, self.inputs))
+
+
+class Program(Checked):
+    """A loaded program.
+
+    Args:
+        library: the shared object with the VM and all kernels.
+        parameters: packed weights, in the order the program takes them.
+        inputs, outputs: what it takes and returns.
+
+    Raises:
+        ArtifactError: the library cannot be loaded.
+    """
+
+    def __init__(
+        self,
+        library: str | os.PathLike[str],
+        parameters: Sequence[np.ndarray],
+        inputs: Sequence[TensorSpec],
+        outputs: Sequence[TensorSpec],
+    ) -> None:
+        load_runtime()
+        import tvm_ffi
+
+        super().__init__(inputs, outputs)
+        try:
+            module = tvm_ffi.load_module(os.path.abspath(library))
+            self._vm = module["vm_load_executable"]()
+            self._vm["vm_initialization"](1, 0, 2)  # CPU, device 0, pooled allocator
+            self._main = self._vm["main"]
+        except Exception as error:
+            raise ArtifactError(f"cannot load {library}: {_first_line(error)}") from None
+        self._parameters = [tvm_ffi.from_dlpack(aligned(p)) for p in parameters]
+
+    def run(self, feeds: Mapping[str, Any]) -> dict[str, np.ndarray]:
+        """Run with inputs by name; returns every output by name."""
+        import tvm_ffi
+
+        arrays = self.check(feeds)
+        try:
+            result = self._main(*(tvm_ffi.from_dlpack(a) for a in arrays), *self._parameters)
+        except Exception as error:
+            shapes = ", ".join(f"{s.name} {a.shape}" for s, a in zip(self.inputs, arrays))
+            raise InputError(f"the program failed on inputs of shape {shapes}: {_first_line(error)}") from error
+        tensors = [result] if len(self.outputs) == 1 and not isinstance(result, (tuple, list)) else list(result)
+        if len(tensors) == 1 and hasattr(tensors[0], "__len__") and not hasattr(tensors[0], "__dlpack__"):
+            tensors = list(tensors[0])
+        return {spec.name: np.from_dlpack(t) for spec, t in zip(self.outputs, tensors)}
 
 
 def _as_numpy(value: Any, spec: TensorSpec) -> np.ndarray:

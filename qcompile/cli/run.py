@@ -12,8 +12,9 @@ import click
 @click.argument("inputs")
 @click.option("-o", "--output", type=click.Path(), help="Write the outputs to this .npz file.")
 @click.option("--threads", type=int, help="Threads to use; all cores by default.")
+@click.option("--emulate", is_flag=True, help="Run a program for ARM under qemu.")
 @click.option("--json", "as_json", is_flag=True, help="Print shapes and statistics as JSON.")
-def run(artifact: str, inputs: str, output: str | None, threads: int | None, as_json: bool) -> None:
+def run(artifact: str, inputs: str, output: str | None, threads: int | None, emulate: bool, as_json: bool) -> None:
     """Run ARTIFACT on INPUTS, a .npz file with one array per model input."""
     import numpy as np
 
@@ -29,7 +30,12 @@ def run(artifact: str, inputs: str, output: str | None, threads: int | None, as_
         raise InputError(f"{inputs} is not a readable .npz file: {error}") from None
     if threads is not None:
         set_threads(threads)
-    results = model.run(feeds)
+    if emulate:
+        from qcompile.backends.emulate import EmulatedProgram
+
+        results = EmulatedProgram(model.path).run(feeds)
+    else:
+        results = model.run(feeds)
     if output is not None:
         try:
             np.savez(output, **results)

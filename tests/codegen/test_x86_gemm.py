@@ -135,6 +135,28 @@ def test_per_channel_sums_are_exact(target, fmt):
         np.testing.assert_array_equal(got, expected, err_msg=f"{family.name} {config}")
 
 
+@FEW
+@given(
+    fmt=st.sampled_from(["int8", "int8/asym", "int8/g32", "int8/g20/asym"]),
+    k=st.integers(1, 200),
+    seed=st.integers(0, 1000),
+)
+def test_bytes_at_both_ends_do_not_saturate(fmt, k, seed):
+    """Sums stay exact where pairs of activations and weights are as large as they get, of either sign."""
+    rng = np.random.default_rng(seed)
+    fmt = parse_format(fmt)
+    problem = LinearProblem(k, 19, fmt, parse_activation("int8"))
+    weight = weights(rng, k, 19, fmt)
+    weight.codes[...] = rng.choice([fmt.qmin, fmt.qmax], weight.codes.shape)
+    weight.scale[...] = 1
+    x = rng.choice(np.array([0, 1, 64, 127, 128, 192, 255], np.uint8), (7, k))
+    for family in able(problem, x86.AVX2):
+        config = small(family.configs(problem, x86.AVX2)[0])
+        got = run(family, problem, config, x86.AVX2, x, np.ones(7, np.float32), weight)
+        expected = family.reference(problem, x, np.ones(7, np.float32), weight).astype(np.float32)
+        np.testing.assert_array_equal(got, expected, err_msg=family.name)
+
+
 @target
 @pytest.mark.parametrize("config", [0, 1])
 def test_every_height_of_a_tile(target, config):
@@ -313,7 +335,7 @@ def test_selection_gives_its_reason_and_the_refusals():
     problem = LinearProblem(384, 1152, IntFormat(8), parse_activation("int8"))
     choice = select(problem, x86.VNNI)
     assert choice.family.name == "x86-vnni" and "rows" in choice.reason and "int16" in choice.refused["x86-maddubs"]
-    assert select(problem, x86.AVX2).family.name == "x86-maddwd"
+    assert select(problem, x86.AVX2).family.name == "x86-pairs"
     for fmt in ("int4", "int4/g32", "int3/g64/asym", "int2"):
         narrow = LinearProblem(384, 1152, parse_format(fmt), parse_activation("int8"))
         assert select(narrow, x86.VNNI).family.name == "x86-vnni", "VNNI does the work of three instructions in one"

@@ -35,6 +35,9 @@ CLOCK = 3e9
 BANDWIDTH = 40e9
 """Bytes per second of weights assumed by `TiledGemm.cost`."""
 
+ITEMS_PER_THREAD = 4
+"""Items each thread should get at least, where the rows alone do not make as many."""
+
 ON_STACK = {"disable_lower_builtin": True}
 """Annotation of a buffer that lives on the stack whatever its size."""
 
@@ -169,7 +172,10 @@ class TiledGemm(LinearKernel):
         rate, cycles = self.speed(problem, target)
         multiply = m * columns * depth / rate
         unpack = tiles * columns * depth / (panels.lanes * panels.depth) * cycles
-        items = tiles * -(-panels.count // config["panels"])
+        span = min(config["panels"], panels.count)
+        if threads > 1:
+            span = max(min(tiles * panels.count // (ITEMS_PER_THREAD * threads), span), 1)
+        items = tiles * -(-panels.count // span)
         balance = -(-items // threads) / max(items, 1)
         stored = columns * depth * panels.bits / 8 + (4 * columns * panels.groups if panels.fmt.group else 0)
         return max((multiply + unpack) * balance / CLOCK, stored / BANDWIDTH) + (2e-6 if threads > 1 else 0)
@@ -233,10 +239,15 @@ class TiledGemm(LinearKernel):
         with v.kernel(name, self.params(problem, config, panels)) as (builder, names):
             mr = config["mr"]
             span = min(config["panels"], panels.count)
-            runs = -(-panels.count // span)
             block = max(1, config["block_rows"] // mr)
             m = opaque(T.cast(names["m"], "int32"))
             tiles = v.let(T.truncdiv(m + (mr - 1), mr))
+            runs = -(-panels.count // span)
+            if span > 1 and problem.threads > 1:
+                # Few rows: shorter runs of panels, so that every thread gets some.
+                fair = opaque(T.truncdiv(tiles * panels.count, ITEMS_PER_THREAD * problem.threads))
+                span = opaque(T.max(T.min(fair, span), 1))
+                runs = opaque(T.truncdiv(span + (panels.count - 1), span))
             height = v.let(T.truncdiv(m, T.max(tiles, 1)))
             taller = v.let(m - height * tiles)
             items = tiles * runs
@@ -252,7 +263,7 @@ class TiledGemm(LinearKernel):
                 tile = B.alloc_buffer((mr, panels.width), dtype, annotations=ON_STACK)
                 e = Emission(problem, panels, config, names, m, tile)
                 self.prologue(e, first, rows)
-                if span == 1:
+                if isinstance(span, int) and span == 1:
                     self._panel(e, run, first, rows)
                 else:
                     with T.serial(run * span, T.min((run + 1) * span, panels.count)) as panel:

@@ -14,7 +14,7 @@ OPSET = 23
 
 QUANTIZE_PER_TOKEN = """
 <domain: "qcompile", opset_import: ["" : 23]>
-QuantizePerToken <bits: int = 8> (x) => (codes, scale)
+QuantizePerToken <bits: int = 8, clip: float = 1.0> (x) => (codes, scale)
 {
     one = Constant <value_float: float = 1.0> ()
     two = Constant <value_float: float = 2.0> ()
@@ -28,7 +28,9 @@ QuantizePerToken <bits: int = 8> (x) => (codes, scale)
     qmin = Neg (qmax)
     size = Abs (x)
     absmax = ReduceMax <keepdims: int = 1> (size, last)
-    step = Div (absmax, qmax)
+    share = Constant <value_float: float = @clip> ()
+    largest = Mul (absmax, share)
+    step = Div (largest, qmax)
     empty = Equal (step, zero)
     scale = Where (empty, one, step)
     steps = Div (x, scale)
@@ -62,10 +64,29 @@ BlockRotate (x, matrix) => (y)
 }
 """
 
+KRONECKER = """
+<domain: "qcompile", opset_import: ["" : 23]>
+Kronecker (x, left, right) => (y)
+{
+    whole = Shape (x)
+    lead = Shape <end: int = -1> (x)
+    rows = Shape <start: int = 0, end: int = 1> (left)
+    columns = Shape <start: int = 0, end: int = 1> (right)
+    rest = Constant <value_ints: ints = [-1]> ()
+    blocks = Concat <axis: int = 0> (lead, rest, rows, columns)
+    split = Reshape (x, blocks)
+    turned = Transpose <perm: ints = [1, 0]> (left)
+    first = MatMul (split, right)
+    second = MatMul (turned, first)
+    y = Reshape (second, whole)
+}
+"""
+
 _BODIES = {
     "QuantizePerToken": QUANTIZE_PER_TOKEN,
     "DequantizePerToken": DEQUANTIZE_PER_TOKEN,
     "BlockRotate": BLOCK_ROTATE,
+    "Kronecker": KRONECKER,
 }
 
 

@@ -88,3 +88,20 @@ def insert_before(anchor: ir.Node, nodes: Sequence[ir.Node]) -> None:
     """Insert nodes, in order, right before ``anchor``."""
     assert anchor.graph is not None
     anchor.graph.insert_before(anchor, nodes)
+
+
+def insert_after_producer(value: ir.Value, node: ir.Node) -> None:
+    """Insert ``node`` right behind the node that computes ``value``, or first of all if it is an input."""
+    producer = value.producer()
+    if producer is not None:
+        assert producer.graph is not None
+        producer.graph.insert_after(producer, [node])
+        return
+    graph = next(iter(use.node.graph for use in value.uses() if use.node is not node and use.node.graph is not None), None)
+    assert graph is not None
+    graph.insert_before(graph[0], [node])
+
+
+def float_type(value: ir.Value) -> np.dtype:
+    """Type for constants that meet ``value``: its own, float32 if it is not known."""
+    return np.dtype(value.dtype.numpy()) if value.dtype is not None else np.dtype(np.float32)

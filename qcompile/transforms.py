@@ -1,20 +1,31 @@
-"""The transforms a recipe may name: each rewrites the float model without changing its function.
+"""The transforms a recipe may name, and how they meet calibration data.
 
-A transform takes the model and what it may ask of the calibration data, and returns a line for the report.
+A transform is an ask (`qcompile.passes.asks`): it says what it wants on a space of channels; the analysis decides where
+that folds. A step of a recipe names it, by the name it was registered under or as ``file.py:Class`` or ``module:Class``.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import importlib
+import importlib.util
+import sys
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 
+from qcompile import ort
 from qcompile.calibration import ChannelStatistics, Feed, collect
 from qcompile.errors import RecipeError
+from qcompile.passes.asks import Ask, Data, Precision, apply_asks, registered_asks
 from qcompile.passes.sites import LinearSite, linear_sites
-from qcompile.recipes import Recipe
+from qcompile.passes.spaces import analyse
+from qcompile.recipes import Recipe, Step
 from qcompile.report import Report
 
 
@@ -40,27 +51,45 @@ class TransformContext:
         """Linear sites the recipe quantizes."""
         return [s for s in linear_sites(model) if self.recipe.weight_format(s.name) is not None]
 
+    def precisions(self, model: ir.Model) -> dict[str, Precision]:
+        """What the recipe rounds the operands of each site to, by the name of the weight."""
+        found = {}
+        for site in self.quantized_sites(model):
+            activation = self.recipe.activation_format(site.name)
+            found[site.weight.name or ""] = Precision(
+                self.recipe.weight_format(site.name), activation if activation.bits else None
+            )
+        return found
+
+    def data(self) -> Data:
+        """The calibration data, as asks use them."""
+        if not self.feeds:
+            return Data()
+        return Data(self.statistics, self.feeds, self.rows)
+
     def statistics(
-        self, model: ir.Model, values: Sequence[str], hessian: Sequence[str] = ()
+        self, model: ir.Model, values: Sequence[str], moments: bool = False
     ) -> Mapping[str, ChannelStatistics]:
-        """Statistics of values of ``model`` as it is now."""
-        if not hessian and all(name in self.known for name in values):
+        """Statistics of values of ``model`` as it is now, with second moments if wanted."""
+        if not moments and all(name in self.known for name in values):
             return {name: self.known[name] for name in values}
+        hessian = list(values) if moments else []
         return collect(model, self.feeds, values, hessian=hessian, progress=self.advance)
 
-
-Transform = Callable[..., str]
-_TRANSFORMS: dict[str, Transform] = {}
-
-
-def transform(name: str) -> Callable[[Transform], Transform]:
-    """Register a function ``(model, context, **options) -> one line for the report`` that rewrites ``model`` in place."""
-
-    def register(function: Transform) -> Transform:
-        _TRANSFORMS[name] = function
-        return function
-
-    return register
+    def rows(self, model: ir.Model, values: Sequence[str], count: int) -> Mapping[str, np.ndarray]:
+        """Rows of values, from samples spread over the data until there are ``count`` of them."""
+        session = ort.session(model, outputs=values)
+        inputs = {i.name for i in session.get_inputs()}
+        found: dict[str, list[np.ndarray]] = {name: [] for name in values}
+        for i in np.random.default_rng(0).permutation(len(self.feeds)):
+            fetch = [name for name in values if name not in inputs]
+            arrays = session.run(fetch, {k: v for k, v in self.feeds[i].items() if k in inputs})
+            for name, array in (*zip(fetch, arrays), *((n, self.feeds[i][n]) for n in values if n in inputs)):
+                found[name].append(np.asarray(array, np.float32).reshape(-1, array.shape[-1]))
+            self.advance()
+            if all(sum(map(len, rows)) >= count for rows in found.values()):
+                break
+        return {name: np.concatenate(rows) for name, rows in found.items()}
 
 
 def apply_transforms(model: ir.Model, context: TransformContext) -> ir.Model:
@@ -69,62 +98,81 @@ def apply_transforms(model: ir.Model, context: TransformContext) -> ir.Model:
     Raises:
         RecipeError: a transform or one of its options does not exist.
     """
-    for step in context.recipe.transforms:
-        if step.name not in _TRANSFORMS:
-            raise RecipeError(f"unknown transform {step.name!r}; known: {', '.join(sorted(_TRANSFORMS))}")
-        try:
-            model, line = _TRANSFORMS[step.name](model, context, **step.options)
-        except TypeError as error:
-            if "unexpected keyword" in str(error):
-                raise RecipeError(f"transform {step.name!r}: {error}") from None
-            raise
+    asks = [resolve(step) for step in context.recipe.transforms]
+    for step, ask in zip(context.recipe.transforms, asks):
+        # An ask is measured on the model that the ones before it made.
+        precisions = context.precisions(model)
+        model, report = apply_asks(model, analyse(model), [ask], context.data(), precisions)
         context.known = {}
+        for entry in report.entries:
+            if not entry.done:
+                where = entry.where or (f"space {entry.space}" if entry.space >= 0 else "the model")
+                context.report.refuse(entry.ask, where, entry.text)
+        done = [e for e in report.entries if e.done]
+        whole = [e.text for e in done if e.space < 0]
+        count = sum(e.space >= 0 for e in done)
+        line = "; ".join([*whole, *([f"{count} spaces changed"] if count or not whole else [])])
         context.report.transforms.append(f"{step}: {line}")
     return model
 
 
+def resolve(step: Step) -> Ask:
+    """The ask that a step of a recipe names.
+
+    Raises:
+        RecipeError: there is none, or it has no such option.
+    """
+    cls = _class(step.name)
+    known = [f.name for f in dataclasses.fields(cls) if f.init]  # type: ignore[arg-type]
+    if strange := step.options.keys() - set(known):
+        options = ", ".join(known) or "none"
+        raise RecipeError(f"transform {step.name!r} has no option {sorted(strange)[0]!r}; its options: {options}")
+    return cls(**step.options)
+
+
+def step_of(ask: Ask) -> Step:
+    """The step of a recipe that names ``ask``, with the options that differ from their defaults."""
+    fields = dataclasses.fields(ask)  # type: ignore[arg-type]
+    options = {f.name: getattr(ask, f.name) for f in fields if f.init and getattr(ask, f.name) != f.default}
+    cls = type(ask)
+    name = cls.name if registered_asks().get(cls.name) is cls else f"{cls.__module__}:{cls.__qualname__}"
+    return Step(name, options)
+
+
 def list_transforms() -> dict[str, str]:
     """First line of the description of every transform, by name."""
-    return {name: (f.__doc__ or "").strip().splitlines()[0] for name, f in sorted(_TRANSFORMS.items())}
+    return {name: (cls.__doc__ or "").strip().splitlines()[0] for name, cls in registered_asks().items()}
 
 
-@transform("smooth")
-def smooth(model: ir.Model, context: TransformContext, **options: Any) -> tuple[ir.Model, str]:
-    """Move activation outliers into the weights, channel by channel, wherever the analysis finds it legal."""
-    from qcompile.passes.asks import Smooth
-
-    return _ask(model, context, Smooth(**options))
-
-
-@transform("rotate-inputs")
-def rotate_inputs(model: ir.Model, context: TransformContext, block: int = 128) -> tuple[ir.Model, str]:
-    """Rotate the input of every quantized linear operator by Hadamard blocks at run time; its weight takes the inverse."""
-    from qcompile.passes.rotate_inputs import rotate
-
-    done, refused = rotate(model, context.quantized_sites(model), block)
-    for where, reason in refused:
-        context.report.refuse("rotate-inputs", where, reason)
-    return model, f"{done} activations rotated in blocks of up to {block}"
+def _class(name: str) -> type[Ask]:
+    known = registered_asks()
+    if name in known:
+        return known[name]
+    place, _, attribute = name.rpartition(":")
+    if not place:
+        raise RecipeError(f"unknown transform {name!r}; known: {', '.join(known)}, or file.py:Class")
+    try:
+        module = _load(Path(place)) if place.endswith(".py") else importlib.import_module(place)
+        found = getattr(module, attribute)
+    except (ImportError, OSError, AttributeError, SyntaxError) as error:
+        raise RecipeError(f"transform {name!r} cannot be loaded: {error}") from None
+    if not (isinstance(found, type) and issubclass(found, Ask) and dataclasses.is_dataclass(found)):
+        raise RecipeError(f"transform {name!r} is not a dataclass derived from qcompile.passes.asks.Ask")
+    return found
 
 
-def _ask(model: ir.Model, context: TransformContext, ask: Any) -> tuple[ir.Model, str]:
-    """Apply one ask to every space of the model and fold the result."""
-    from qcompile.passes.asks import apply_asks
-    from qcompile.passes.spaces import analyse
-
-    if not context.feeds:
-        context.report.refuse(ask.name, "all spaces", "no calibration data; pass --calibration")
-        return model, "skipped, no calibration data"
-    sites = context.quantized_sites(model)
-    quantized = {s.weight.name or "" for s in sites}
-
-    def ranges(current: ir.Model) -> dict[str, Any]:
-        values = list(dict.fromkeys(s.x.name or "" for s in linear_sites(current) if s.weight.name in quantized))
-        return {name: s.absmax for name, s in context.statistics(current, values).items()}
-
-    # Analysing and asking read the statistics before anything changes, so what is known still holds here.
-    folded, report = apply_asks(model, analyse(model), [ask], stats=ranges, quantized=quantized)
-    for entry in report.entries:
-        if not entry.done:
-            context.report.refuse(entry.ask, f"space {entry.space}", entry.text)
-    return folded, f"{len(report.applied)} spaces changed"
+def _load(path: Path) -> Any:
+    """Import a file once, under a name that its place determines."""
+    name = f"qcompile_transform_{path.stem}_{zlib.crc32(str(path.resolve()).encode())}"
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, path)
+        if spec is None or spec.loader is None:
+            raise ImportError(f"{path} is not a Python file")
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[name] = module
+        try:
+            spec.loader.exec_module(module)
+        except BaseException:
+            del sys.modules[name]
+            raise
+    return sys.modules[name]

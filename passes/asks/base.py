@@ -10,12 +10,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import numpy as np
 import onnx_ir as ir
 
-from qcompile.errors import CalibrationError
+from qcompile.errors import CalibrationError, RecipeError
+from qcompile.formats import ActivationFormat, Format, parse_activation, parse_format
+from qcompile.passes.graph import insert_after_producer
 from qcompile.passes.spaces import Element, Reader, Space, Spaces, analyse, fold
 
 
@@ -31,6 +33,8 @@ class Statistics(Protocol):
 
 Measure = Callable[[ir.Model, Sequence[str], bool], Mapping[str, Statistics]]
 """``(model, values, with second moments) -> statistics by value name``."""
+Rows = Callable[[ir.Model, Sequence[str], int], Mapping[str, np.ndarray]]
+"""``(model, values, how many) -> sample rows (tokens), (rows, channels) float32, by value name``."""
 Stats = Mapping[str, np.ndarray]
 """Only ranges: the largest magnitude of each channel, ``(channels,)``, by value name."""
 
@@ -41,7 +45,8 @@ class _Ranges:
 
     def __post_init__(self) -> None:
         self.minimum, self.maximum = -self.absmax, self.absmax
-        self.mean, self.hessian = np.zeros_like(self.absmax), None
+        self.mean = np.zeros_like(self.absmax)
+        self.hessian: np.ndarray | None = None
 
 
 @dataclass
@@ -51,10 +56,12 @@ class Data:
     Attributes:
         measure: computes statistics of named values of a model; None without data.
         feeds: the samples themselves, for asks that learn.
+        rows: picks sample rows of named values, for asks that search; None without data.
     """
 
     measure: Measure | None = None
     feeds: Sequence[Mapping[str, np.ndarray]] = ()
+    rows: Rows | None = None
 
     @classmethod
     def of(cls, stats: Stats | Callable[[ir.Model], Stats] | Data | None) -> Data:
@@ -76,6 +83,24 @@ class Data:
         return cls(once)
 
 
+@dataclass(frozen=True)
+class Precision:
+    """What the operands of one linear operator will be rounded to; None for the ones that stay float."""
+
+    weight: Format | None
+    activation: ActivationFormat | None
+
+    @classmethod
+    def of(cls, weight: str, activation: str) -> Precision:
+        """From spellings such as ``int4/g128`` and ``int8/token``; ``none`` for float."""
+        found = parse_activation(activation)
+        return cls(None if weight == "none" else parse_format(weight), found if found.bits else None)
+
+
+Quantized = Collection[str] | Mapping[str, Precision]
+"""Names of the weights that will be quantized, with what to where that is known."""
+
+
 @dataclass
 class Context:
     """What an ask may look at.
@@ -83,18 +108,19 @@ class Context:
     Attributes:
         spaces: the analysis of the model as it is now.
         data: calibration data.
-        quantized: names of the weights that will be quantized; None for all.
+        quantized: names of the weights that will be quantized, maybe with their formats; None for all.
         report: receives what was refused.
     """
 
     spaces: Spaces
     data: Data = field(default_factory=Data)
-    quantized: Collection[str] | None = None
+    quantized: Quantized | None = None
     report: Report = field(default_factory=lambda: Report())
 
     def __post_init__(self) -> None:
         self._readers = self.spaces.all_readers()
         self._known: dict[bool, Mapping[str, Statistics]] = {}
+        self._rows: Mapping[str, np.ndarray] = {}
 
     @property
     def model(self) -> ir.Model:
@@ -112,7 +138,7 @@ class Context:
         return list(unique.values())
 
     def statistics(self, moments: bool = False) -> Mapping[str, Statistics]:
-        """Statistics of the inputs of all readers.
+        """Statistics of the inputs of all readers, by the reader's activation.
 
         Raises:
             Refusal: there are no calibration data.
@@ -120,9 +146,54 @@ class Context:
         if self.data.measure is None:
             raise Refusal("no calibration data")
         if moments not in self._known:
-            names = list(dict.fromkeys(r.activation for r in self.all_readers()))
-            self._known[moments] = self.data.measure(self.model, names, moments)
+            model, names = self._channels_last()
+            found = self.data.measure(model, list(names), moments)
+            self._known[moments] = {names[n]: s for n, s in found.items() if n in names}
         return self._known[moments]
+
+    def rows(self, count: int) -> Mapping[str, np.ndarray]:
+        """At least ``count`` sample rows ``(rows, channels)`` of the inputs of all readers, if the data have so many.
+
+        Raises:
+            Refusal: there are no calibration data, or only statistics of them.
+        """
+        if self.data.rows is None:
+            raise Refusal("no calibration samples")
+        if not self._rows:
+            model, names = self._channels_last()
+            found = self.data.rows(model, list(names), count)
+            self._rows = {names[n]: r for n, r in found.items() if n in names}
+        return self._rows
+
+    def _channels_last(self) -> tuple[ir.Model, dict[str, str]]:
+        """The model, and by the name of a value with channels on its last axis the activation whose channels it has.
+
+        Inputs of convolutions are transposed for it, in a copy.
+        """
+        positions = {r.activation: r.position for r in self.all_readers()}
+        if all(p == -1 for p in positions.values()):
+            return self.model, {name: name for name in positions}
+        model, names = self.model.clone(), {}
+        values = {v.name: v for v in (*model.graph.inputs, *(v for n in model.graph for v in n.outputs))}
+        for name, position in positions.items():
+            value = values[name]
+            if position == -1 or value.shape is None:
+                names[name] = name
+                continue
+            rank = len(value.shape)
+            perm = [a for a in range(rank) if a != position % rank] + [position % rank]
+            node = ir.node("Transpose", [value], attributes={"perm": perm}, name=f"{name}.channels_last")
+            out = node.outputs[0]
+            out.name, out.type, out.shape = node.name, value.type, ir.Shape([value.shape[a] for a in perm])
+            insert_after_producer(value, node)
+            names[out.name or ""] = name
+        return model, names
+
+    def precision(self, reader: Reader) -> Precision:
+        """What the reader's operands will be rounded to; int8 both if nobody said."""
+        if isinstance(self.quantized, Mapping):
+            return self.quantized[reader.weight]
+        return Precision.of("int8", "int8/token")
 
     def activation_range(self, space: Space) -> np.ndarray:
         """Largest magnitude per channel of the space over all readers' inputs.
@@ -163,12 +234,21 @@ def _inside(reader: Reader, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]
 
 @dataclass(frozen=True)
 class Entry:
-    """One line of the report: what an ask did to a space, or why it did nothing."""
+    """One line of the report: what an ask did to a space, or why it did nothing.
+
+    Attributes:
+        ask: its name.
+        space: index of the space; -1 for the whole model.
+        done: whether the model changed.
+        text: what was done, or the reason.
+        where: the activations that lie in the space and are read by quantized operators.
+    """
 
     ask: str
     space: int
     done: bool
     text: str
+    where: str = ""
 
 
 @dataclass
@@ -190,13 +270,17 @@ class Refusal(Exception):
     """An ask would like to act on a space and cannot; the message says why."""
 
 
-class Ask(ABC):
-    """A method's wish. Subclasses are dataclasses of its options."""
+class Ask:
+    """A method's wish. Subclasses are frozen dataclasses of its options.
 
-    @property
-    def name(self) -> str:
-        """Short name for reports."""
-        return type(self).__name__.lower()
+    Attributes:
+        name: for recipes and reports; see `register_ask`.
+    """
+
+    name: ClassVar[str] = ""
+
+    def __init_subclass__(cls) -> None:
+        cls.name = cls.__name__.lower()
 
     def apply(self, context: Context) -> Spaces:
         """Return the analysis of the changed model (or ``context.spaces`` if nothing changed).
@@ -207,13 +291,14 @@ class Ask(ABC):
         element = spaces.identity()
         done = False
         for space in spaces:
+            where = ", ".join(dict.fromkeys(r.activation for r in context.readers(space)))
             try:
                 text = self.propose(space, context, element)
             except Refusal as refusal:
-                context.report.entries.append(Entry(self.name, space.index, False, str(refusal)))
+                context.report.entries.append(Entry(self.name, space.index, False, str(refusal), where))
                 continue
             if text is not None:
-                context.report.entries.append(Entry(self.name, space.index, True, text))
+                context.report.entries.append(Entry(self.name, space.index, True, text, where))
                 done = True
         return spaces.rebase(fold(spaces, element)) if done else spaces
 
@@ -226,7 +311,33 @@ class Ask(ABC):
         return None
 
 
-class Rewrite(Ask):
+A = TypeVar("A", bound=type[Ask])
+_REGISTERED: dict[str, type[Ask]] = {}
+
+
+def register_ask(name: str) -> Callable[[A], A]:
+    """Make a class of asks known to recipes under ``name``; the fields of the class are the options of the step.
+
+    Raises:
+        RecipeError: the name is taken.
+    """
+
+    def register(cls: A) -> A:
+        if name in _REGISTERED:
+            raise RecipeError(f"a transform named {name!r} exists already")
+        cls.name = name
+        _REGISTERED[name] = cls
+        return cls
+
+    return register
+
+
+def registered_asks() -> dict[str, type[Ask]]:
+    """All classes of asks that recipes know, by name."""
+    return dict(sorted(_REGISTERED.items()))
+
+
+class Rewrite(Ask, ABC):
     """An ask that also changes the graph; the result is analysed again."""
 
     def apply(self, context: Context) -> Spaces:
@@ -244,7 +355,7 @@ def apply_asks(
     spaces: Spaces,
     asks: Sequence[Ask],
     stats: Stats | Callable[[ir.Model], Stats] | Data | None = None,
-    quantized: Collection[str] | None = None,
+    quantized: Quantized | None = None,
 ) -> tuple[ir.Model, Report]:
     """Apply ``asks`` one after another.
 
@@ -253,7 +364,7 @@ def apply_asks(
         spaces: the analysis.
         asks: in order; each sees the result of the ones before.
         stats: calibration data: ranges of activations, a function that measures them, or `Data`.
-        quantized: names of the weights that will be quantized; None for all.
+        quantized: names of the weights that will be quantized, maybe with their formats; None for all.
 
     Returns:
         The folded model (weights are computed when read) and what was done.
@@ -264,5 +375,8 @@ def apply_asks(
     report, data = Report(), Data.of(stats)
     current = spaces
     for ask in asks:
-        current = ask.apply(Context(current, data, quantized, report))
+        try:
+            current = ask.apply(Context(current, data, quantized, report))
+        except Refusal as refusal:
+            report.entries.append(Entry(ask.name, -1, False, str(refusal)))
     return current.model, report

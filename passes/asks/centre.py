@@ -15,15 +15,17 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from qcompile.passes.asks.base import Context, Entry, Rewrite
-from qcompile.passes.graph import add_initializer, attribute
+from qcompile.passes.asks.base import Context, Entry, Rewrite, register_ask
+from qcompile.passes.graph import add_initializer, attribute, float_type
 from qcompile.passes.spaces import Space, Spaces
 from qcompile.passes.spaces.groups import Limit
+from qcompile.passes.spaces.index_map import IndexMap
 
 
+@register_ask("centre")
 @dataclass(frozen=True)
 class Centre(Rewrite):
-    """Centre every stream that only LayerNorms read, and turn those into RMSNorms."""
+    """Centres every stream that only LayerNorms read, and turns those into RMSNorms, which admit all rotations."""
 
     def rewrite(self, model: ir.Model, context: Context) -> bool:
         """Rewrite all streams for which it is legal; the report says why not for the others."""
@@ -50,6 +52,9 @@ def seen_mean(spaces: Spaces, space: Space) -> str:
     s = spaces.solution
     inside = np.zeros(len(s.cell_of), bool)
     inside[space.classes] = True
+    for peel in s.peels.values():
+        if not peel.forward and inside[peel.leader].any():
+            return f"{peel.scaling.node!r} writes it through a scale per channel"
     for birth in s.constraints.births:
         coordinates = np.arange(birth.start, birth.start + birth.count)
         mine = inside[s.class_of[coordinates]]
@@ -78,23 +83,31 @@ def _norms(spaces: Spaces, space: Space) -> set[str]:
 
 
 def _centre_writers(model: ir.Model, spaces: Spaces, space: Space) -> None:
-    """Apply P to every constant that writes channels of the space, one block at a time."""
+    """Apply P to every constant that writes channels of the space, one block at a time, when it is read."""
     for name, maps in spaces.constants.items():
-        for m in maps:
-            place = spaces.index_in_space(m.flat, space)
-            if (place < 0).all():
-                continue
+        found = [(m, place) for m in maps if ((place := spaces.index_in_space(m.flat, space)) >= 0).any()]
+        if found:
             value = model.graph.initializers[name]
             assert value.const_value is not None
-            old = value.const_value.numpy()
-            front = np.moveaxis(old.astype(np.float64), m.axes, range(len(m.axes)))
+            value.const_value = _centred(value.const_value, found, space)
+
+
+def _centred(old: ir.TensorProtocol, maps: list[tuple[IndexMap, np.ndarray]], space: Space) -> ir.LazyTensor:
+    def evaluate() -> ir.TensorProtocol:
+        array = old.numpy().astype(np.float64)
+        for m, place in maps:
+            front = np.moveaxis(array, m.axes, range(len(m.axes))).copy()
             rows = front.reshape(m.size, -1)
             for block in np.unique(space.cells):
                 at = np.flatnonzero((place >= 0) & (space.cells[np.maximum(place, 0)] == block))
                 if len(at):
                     rows[at] -= rows[at].mean(0)
-            result = np.moveaxis(rows.reshape(front.shape), range(len(m.axes)), m.axes)
-            value.const_value = ir.tensor(np.ascontiguousarray(result).astype(old.dtype), name=name)
+            array = np.moveaxis(rows.reshape(front.shape), range(len(m.axes)), m.axes)
+        return ir.tensor(np.ascontiguousarray(array).astype(old.dtype.numpy()), name=old.name)
+
+    return ir.LazyTensor(
+        evaluate, dtype=old.dtype, shape=ir.Shape(old.shape), name=old.name, cache=old.nbytes <= 1 << 24
+    )
 
 
 def _to_rms(graph: ir.Graph, node: ir.Node) -> None:
@@ -102,7 +115,9 @@ def _to_rms(graph: ir.Graph, node: ir.Node) -> None:
     scale = node.inputs[1] if len(node.inputs) > 1 else None
     if scale is None:
         assert node.inputs[0] is not None and node.inputs[0].shape is not None
-        scale = add_initializer(graph, f"{node.name}.scale", np.ones(int(node.inputs[0].shape[-1]), np.float32))
+        scale = add_initializer(
+            graph, f"{node.name}.scale", np.ones(int(node.inputs[0].shape[-1]), float_type(node.inputs[0]))
+        )
     norm = ir.node(
         "RMSNormalization",
         [node.inputs[0], scale],

@@ -3,8 +3,8 @@
     d_j = sqrt(r_in_j / r_out_j),   x'_j = d_j x_j,  W_out' = d W_out,  W_in' = W_in / d
 
 with r_out_j the largest weight that writes channel j and r_in_j the largest that reads it. All spaces move at once, by
-half of what they want, and again until the scales stay put, because neighbouring spaces share weights. No data needed. It goes wherever positive scales fold: ReLU
-networks, depthwise convolutions, linear pairs; ReLU6 after `PromoteClip`.
+half of what they want, and again until the scales stay put, because neighbouring spaces share weights. No data needed.
+It goes wherever positive scales fold: ReLU networks, depthwise convolutions, linear pairs; ReLU6 after `PromoteClip`.
 
 Source: Nagel et al., "Data-Free Quantization Through Weight Equalization and Bias Correction", ICCV 2019.
 """
@@ -15,14 +15,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from qcompile.passes.asks.base import Ask, Context, Entry
+from qcompile.passes.asks.base import Ask, Context, Entry, register_ask
 from qcompile.passes.spaces import Space, Spaces, fold
 from qcompile.passes.spaces.request import admits_diagonal, scale
 
 
+@register_ask("equalize")
 @dataclass(frozen=True)
 class Equalize(Ask):
-    """Cross-layer equalization of all spaces with weights on both sides.
+    """Gives the channels of writers and readers one range (cross-layer equalization); needs no data.
 
     Attributes:
         rounds: most repetitions.

@@ -18,14 +18,15 @@ from dataclasses import dataclass
 import numpy as np
 
 from qcompile.errors import RecipeError
-from qcompile.passes.asks.base import Ask, Context
+from qcompile.passes.asks.base import Ask, Context, register_ask
 from qcompile.passes.spaces import Element, Space
 from qcompile.passes.spaces.request import permute
 
 
+@register_ask("permute")
 @dataclass(frozen=True)
 class Permute(Ask):
-    """Reorder channels of every space whose channels may all trade places.
+    """Reorders all channels that may trade places, so that those of a like kind lie side by side.
 
     Attributes:
         order: "sort", "outliers", "importance" or "zigzag".
@@ -40,14 +41,26 @@ class Permute(Ask):
             raise RecipeError(f"permute: unknown order {self.order!r}; choose sort, outliers, importance or zigzag")
 
     def propose(self, space: Space, context: Context, element: Element) -> str | None:
-        """Permute the family of a space that a quantized operator reads."""
-        if not space.permutable or not context.readers(space) or not _one_orbit(space, context):
+        """Permute the family of a space that a quantized operator reads, once, by what all its readers see."""
+        if not context.readers(space) or (element.source[space.classes] != space.classes).any():
             return None
-        if (element.source[space.classes] != space.classes).any():
+        solution = context.spaces.solution
+        family = solution.families[space.family]
+        key = np.zeros(len(family.classes))
+        for other in context.spaces:
+            if other.family == space.family and context.readers(other):
+                values = self._key(other, context)
+                np.maximum.at(key, solution.row_of[other.classes], values / (values.mean() or 1.0))
+        source = np.arange(len(key))
+        groups = np.unique(family.alike, return_inverse=True)[1]
+        for group in np.flatnonzero(np.bincount(groups) > 1):
+            rows = np.flatnonzero(groups == group)
+            source[rows] = rows[channel_order(key[rows], self.order, self.block)]
+        moved = int((source != np.arange(len(source))).sum())
+        if not moved:
             return None
-        source = channel_order(self._key(space, context), self.order, self.block)
         permute(context.spaces, element, space, source)
-        return f"{space.size} channels in order of {self.order}"
+        return f"{moved} of {len(source)} channels moved, in order of {self.order}"
 
     def _key(self, space: Space, context: Context) -> np.ndarray:
         if self.order != "importance":
@@ -87,9 +100,3 @@ def _next(turn: int, step: int, blocks: int) -> tuple[int, int]:
     if not 0 <= turn + step < blocks:
         return turn, -step
     return turn + step, step
-
-
-def _one_orbit(space: Space, context: Context) -> bool:
-    solution = context.spaces.solution
-    orbit = solution.families[space.family].orbit[solution.row_of[space.classes]]
-    return bool((orbit >= 0).all() and (orbit == orbit[0]).all())

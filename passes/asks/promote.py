@@ -17,13 +17,14 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from qcompile.passes.asks.base import Context, Entry, Rewrite
-from qcompile.passes.graph import add_initializer, constant
+from qcompile.passes.asks.base import Context, Entry, Rewrite, register_ask
+from qcompile.passes.graph import add_initializer, constant, float_type
 
 
+@register_ask("promote-silu")
 @dataclass(frozen=True)
 class PromoteSiLU(Rewrite):
-    """Parametrize every ``x sigmoid(x)`` and Swish whose channels lie on a static axis."""
+    """Parametrizes every ``x sigmoid(x)`` and Swish whose channels lie on a static axis."""
 
     def rewrite(self, model: ir.Model, context: Context) -> bool:
         """Insert the factor before the sigmoid."""
@@ -54,9 +55,10 @@ class PromoteSiLU(Rewrite):
         return done > 0
 
 
+@register_ask("promote-clip")
 @dataclass(frozen=True)
 class PromoteClip(Rewrite):
-    """Write every Clip with scalar bounds as Max and Min, whose bounds the analysis may scale per channel."""
+    """Writes every Clip with scalar bounds as Max and Min, whose bounds the analysis may scale per channel."""
 
     def rewrite(self, model: ir.Model, context: Context) -> bool:
         """Replace Clip nodes on values that belong to a space."""
@@ -86,7 +88,7 @@ def _channel_vector(context: Context, x: ir.Value) -> np.ndarray | None:
     maps = context.spaces.layouts.get(x.name or "", ())
     if len(maps) != 1:
         return None
-    return np.ones(maps[0].table.shape, np.float32)
+    return np.ones(maps[0].table.shape)
 
 
 def _is_product(node: ir.Node, x: ir.Value, sigmoid: ir.Node) -> bool:
@@ -95,7 +97,7 @@ def _is_product(node: ir.Node, x: ir.Value, sigmoid: ir.Node) -> bool:
 
 def _scale_input(graph: ir.Graph, node: ir.Node, x: ir.Value, vector: np.ndarray) -> None:
     lead = next((i for i, n in enumerate(vector.shape) if n != 1), vector.ndim - 1)
-    factor = add_initializer(graph, f"{node.name}.factor", vector.reshape(vector.shape[lead:]).astype(np.float32))
+    factor = add_initializer(graph, f"{node.name}.factor", vector.reshape(vector.shape[lead:]).astype(float_type(x)))
     scaled = ir.node("Mul", [x, factor], name=f"{node.name}.scaled")
     scaled.outputs[0].shape, scaled.outputs[0].type, scaled.outputs[0].name = x.shape, x.type, f"{node.name}.scaled"
     graph.insert_before(node, [scaled])

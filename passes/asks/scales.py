@@ -12,14 +12,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from qcompile.passes.asks.base import Ask, Context, Refusal
+from qcompile.passes.asks.base import Ask, Context, Refusal, register_ask
 from qcompile.passes.spaces import Element, Space
 from qcompile.passes.spaces.request import admits_diagonal, scale
 
 
+@register_ask("column-scale")
 @dataclass(frozen=True)
 class ColumnScale(Ask):
-    """Divide every channel by a power of its range.
+    """Divides every channel by a power of its range (CrossQuant), maybe rounded to powers of two (LLM-FP4).
 
     Attributes:
         share: the exponent; 1 gives all channels one range, 0 changes nothing. CrossQuant's a is 1 - share.

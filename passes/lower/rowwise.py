@@ -6,7 +6,7 @@ import numpy as np
 import onnx_ir as ir
 
 from qcompile.errors import FormatError
-from qcompile.formats.hadamard import hadamard_matrix
+from qcompile.formats.hadamard import factors, hadamard_matrix
 from qcompile.passes.domain import DOMAIN
 from qcompile.passes.graph import attribute, constant, constant_shape, is_op, sole_use
 from qcompile.passes.lower.kernel_ops import is_kernel, kernel_node, same_shape, take_over
@@ -86,17 +86,27 @@ def _quantizer(graph: ir.Graph, quantize: ir.Node) -> None:
 
 def _hadamard_order(node: ir.Node | None) -> int:
     """Order of the blocks if ``node`` rotates by the Hadamard matrix that the kernels know, else 0."""
-    if not is_op(node, "BlockRotate", domain=DOMAIN):
+    if node is None or not is_op(node, "BlockRotate", "Kronecker", domain=DOMAIN):
         return 0
-    assert node is not None
-    matrix = constant(node.inputs[1])
-    if matrix is None or matrix.ndim != 2:
+    matrices = [constant(v) for v in node.inputs[1:]]
+    if not all(m is not None and _is_hadamard(m) for m in matrices):
         return 0
+    orders = [len(m) for m in matrices if m is not None]
+    if len(orders) == 1:
+        return orders[0]
+    # The product is the known matrix only if what is not a power of two lies in its left factor.
+    left, right = orders
+    return left * right if factors(right)[0] == 1 and factors(left)[0] == factors(left * right)[0] else 0
+
+
+def _is_hadamard(matrix: np.ndarray) -> bool:
+    if matrix.ndim != 2:
+        return False
     try:
         known = hadamard_matrix(len(matrix))
     except FormatError:
-        return 0
-    return len(matrix) if np.array_equal(matrix, known.astype(matrix.dtype)) else 0
+        return False
+    return np.array_equal(matrix, known.astype(matrix.dtype))
 
 
 def _norm(node: ir.Node) -> tuple[str, list[ir.Value | None], dict[str, object]] | None:

@@ -41,6 +41,7 @@ class Reader:
         activation: name of its non-constant operand.
         weight: name of its constant operand.
         axis: axis of the weight that is summed over.
+        position: axis of the activation that is summed over.
         channels: for each channel of the activation's summed axis, its index in the space (-1: another space).
     """
 
@@ -48,6 +49,7 @@ class Reader:
     activation: str
     weight: str
     axis: int
+    position: int
     channels: np.ndarray
 
 
@@ -222,7 +224,9 @@ class Spaces:
                 spaces = self.space_of_class[self.solution.class_of[m.flat]]
                 for i in np.unique(spaces):
                     channels = self.index_in_space(m.flat, self.spaces[i])
-                    found.setdefault(int(i), []).append(Reader(node.name or "", x.name, w.name, axes[1], channels))
+                    found.setdefault(int(i), []).append(
+                        Reader(node.name or "", x.name, w.name, axes[1], axes[0], channels)
+                    )
         return found
 
     def rebase(self, model: ir.Model) -> Spaces:

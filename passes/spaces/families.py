@@ -80,7 +80,7 @@ def _build(s: Solution, bundle_of: np.ndarray, make: np.ndarray) -> None:
         s.row_of[members] = np.repeat(np.arange(rows), columns)
         s.column_of[members] = np.tile(np.arange(columns), rows)
         empty = np.zeros((columns, 0))
-        s.families.append(Family(table, empty, empty.astype(np.int8), np.full(rows, -1)))
+        s.families.append(Family(table, empty, empty.astype(np.int8), np.full(rows, -1), np.arange(rows)))
 
 
 def _orbits(s: Solution, views: Views, bundle_of: np.ndarray, make: np.ndarray, single: np.ndarray) -> None:
@@ -124,6 +124,7 @@ def _orbits(s: Solution, views: Views, bundle_of: np.ndarray, make: np.ndarray, 
     for number, f in enumerate(s.families):
         mine = np.flatnonzero(family == number)
         f.orbit[row[mine]] = np.where(free[mine], orbit[mine], -1)
+        f.alike[row[mine]] = orbit[mine]
     _unit_orbits(s, views, bundle_of, unit, alone, color, family, row, single)
 
 

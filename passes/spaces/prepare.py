@@ -6,7 +6,7 @@
 * Vectors shared by several readers get one copy per reader: exporters merge equal initializers (all norm gammas of a
   fresh model), which would tie spaces that have nothing to do with each other. Matrices stay shared: a tied embedding
   is tied.
-* Missing shapes are inferred.
+* Missing shapes are inferred, and every node gets a name of its own.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ def prepare(model: ir.Model) -> ir.Model:
     _expand_batch_norm(graph)
     _separate_vectors(graph)
     remove_unused_initializers(graph)
+    _name_nodes(graph)
     if any(o.shape is None for n in graph for o in n.outputs if o.name):
         model = ShapeInferencePass()(model).model
         for node in model.graph:
@@ -43,6 +44,19 @@ def prepare(model: ir.Model) -> ir.Model:
             if node.op_type in SAME_SHAPE and node.outputs[0].shape is None and node.inputs[0] is not None:
                 node.outputs[0].shape = node.inputs[0].shape
     return model
+
+
+def _name_nodes(graph: ir.Graph) -> None:
+    """Analysis and asks refer to nodes by name."""
+    seen: set[str] = set()
+    for node in graph:
+        base = node.name or (node.outputs[0].name if node.outputs else "") or node.op_type
+        name, i = base, 0
+        while name in seen:
+            i += 1
+            name = f"{base}.{i}"
+        seen.add(name)
+        node.name = name
 
 
 def copies_of(model: ir.Model) -> dict[str, str]:

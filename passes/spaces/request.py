@@ -73,19 +73,17 @@ def mix(spaces: Spaces, element: Element, space: Space, cell: int, matrix: np.nd
 
 
 def permute(spaces: Spaces, element: Element, space: Space, source: np.ndarray) -> None:
-    """Channel j of ``space`` receives the content of channel ``source[j]``; all spaces of the family move along.
+    """Permute the family of ``space``: bundle r (see `families.py`) receives the content of bundle ``source[r]``.
+
+    Bundle r of a space of one column is its channel r; all spaces of the family move along.
 
     Raises:
         RecipeError: ``source`` is not a permutation, or moves channels that may not trade places.
     """
-    source = np.asarray(source)
-    if not np.array_equal(np.sort(source), np.arange(space.size)):
-        raise RecipeError(f"space #{space.index}: not a permutation of {space.size} channels")
-    solution = spaces.solution
-    family = solution.families[space.family]
-    to = solution.row_of[space.classes]
-    origin = to[source]
-    moved = to != origin
-    if (family.orbit[to[moved]] < 0).any() or (family.orbit[to[moved]] != family.orbit[origin[moved]]).any():
+    family = spaces.solution.families[space.family]
+    source, count = np.asarray(source), len(family.classes)
+    if not np.array_equal(np.sort(source), np.arange(count)):
+        raise RecipeError(f"space #{space.index}: not a permutation of {count} channels")
+    if (family.alike != family.alike[source]).any():
         raise RecipeError(f"space #{space.index} ({space.group}): these channels may not trade places")
-    element.source[family.classes[to]] = element.source[family.classes[origin]]
+    element.source[family.classes] = element.source[family.classes[source]]

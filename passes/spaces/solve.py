@@ -35,12 +35,14 @@ class Family:
         logs: ``(columns, free)``, basis of the log-diagonals of one bundle.
         signs: ``(columns, free)``, basis over GF(2) of the signs of one bundle.
         orbit: ``(n,)``, bundles with equal entries may be permuted; -1 where nothing may.
+        alike: ``(n,)``, the same including channels that mix, whose matrices contain the permutations.
     """
 
     classes: np.ndarray
     logs: np.ndarray
     signs: np.ndarray
     orbit: np.ndarray
+    alike: np.ndarray
 
 
 @dataclass(frozen=True)

@@ -19,13 +19,13 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from qcompile.passes.graph import add_initializer, attribute, constant, is_op
+from qcompile.passes.graph import add_initializer, attribute, constant, float_type, is_op
 from qcompile.passes.spaces.analysis import Spaces
 from qcompile.passes.spaces.index_map import IndexMap
 from qcompile.passes.spaces.walk import dims
 
-_PASS = {"Identity", "Dropout", "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Expand", "Flatten", "Cast", "Split"}
-_PASS |= {"Slice", "GlobalAveragePool"}
+_PASS = {"Identity", "Dropout", "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Expand", "Flatten", "Split", "Slice"}
+_PASS |= {"GlobalAveragePool"}
 
 
 class Untranslatable(Exception):
@@ -46,6 +46,7 @@ class Translator:
     def __init__(self, spaces: Spaces, *, insert: bool = True) -> None:
         """``insert``: whether missing biases may be added as new nodes."""
         self.spaces, self.model, self.insert = spaces, spaces.model, insert
+        self.layouts = dict(spaces.layouts)
         self.by_name = {o.name: o for n in self.model.graph for o in n.outputs if o.name}
 
     def translate(self, name: str, t: np.ndarray, *, online: bool = False) -> bool:
@@ -63,6 +64,8 @@ class Translator:
             Untranslatable: some reader cannot take the translation back.
         """
         value, table = self._origin(self.by_name[name], np.asarray(t, np.float64).reshape(self._map(name).table.shape))
+        if not table.any():
+            return False
         edits = [self._write(value, table, online)]
         self._absorb(value, table, edits)
         for edit in edits:
@@ -70,29 +73,54 @@ class Translator:
         return any(e.inserts for e in edits)
 
     def _map(self, name: str) -> IndexMap:
-        maps = self.spaces.layouts.get(name, ())
+        maps = self.layouts.get(name, ())
         if len(maps) != 1:
             raise Untranslatable(f"{name!r} has {len(maps)} channel axes")
         return maps[0]
 
+    def bias_of(self, value: ir.Value) -> np.ndarray | None:
+        """The constant vector added where ``value`` was written, on its own channels; None if there is none."""
+        source, node = value, value.producer()
+        while is_op(node, *_PASS) and node is not None and node.inputs[0] is not None:
+            source, node = node.inputs[0], node.inputs[0].producer()
+        vectors: list[ir.Value | None] = []
+        if is_op(node, "Add") and node is not None:
+            vectors = list(node.inputs)
+        elif is_op(node, "Gemm") and node is not None:
+            vectors = [v for v in node.inputs[2:] if v is not None]
+        bias = next((v for v in vectors if v is not None and v.name in self.spaces.constants), None)
+        if bias is None or source.name not in self.layouts or value.name not in self.layouts:
+            return None
+        array, written = _array(bias), self._map(source.name)
+        if array.size != written.size:
+            return None
+        return self._carry(source.name, value.name, array.reshape(written.table.shape))
+
     def _origin(self, value: ir.Value, t: np.ndarray) -> tuple[ir.Value, np.ndarray]:
-        """Go back through operators that only move data to the value that somebody writes."""
+        """Go back through operators that only move data, and from attention to its values, to what somebody writes."""
         node = value.producer()
-        while is_op(node, *_PASS) and node is not None and len(node.outputs) == 1 and node.inputs[0] is not None:
-            source = node.inputs[0]
-            t = self._carry(value.name or "", source.name or "", t)
+        while node is not None and (is_op(node, *_PASS) or (is_op(node, "Attention") and not _visible_rows(node))):
+            source = node.inputs[2 if is_op(node, "Attention") else 0]
+            if source is None:
+                break
+            # What a split or slice leaves out is not translated.
+            t = self._carry(value.name or "", source.name or "", t, others=is_op(node, "Split", "Slice"))
             value, node = source, source.producer()
         return value, t
 
-    def _carry(self, here: str, there: str, t: np.ndarray) -> np.ndarray:
-        """``t`` on another value: coordinates say where each channel went."""
+    def _carry(self, here: str, there: str, t: np.ndarray, others: bool = False) -> np.ndarray:
+        """``t`` on another value: coordinates say where each channel went; ``others`` stay where they are if allowed.
+
+        Copies of one channel (heads that share values) get the mean of what was wanted for them.
+        """
         before, after = self._map(here), self._map(there)
-        known = dict(zip(before.flat.tolist(), np.broadcast_to(t, before.table.shape).reshape(-1).tolist()))
-        try:
-            moved = [known[c] for c in after.flat.tolist()]
-        except KeyError:
-            raise Untranslatable(f"{there!r} joins channels of several values") from None
-        return np.array(moved).reshape(after.table.shape)
+        keys, index = np.unique(before.flat, return_inverse=True)
+        mean = np.bincount(index, np.broadcast_to(t, before.table.shape).reshape(-1)) / np.bincount(index)
+        place = np.minimum(np.searchsorted(keys, after.flat), len(keys) - 1)
+        known = keys[place] == after.flat
+        if not others and not known.all():
+            raise Untranslatable(f"{there!r} joins channels of several values")
+        return np.where(known, mean[place], 0.0).reshape(after.table.shape)
 
     # -- the writer ------------------------------------------------------------------------------------------------
 
@@ -113,11 +141,15 @@ class Translator:
         return _Edit(lambda: self._insert_add(value, t), True)
 
     def _own_vector(self, node: ir.Node, i: int, t: np.ndarray) -> bool:
+        """Whether input ``i`` is a constant of this node alone with one entry per channel."""
         value = node.inputs[i]
         array = constant(value)
         if value is None or array is None or len(value.uses()) != 1:
             return False
-        return array.size == t.size
+        if not is_op(node, "Add"):
+            return array.size == t.size
+        rank = max(array.ndim, t.ndim)
+        return _pad(array, rank).shape == _pad(t, rank).shape
 
     def _change(self, node: ir.Node, i: int, t: np.ndarray) -> _Edit:
         def apply() -> None:
@@ -133,22 +165,31 @@ class Translator:
         graph, node = self.model.graph, value.producer()
         assert node is not None
         vector = add_initializer(
-            graph, f"{value.name}.shift", np.squeeze(t, tuple(range(t.ndim - 1))).astype(np.float32)
+            graph, f"{value.name}.shift", np.squeeze(t, tuple(range(t.ndim - 1))).astype(float_type(value))
         )
-        users = [(u.node, u.idx) for u in value.uses()]
         add = ir.node("Add", [value, vector], name=f"{value.name}.shift")
-        add.outputs[0].shape, add.outputs[0].type, add.outputs[0].name = (
-            value.shape,
-            value.type,
-            f"{value.name}.shifted",
-        )
+        out = add.outputs[0]
+        out.shape, out.type, out.name = value.shape, value.type, f"{value.name}.shifted"
+        if value.is_graph_output():
+            # The output keeps its name.
+            out.name, value.name = value.name, f"{value.name}.unshifted"
+        for old, new in ((value.name, out.name), (out.name, value.name)):
+            if old in self.layouts:
+                self.layouts[new or ""] = self.layouts[old]
+        users = [(u.node, u.idx) for u in value.uses() if u.node is not add]
         graph.insert_after(node, [add])
         for user, i in users:
-            user.replace_input_with(i, add.outputs[0])
+            user.replace_input_with(i, out)
+        for i, output in enumerate(graph.outputs):
+            if output is value:
+                graph.outputs[i] = out
+        self.by_name |= {v.name: v for v in (value, out) if v.name}
 
     # -- the readers -----------------------------------------------------------------------------------------------
 
     def _absorb(self, value: ir.Value, t: np.ndarray, edits: list[_Edit]) -> None:
+        if not t.any():
+            return
         if value.is_graph_output():
             raise Untranslatable(f"{value.name!r} is an output of the model")
         for usage in value.uses():
@@ -171,13 +212,14 @@ class Translator:
             is_op(node, "Conv")
             and i == 0
             and not any(attribute(node, "pads") or [0])
+            and attribute(node, "auto_pad", "NOTSET") in ("NOTSET", "VALID")
             and attribute(node, "group", 1) == 1
         ):
             taps = _array(node.inputs[1]).reshape(*_array(node.inputs[1]).shape[:2], -1).sum(-1)
             self._absorb_bias(node, taps @ t.reshape(-1), edits)
-        elif is_op(node, "Attention") and i == 1:
+        elif is_op(node, "Attention") and i == 1 and not attribute(node, "softcap", 0) and not _visible_rows(node):
             return
-        elif is_op(node, "Attention") and i == 2 or is_op(node, *_PASS) and i == 0:
+        elif (is_op(node, "Attention") and i == 2 and not _visible_rows(node)) or (is_op(node, *_PASS) and i == 0):
             for output in node.outputs:
                 if output.uses() or output.is_graph_output():
                     source = node.inputs[2 if is_op(node, "Attention") else 0]
@@ -203,13 +245,21 @@ class Translator:
         elif self.insert and len(node.inputs) < 3:
 
             def apply() -> None:
-                bias = add_initializer(self.model.graph, f"{node.name}.bias", -shift.astype(np.float32))
+                bias = add_initializer(
+                    self.model.graph, f"{node.name}.bias", -shift.astype(float_type(node.outputs[0]))
+                )
                 node.resize_inputs(3)
                 node.replace_input_with(2, bias)
 
             edits.append(_Edit(apply, True))
         else:
             raise Untranslatable(f"{node.op_type} {node.name!r} has no bias of its own")
+
+
+def _visible_rows(node: ir.Node) -> bool:
+    """Whether an attention operator shows its scores, or attends to keys and values that come from outside."""
+    outside = any(v is not None for v in node.inputs[4:6])
+    return outside or any(v.uses() or v.is_graph_output() for v in node.outputs[1:])
 
 
 def _pad(t: np.ndarray, rank: int) -> np.ndarray:

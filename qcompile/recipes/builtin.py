@@ -3,7 +3,7 @@
 from qcompile.recipes.recipe import Recipe, Step, register_recipe
 
 SMOOTH = Step("smooth", {"alpha": 0.5})
-ROTATE = Step("rotate-inputs", {"block": 128})
+ROTATE = Step("rotate-online", {"block": 128, "everywhere": True})
 
 register_recipe(
     Recipe(

@@ -52,8 +52,11 @@ class Recipe:
         weight: format of linear weights, or ``none``.
         activation: format of their inputs: ``int8/token``, ``int8/tensor`` or ``none``.
         solver: name of the solver; ``solver_options`` are its fields.
+        hessian: inputs that second-order solvers minimise against: ``float`` (of the float model, measured once),
+            ``quantized`` (of each layer behind the layers quantized before it, rounded as the layer will see them) or
+            ``corrected`` (the same, and weights are refitted first to give the float model's outputs on these inputs).
         embedding_bits: 8 for int8 rows with one scale each, 0 for float tables.
-        transforms: applied in order before quantization.
+        transforms: applied in order before quantization; names and asks (`qcompile.passes.asks`) become steps.
         overrides: the first whose pattern matches a site wins.
     """
 
@@ -64,16 +67,20 @@ class Recipe:
     activation: str = "int8/token"
     solver: str = "rtn"
     solver_options: dict[str, Any] = field(default_factory=dict)
+    hessian: str = "float"
     embedding_bits: int = 8
     transforms: tuple[Step, ...] = ()
     overrides: tuple[Override, ...] = ()
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "transforms", tuple(map(_step, self.transforms)))
         for spelling in [self.weight, *(o.weight for o in self.overrides if o.weight)]:
             if spelling != "none":
                 parse_format(spelling)
         for spelling in [self.activation, *(o.activation for o in self.overrides if o.activation)]:
             parse_activation(spelling)
+        if self.hessian not in ("float", "quantized", "corrected"):
+            raise RecipeError(f"recipe {self.name!r}: hessian is float, quantized or corrected, not {self.hessian!r}")
         if self.embedding_bits not in (0, 8):
             raise RecipeError(f"recipe {self.name!r}: embedding_bits is 0 or 8, not {self.embedding_bits}")
 
@@ -94,6 +101,14 @@ class Recipe:
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for the manifest."""
         return dataclasses.asdict(self)
+
+
+def _step(transform: Any) -> Step:
+    if isinstance(transform, (Step, str)):
+        return Step(transform) if isinstance(transform, str) else transform
+    from qcompile.transforms import step_of
+
+    return step_of(transform)
 
 
 _RECIPES: dict[str, Recipe] = {}

@@ -1,0 +1,29 @@
+"""C99: integers of the standard widths, no library but ``stdint.h``."""
+
+from __future__ import annotations
+
+from qcompile.codegen.fixed.emit.printer import Dialect
+from qcompile.formats.fixed import IntType
+
+
+class C99(Dialect):
+    """ISO C99."""
+
+    def type(self, dtype: str, narrow: IntType | None = None) -> str:
+        return "int" if dtype == "bool" else f"{dtype}_t"
+
+    def literal(self, value: int, dtype: str) -> str:
+        if dtype == "int64" or not -(2**31) < value < 2**31:
+            return f"INT64_C({value})" if value >= 0 else f"(-INT64_C({-value}))"
+        return str(value) if value >= 0 else f"({value})"
+
+    def extreme(self, name: str, dtype: str, a: str, b: str) -> str:
+        return f"{name}_{dtype}({a}, {b})"
+
+
+HELPERS = """\
+static inline int32_t min_int32(int32_t a, int32_t b) { return a < b ? a : b; }
+static inline int32_t max_int32(int32_t a, int32_t b) { return a > b ? a : b; }
+static inline int64_t min_int64(int64_t a, int64_t b) { return a < b ? a : b; }
+static inline int64_t max_int64(int64_t a, int64_t b) { return a > b ? a : b; }
+"""

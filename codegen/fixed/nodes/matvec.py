@@ -1,0 +1,116 @@
+"""The matrix-vector unit: ``y[t] = requantize(x[t] @ weight + bias)``.
+
+Folded to ``pe`` columns and ``simd`` rows it takes ``(K / simd) * (N / pe)`` cycles per token: every pass over ``x[t]``
+makes ``pe`` outputs (Umuroglu et al., "FINN" (2017), section 4.3).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from qcompile.codegen.fixed.nodes.base import Node, divisors
+from qcompile.codegen.fixed.stream import Stream
+from qcompile.errors import FormatError
+from qcompile.formats.fixed import IntType, Requantize
+
+
+@dataclass(frozen=True, eq=False)
+class MatVec(Node):
+    """A constant matrix times every token.
+
+    Attributes:
+        weight: int64 ``(K, N)``.
+        bias: int64 ``(N,)``, in steps of the accumulator.
+        requantize: to the output; None to put out accumulators.
+        scale: of the output stream.
+        products: how hardware forms them: ``lut`` by adders, ``dsp`` by multipliers.
+    """
+
+    weight: np.ndarray
+    bias: np.ndarray
+    requantize: Requantize | None = None
+    scale: np.ndarray | float | None = None
+    products: str = "lut"
+
+    kind = "matvec"
+
+    def __post_init__(self) -> None:
+        k, n = self.weight.shape
+        if self.inputs[0].channels != k or self.bias.shape != (n,):
+            raise FormatError(f"{self.name}: {self.inputs[0].channels} channels meet a weight of shape {(k, n)}")
+
+    @property
+    def k(self) -> int:
+        """Input channels."""
+        return self.weight.shape[0]
+
+    @property
+    def n(self) -> int:
+        """Output channels."""
+        return self.weight.shape[1]
+
+    @cached_property
+    def weight_type(self) -> IntType:
+        """The narrowest signed type of the weights; unsigned if none is negative."""
+        return IntType.covering(int(self.weight.min()), int(self.weight.max()))
+
+    @cached_property
+    def accumulator_bounds(self) -> tuple[np.ndarray, np.ndarray]:
+        """Exact range of ``x @ weight + bias`` per output channel."""
+        low, high = dot_bounds(self.inputs[0].low, self.inputs[0].high, self.weight)
+        return low + self.bias, high + self.bias
+
+    @cached_property
+    def accumulator(self) -> IntType:
+        """A type for the accumulator at every moment: all partial sums, in any order, bias first or last."""
+        x = self.inputs[0]
+        low, high = dot_bounds(np.minimum(x.low, 0), np.maximum(x.high, 0), self.weight)
+        ends = np.stack([low, high, low + self.bias, high + self.bias])
+        return IntType.covering(int(ends.min()), int(ends.max()))
+
+    @cached_property
+    def output(self) -> Stream:
+        low, high = self.accumulator_bounds
+        if self.requantize is not None:
+            low, high = self.requantize.bounds(low, high)
+        return Stream(self.name, self.inputs[0].tokens, self.n, low, high, self.scale)
+
+    def reference(self, *inputs: np.ndarray) -> np.ndarray:
+        # Products of this size are exact in float64, where the multiplication is fast.
+        exact = self.accumulator.bits <= 52
+        x = inputs[0].astype(np.float64 if exact else np.int64)
+        accumulator = (x @ self.weight.astype(x.dtype)).astype(np.int64) + self.bias
+        return accumulator if self.requantize is None else self.requantize.apply(accumulator)
+
+    @property
+    def constants(self) -> dict[str, np.ndarray]:
+        step = np.ones(1, np.int64) if self.requantize is None else self.requantize.multiplier
+        return {"weight": self.weight, "bias": self.bias, "multiplier": np.broadcast_to(step, (self.n,))}
+
+    @property
+    def locals(self) -> dict[str, IntType]:
+        found = {"accumulator": self.accumulator}
+        if self.requantize is not None:
+            found["product"] = self.requantize.product_type(*self.accumulator_bounds)
+        return found
+
+    @property
+    def pe_choices(self) -> tuple[int, ...]:
+        return divisors(self.n)
+
+    @property
+    def simd_choices(self) -> tuple[int, ...]:
+        return divisors(self.k)
+
+    @property
+    def interval(self) -> int:
+        return self.inputs[0].tokens * (self.k // self.folding.simd) * (self.n // self.folding.pe)
+
+
+def dot_bounds(low: np.ndarray, high: np.ndarray, weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Exact range of ``x @ weight`` for ``low <= x <= high``, all int64."""
+    up, down = np.maximum(weight, 0), np.minimum(weight, 0)
+    return low @ up + high @ down, high @ up + low @ down

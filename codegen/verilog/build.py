@@ -1,0 +1,61 @@
+"""From a node to its units. A module registers `elaborate` for its class of nodes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import singledispatch
+
+import numpy as np
+
+from qcompile.codegen.fixed.nodes.base import Node
+from qcompile.codegen.fixed.stream import Stream
+from qcompile.codegen.verilog.netlist import Channel, Netlist
+from qcompile.formats.fixed import IntType, Requantize
+
+
+@singledispatch
+def elaborate(node: Node, netlist: Netlist, inputs: Sequence[Channel]) -> Channel:
+    """Add the units of ``node`` to ``netlist`` and return the channel of its output."""
+    raise NotImplementedError(type(node))
+
+
+@singledispatch
+def input_lanes(node: Node) -> tuple[int, ...]:
+    """Lanes that every input of ``node`` must have."""
+    raise NotImplementedError(type(node))
+
+
+def stream_channel(netlist: Netlist, stream: Stream, lanes: int) -> Channel:
+    """A new channel for a whole stream."""
+    return netlist.channel(stream.name, lanes, stream.type, stream.tokens * stream.channels // lanes)
+
+
+def signed_bits(kind: IntType) -> int:
+    """Bits of ``kind`` as two's complement."""
+    return kind.bits + (not kind.signed)
+
+
+def requantize_parameters(
+    step: Requantize | None, bounds: tuple[np.ndarray, np.ndarray], out: IntType
+) -> tuple[dict[str, int], int]:
+    """Parameters of ``rtl/requantize.v``, and the cycles it takes."""
+    if step is None:
+        return dict(MULTIPLY=0, M_BITS=1, Q_BITS=signed_bits(out), SHIFT=0, Y_BITS=out.bits, CLAMP_LOW=0, CLAMP_HIGH=0,
+                    LOW=0, HIGH=0), 0  # fmt: skip
+    least, most = step.unclamped(*bounds)
+    low, high = int(least.min() < step.low), int(most.max() > step.high)
+    multiply = int(not step.is_shift)
+    # The product, and room for what the shift leaves.
+    product = max(signed_bits(step.product_type(*bounds)), step.shift + 2)
+    parameters = dict(
+        MULTIPLY=multiply,
+        M_BITS=signed_bits(step.multiplier_type),
+        Q_BITS=product,
+        SHIFT=step.shift,
+        Y_BITS=out.bits,
+        CLAMP_LOW=low,
+        CLAMP_HIGH=high,
+        LOW=step.low,
+        HIGH=step.high,
+    )
+    return parameters, 2 * multiply + (step.shift > 0) + (low or high)

@@ -1,0 +1,92 @@
+"""`MatVec` in hardware: ``rtl/matvec.v``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from qcompile.codegen.fixed.nodes.matvec import MatVec
+from qcompile.codegen.verilog import build
+from qcompile.codegen.verilog.netlist import Channel, Memory, Netlist, Process, Unit
+from qcompile.formats.fixed import IntType
+
+STYLES = {"dsp": 0, "lut": 1}
+"""How products are formed: by multipliers of the device, or by adders (``rtl/product.v``)."""
+
+
+@build.input_lanes.register
+def _lanes(node: MatVec) -> tuple[int, ...]:
+    return (node.folding.simd,)
+
+
+@build.elaborate.register
+def _elaborate(node: MatVec, netlist: Netlist, inputs: Sequence[Channel]) -> Channel:
+    pe, simd = node.folding.pe, node.folding.simd
+    rows, columns = node.k // simd, node.n // pe
+    x, w = node.inputs[0], node.weight_type
+    accumulator = build.signed_bits(node.accumulator)
+    parameters, cycles = build.requantize_parameters(node.requantize, node.accumulator_bounds, node.output.type)
+    style = STYLES[node.products]
+    triple = style == 1 and w.bits > (2 if w.signed else 1)
+    product = (w.bits + 1) // 2 if style == 1 else 1
+    latency = 1 + triple + product + (simd - 1).bit_length() + 1 + cycles + 1
+    out = build.stream_channel(netlist, node.output, pe)
+
+    step = np.arange(rows * columns)
+    tokens = x.tokens
+    unit = Unit(
+        node.name,
+        "matvec",
+        dict(
+            ROWS=rows,
+            COLUMNS=columns,
+            SIMD=simd,
+            PE=pe,
+            X_BITS=x.type.bits,
+            X_SIGNED=int(x.type.signed),
+            W_BITS=w.bits,
+            W_SIGNED=int(w.signed),
+            STYLE=style,
+            P_BITS=build.signed_bits(product_type(node)),
+            A_BITS=accumulator,
+            **parameters,
+        ),
+        {"s": inputs[0]},
+        {"m": out},
+        (
+            Process(
+                tokens * rows * columns,
+                {0: np.tile(step < rows, tokens)},
+                {0: np.tile(step % rows == rows - 1, tokens)},
+                latency,
+            ),
+        ),
+        _memories(node, parameters),
+        node=node.name,
+    )
+    netlist.add(unit)
+    return out
+
+
+def product_type(node: MatVec) -> IntType:
+    """The narrowest type of every product of the node."""
+    x = node.inputs[0]
+    ends = np.stack([x.low[:, None] * node.weight, x.high[:, None] * node.weight])
+    return IntType.covering(min(0, int(ends.min())), max(0, int(ends.max())))
+
+
+def _memories(node: MatVec, parameters: dict[str, int]) -> dict[str, Memory]:
+    pe, simd = node.folding.pe, node.folding.simd
+    rows, columns = node.k // simd, node.n // pe
+    # (K, N) -> (columns, rows, pe, simd)
+    words = node.weight.reshape(rows, simd, columns, pe).transpose(2, 0, 3, 1).reshape(rows * columns, pe * simd)
+    accumulator = build.signed_bits(node.accumulator)
+    memories = {
+        "WEIGHTS": Memory(f"{node.name}_weights", words, node.weight_type.bits),
+        "BIASES": Memory(f"{node.name}_biases", node.bias.reshape(columns, pe), accumulator),
+    }
+    if parameters["MULTIPLY"]:
+        multipliers = node.constants["multiplier"].reshape(columns, pe)
+        memories["MULTIPLIERS"] = Memory(f"{node.name}_multipliers", multipliers, parameters["M_BITS"])
+    return memories

@@ -1,0 +1,80 @@
+// y = clamp(round_half_even(a * m / 2^SHIFT), LOW, HIGH). Parts that do nothing take no cycle and no logic:
+// 2 cycles to multiply (MULTIPLY), 1 to round (SHIFT > 0), 1 to clamp (CLAMP_LOW or CLAMP_HIGH).
+module requantize #(
+    parameter A_BITS = 16,
+    parameter MULTIPLY = 1,
+    parameter M_BITS = 16,  // signed
+    parameter P_BITS = 32,  // a * m, signed
+    parameter SHIFT = 16,
+    parameter Y_BITS = 8,
+    parameter CLAMP_LOW = 1,
+    parameter CLAMP_HIGH = 1,
+    parameter signed [31:0] LOW = -128,
+    parameter signed [31:0] HIGH = 127
+) (
+    input clk,
+    input signed [A_BITS-1:0] a,
+    input signed [M_BITS-1:0] m,
+    output [Y_BITS-1:0] y
+);
+  localparam R_BITS = P_BITS - SHIFT + 1;  // after rounding
+
+  wire signed [P_BITS-1:0] scaled;
+  wire signed [R_BITS-1:0] rounded;
+
+  generate
+    if (MULTIPLY) begin : multiply
+      reg signed [P_BITS-1:0] p0, p1;
+      always @(posedge clk) begin
+        p0 <= a * m;
+        p1 <= p0;
+      end
+      assign scaled = p1;
+    end else begin : keep
+      assign scaled = a;
+    end
+
+    if (SHIFT > 0) begin : round
+      wire signed [P_BITS-SHIFT-1:0] kept = scaled[P_BITS-1:SHIFT];
+      wire half = scaled[SHIFT-1];
+      wire below;
+      if (SHIFT > 1) begin : sticky
+        assign below = |scaled[SHIFT-2:0];
+      end else begin : none
+        assign below = 1'b0;
+      end
+      reg signed [R_BITS-1:0] r;
+      always @(posedge clk) r <= kept + $signed({1'b0, half & (below | kept[0])});
+      assign rounded = r;
+    end else begin : exact
+      assign rounded = scaled;
+    end
+
+    if (CLAMP_LOW || CLAMP_HIGH) begin : clamp
+      // A bound of all ones (zeros below the sign) needs a look at the upper bits only.
+      localparam H = $clog2(HIGH + 1);
+      localparam L = LOW == 0 ? 0 : $clog2(-LOW);
+      wire negative = rounded[R_BITS-1];
+      wire over, under;
+      if (!CLAMP_HIGH) begin : no_over
+        assign over = 1'b0;
+      end else if (HIGH >= 0 && HIGH + 1 == (1 << H)) begin : over_bits
+        assign over = !negative && |rounded[R_BITS-1:H];
+      end else begin : over_compare
+        assign over = rounded > HIGH;
+      end
+      if (!CLAMP_LOW) begin : no_under
+        assign under = 1'b0;
+      end else if (LOW <= 0 && (LOW == 0 || -LOW == (1 << L))) begin : under_bits
+        assign under = negative && (LOW == 0 || !(&rounded[R_BITS-1:L]));
+      end else begin : under_compare
+        assign under = rounded < LOW;
+      end
+      reg [Y_BITS-1:0] r;
+      always @(posedge clk) r <= over ? HIGH[Y_BITS-1:0] : under ? LOW[Y_BITS-1:0] : rounded[Y_BITS-1:0];
+      assign y = r;
+    end else begin : narrow
+      assign y = rounded[Y_BITS-1:0];
+    end
+  endgenerate
+endmodule

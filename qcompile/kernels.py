@@ -3,8 +3,8 @@
     layer = qcompile.kernels.linear(module.weight, "int4/g128")
     y = layer(x)                                      # (..., K) -> (..., N)
 
-A layer holds one library with kernels for up to 8, 16, 32 and 64 rows (more rows are several blocks of 64); the op
-``qcompile::linear`` picks one by the number of rows. It launches on torch's current stream, allocates only through torch,
+A layer holds one library with kernels for few and for many rows; the op ``qcompile::linear`` picks one by the number of
+rows. It launches on torch's current stream, allocates only through torch,
 may be captured in a CUDA graph, and has a fake kernel, so that `torch.compile` keeps it as one node.
 
 A layer must not run on two streams at the same time: its counters of finished blocks are shared between calls.
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import functools
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,24 +24,37 @@ import torch
 
 from qcompile.codegen.kernels.base import Epilogue, LinearProblem
 from qcompile.codegen.kernels.cuda import FAMILIES, build, tuned
-from qcompile.codegen.kernels.cuda.stream import StreamLinear
+from qcompile.codegen.kernels.cuda.linear import CudaLinear
 from qcompile.errors import FormatError, InputError, TargetError
 from qcompile.formats import ActivationFormat, Format, IntFormat, Quantized, parse_activation, parse_format
 from qcompile.targets.cuda import TARGETS, CudaTarget, for_capability
 
 __all__ = ["QuantizedLinear", "linear", "plan", "quantize_rows"]
 
-ROWS = (8, 16, 32, 64)
-"""Rows the kernels of a layer are written for."""
+ROWS = (1, 8, 16, 32, 64, 128, 256, 512)
+"""Rows the kernels of a layer are written for; the last one takes any number."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One kernel of a layer: the rows it is meant for, and what to build."""
+
+    rows: int
+    family: str
+    config: dict[str, Any]
+
+    @property
+    def symbol(self) -> str:
+        """Its function in the library."""
+        return f"rows{self.rows}"
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The kernels of a layer: one config per entry of `ROWS`, in one library."""
+    """The kernels of a layer, in one library."""
 
-    family: StreamLinear
     problem: LinearProblem
-    configs: tuple[dict[str, Any], ...]
+    entries: tuple[Entry, ...]
     target: CudaTarget
 
     def describe(self) -> dict[str, Any]:
@@ -48,27 +62,38 @@ class Plan:
         p = self.problem
         return {
             "target": self.target.cpu,
-            "family": self.family.name,
             "k": p.k,
             "n": p.n,
             "weight": str(p.weight),
             "activation": str(p.activation),
             "epilogue": asdict(p.epilogue),
-            "configs": list(self.configs),
+            "entries": [asdict(entry) for entry in self.entries],
         }
 
     def source(self) -> Path:
         """The CUDA source; generated with TVM unless it is in the cache."""
 
         def make() -> dict[str, Any]:
-            names = [f"rows{8 * c['mt']}" for c in self.configs]
-            return {n: self.family.build(self.problem, c, self.target, n) for n, c in zip(names, self.configs)}
+            return {
+                e.symbol: family(e.family).build(self.problem, e.config, self.target, e.symbol) for e in self.entries
+            }
 
         return build.source(self.describe(), make, self.target)
 
     def library(self) -> Path:
         """The compiled library; see `build.compile_library` for errors."""
         return build.compile_library(self.source(), self.target)
+
+    def pack(self, weight: Quantized) -> dict[str, np.ndarray]:
+        """The arrays all kernels of the layer read."""
+        first = self.entries[0]
+        return family(first.family).pack(self.problem, first.config, weight)
+
+
+@functools.cache
+def family(name: str) -> CudaLinear:
+    """The kernel family called ``name``."""
+    return next(cls() for cls in FAMILIES if cls.name == name)
 
 
 def plan(
@@ -79,12 +104,14 @@ def plan(
     dtype: torch.dtype = torch.float16,
     target: CudaTarget | str = "sm_90a",
     bias: bool = False,
-    configs: dict[int, dict[str, Any]] | None = None,
+    rows: Sequence[int] = ROWS,
+    configs: Mapping[int, Mapping[str, Any]] | None = None,
 ) -> Plan:
     """Choose kernels for a ``(K, N)`` matrix; needs neither GPU nor TVM.
 
     Args:
-        configs: by rows (an entry of `ROWS`), config entries to use instead of the tuned or expected best ones.
+        rows: numbers of rows to have a kernel for; more rows than the largest are several blocks.
+        configs: by rows, ``family`` and config entries to use instead of the tuned or expected best ones.
 
     Raises:
         TargetError: no family takes the format on this target.
@@ -95,30 +122,30 @@ def plan(
     if dtype not in (torch.float16, torch.bfloat16):
         raise TargetError(f"CUDA layers take float16 or bfloat16 activations, not {dtype}")
     problem = LinearProblem(k, n, fmt, act, Epilogue(bias=bias))
-    reasons = []
-    for family in (cls() for cls in FAMILIES):
-        if support := family.supports(problem, chip):
-            break
-        reasons.append(support.reason)
-    else:
+    able, reasons = [], []
+    for candidate in (family(cls.name) for cls in FAMILIES):
+        support = candidate.supports(problem, chip)
+        able += [candidate] if support else []
+        reasons += [] if support else [support.reason]
+    if not able:
         raise TargetError(
             f"no CUDA kernel multiplies {fmt} weights ({k} x {n}) by {act} activations: {'; '.join(reasons)}"
         )
     out = str(dtype).removeprefix("torch.")
     kind = "int8" if act.bits else out
-    chosen = []
-    for rows in ROWS:
-        given = (configs or {}).get(rows, {})
-        base = tuned.lookup(family, problem, chip, rows, kind)
-        chosen.append({**base, **given, "out": out, "mt": rows // 8})
-    return Plan(family, problem, tuple(chosen), chip)
+    entries = []
+    for count in rows:
+        given = dict((configs or {}).get(count, {}))
+        wanted = [c for c in able if c.name == given.pop("family", c.name)]
+        name, config = tuned.choose(wanted, problem, chip, count, kind)
+        entries.append(Entry(count, name, {**config, **given, "out": out}))
+    return Plan(problem, tuple(entries), chip)
 
 
 @functools.cache
-def _launcher(description: str) -> tuple[StreamLinear, LinearProblem, list[tuple[int, dict[str, Any], Any]]]:
-    """Family, problem and (rows, config, function) of a layer; generates and compiles what is not in the cache."""
+def _launcher(description: str) -> tuple[LinearProblem, list[tuple[Entry, Any]]]:
+    """Problem, and the entries with their functions; generates and compiles what is not in the cache."""
     spec = json.loads(description)
-    family = next(cls() for cls in FAMILIES if cls.name == spec["family"])
     problem = LinearProblem(
         spec["k"],
         spec["n"],
@@ -126,8 +153,9 @@ def _launcher(description: str) -> tuple[StreamLinear, LinearProblem, list[tuple
         parse_activation(spec["activation"]),
         Epilogue(**spec["epilogue"]),
     )
-    module = build.load(Plan(family, problem, tuple(spec["configs"]), TARGETS[spec["target"]]).library())
-    return family, problem, [(8 * c["mt"], c, module[f"rows{8 * c['mt']}"]) for c in spec["configs"]]
+    entries = tuple(Entry(**entry) for entry in spec["entries"])
+    module = build.load(Plan(problem, entries, TARGETS[spec["target"]]).library())
+    return problem, [(entry, module[entry.symbol]) for entry in entries]
 
 
 def quantize_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -145,31 +173,33 @@ def _linear(
     arrived: torch.Tensor,
     description: str,
 ) -> torch.Tensor:
-    family, problem, kernels = _launcher(description)
+    problem, kernels = _launcher(description)
     m = x.shape[0]
-    _, config, function = next((entry for entry in kernels if entry[0] >= m), kernels[-1])
-    out = torch.empty((m, problem.n), device=x.device, dtype=getattr(torch, config["out"]))
-    if m == 0:
-        return out
-    width = family.shape(problem, config).x_width
-    if x.shape[1] != width:
-        x = torch.nn.functional.pad(x, (0, width - x.shape[1]))
+    entry, function = next((k for k in kernels if k[0].rows >= m), kernels[-1])
+    shape = family(entry.family).shape(problem, entry.config)
+    out = torch.empty((m, problem.n), device=x.device, dtype=getattr(torch, entry.config["out"]))
+    if x.shape[1] != shape.x_width:
+        x = torch.nn.functional.pad(x, (0, shape.x_width - x.shape[1]))
     x = x.contiguous()
     if x.data_ptr() % 16:
         x = x.clone()
-    elements, counters = family.scratch(problem, config, m)
-    if counters > arrived.numel():
-        arrived = torch.zeros(counters, dtype=torch.int32, device=x.device)
-    partial = torch.empty(elements, dtype=torch.float32, device=x.device)
-    scales = [] if scale is None else [scale]
-    function(x, *scales, *packed, partial, arrived, out)
+    # Kernels count elements in 32 bits.
+    most = (1 << 31) // max(shape.x_width, problem.n) // 4096 * 4096 or 4096
+    for start in range(0, m, most):
+        rows = min(most, m - start)
+        elements, counters = family(entry.family).scratch(problem, entry.config, rows)
+        if counters > arrived.numel():
+            arrived = torch.zeros(counters, dtype=torch.int32, device=x.device)
+        partial = torch.empty(elements, dtype=torch.float32, device=x.device)
+        scales = [] if scale is None else [scale[start : start + rows]]
+        function(x[start : start + rows], *scales, *packed, partial, arrived, out[start : start + rows])
     return out
 
 
 @_linear.register_fake
 def _(x: torch.Tensor, scale: Any, packed: Any, arrived: Any, description: str) -> torch.Tensor:
     spec = json.loads(description)
-    return x.new_empty((x.shape[0], spec["n"]), dtype=getattr(torch, spec["configs"][0]["out"]))
+    return x.new_empty((x.shape[0], spec["n"]), dtype=getattr(torch, spec["entries"][0]["config"]["out"]))
 
 
 class QuantizedLinear(torch.nn.Module):
@@ -178,14 +208,14 @@ class QuantizedLinear(torch.nn.Module):
     def __init__(self, plan: Plan, weight: Quantized, bias: np.ndarray | None = None) -> None:
         super().__init__()
         self.plan = plan
-        packed = plan.family.pack(plan.problem, plan.configs[0], weight)
+        packed = plan.pack(weight)
         self.names = list(packed)
         for name, array in packed.items():
             self.register_buffer(name, torch.from_numpy(array))
         if bias is not None:
             self.register_buffer("bias", torch.from_numpy(np.ascontiguousarray(bias, np.float32)))
             self.names.append("bias")
-        counters = max(plan.family.scratch(plan.problem, c, 4096)[1] for c in plan.configs)
+        counters = max(family(e.family).scratch(plan.problem, e.config, 4096)[1] for e in plan.entries)
         self.register_buffer("arrived", torch.zeros(counters, dtype=torch.int32), persistent=False)
         self._description = json.dumps(plan.describe())
 

@@ -1,6 +1,8 @@
-"""CUDA kernel families, written in TIRx with PTX instructions; see `stream` for the linear operators."""
+"""CUDA kernel families, written in TIRx with PTX instructions: `stream` for few rows, `tiled` for many."""
 
+from qcompile.codegen.kernels.cuda.linear import CudaLinear
 from qcompile.codegen.kernels.cuda.stream import StreamLinear, StreamLinearInt8
+from qcompile.codegen.kernels.cuda.tiled import TiledLinear, TiledLinearInt8
 
-FAMILIES = (StreamLinear, StreamLinearInt8)
+FAMILIES: tuple[type[CudaLinear], ...] = (StreamLinear, StreamLinearInt8, TiledLinear, TiledLinearInt8)
 """Linear families, the one to prefer among equals first."""

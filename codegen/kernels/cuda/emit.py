@@ -43,6 +43,19 @@ class Registers:
         B.buffer_store(self.buffer, value, list(index) if isinstance(index, tuple) else [index])
 
 
+class View:
+    """The registers whose leading indices are given."""
+
+    def __init__(self, registers: Registers, *prefix: int) -> None:
+        self.registers, self.prefix = registers, prefix
+
+    def __getitem__(self, index: int) -> Any:
+        return self.registers[(*self.prefix, index)]
+
+    def __setitem__(self, index: int, value: Any) -> None:
+        self.registers[(*self.prefix, index)] = value
+
+
 @contextlib.contextmanager
 def kernel(name: str) -> Iterator[IRBuilder]:
     """Open a device PrimFunc called ``name``."""
@@ -65,9 +78,14 @@ def shared(bytes_: int) -> Any:
     return arena
 
 
-def copy_async(dst: Any, src: Any, size: int) -> None:
-    """Copy ``size`` bytes to shared memory in the background: 16 past the first-level cache, fewer through it."""
-    ptx(f"cp.async.{'cg' if size == 16 else 'ca'}.shared.global", dst, src, size)
+def copy_async(dst: Any, src: Any, size: int, valid: Any = None) -> None:
+    """Copy ``size`` bytes to shared memory in the background: 16 past the first-level cache, fewer through it.
+
+    Args:
+        valid: bytes to read (uint32), zeros for the rest; all of them by default.
+    """
+    tail = [size] if valid is None else [size, valid]
+    ptx(f"cp.async.{'cg' if size == 16 else 'ca'}.shared.global", dst, src, *tail)
 
 
 def commit() -> None:
@@ -84,6 +102,18 @@ def read_shared(registers: Sequence[Any], address: Any) -> None:
     """Load 1, 2 or 4 words."""
     count = len(registers)
     ptx("ld.shared" + (f".v{count}" if count > 1 else "") + ".b32", *registers, address)
+
+
+def read_matrices(registers: Sequence[Any], address: Any) -> None:
+    """Load four 8 x 16-byte matrices; lane l names row l % 8 of matrix l / 8, lane 4 g + t gets word t of row g."""
+    ptx("ldmatrix.sync.aligned.m8n8.x4.shared.b16", *registers, address)
+
+
+def pair(low: Any, high: Any, dtype: str) -> Any:
+    """Two float32 rounded to ``dtype`` in one register, ``low`` in the low half."""
+    out = Registers((1,), "uint32")
+    ptx(f"cvt.rn.{'bf16x2' if dtype == 'bfloat16' else 'f16x2'}.f32", out[0], high, low)
+    return out[0]
 
 
 def activate(value: Any, epilogue: Epilogue) -> Any:

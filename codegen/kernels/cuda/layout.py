@@ -7,11 +7,12 @@ instruction per weight tile. PTX ISA, "Matrix fragments for mma.m16n8k16 / m16n8
     weight register r = 2 h + a    channel g + 8 a,   elements E t + half h of the tile, E per 32-bit register
     x register h                   row g,             the same elements
 
-Sums do not care which position of K an element is at as long as both operands agree. So a *unit* of two tiles (32 or
-64 positions, 64 bytes of a row of x) is dealt out such that lane t owns 16 consecutive bytes of x: one load of x, no
-`ldmatrix`, no shared memory:
+A *unit* is two tiles, four chunks of 16 bytes of a row of x; both operands keep the order K has in memory:
 
-    k = unit * 4 * P + t * P + (2 i + h) * E + e          i tile of the unit, P = 4 E elements per lane
+    k = unit * 16 E + (2 i + h) * 4 E + t * E + e         i tile of the unit
+
+so that x may be read by `ldmatrix` from shared memory, or by `wgmma`, whose first operand has the same fragments: warp w
+of a warpgroup holds channels 16 w .. 16 w + 15 of 64.
 
 Codes of one K block of 128 positions and 16 channels are stored as vectors of 16 bytes per lane (8 for the one-bit
 plane), lane after lane, so that a warp reads 512 contiguous bytes. Within a 32-bit word the codes are placed where the
@@ -88,23 +89,23 @@ class FragmentLayout:
         return (self._plane(0, self.bits),)
 
     def _plane(self, first: int, bits: int) -> Plane:
-        # Axes of K: k0 block, k1 vector, k2 and k3 unit, k4 lane t, k5 tile i, k6 half h, k7 element e; of N: n1 = a, n2 = g.
-        head = "n0 k0 k1 n2 k4"
+        # Axes of K: k0 block, k1 vector, k2 and k3 unit, k4 tile i, k5 half h, k6 lane t, k7 element e; of N: n1 = a, n2 = g.
+        head = "n0 k0 k1 n2 k6"
         if self.integer:
             u, orders = (2, 1, 1), {
-                8: "n0 k0 k1 k5 n2 k4 k2 k3 k6 n1 k7 b",
-                4: f"{head} k2 k3 k5 k6 k7 n1 b",
-                2: "n0 k0 n2 k4 k1 k2 k3 k5 k7 k6 n1 b",
+                8: "n0 k0 k1 k4 n2 k6 k2 k3 k5 n1 k7 b",
+                4: f"{head} k2 k3 k4 k5 k7 n1 b",
+                2: "n0 k0 n2 k6 k1 k2 k3 k4 k7 k5 n1 b",
             }  # fmt: skip
             order = orders[bits]
         else:
             u, order = {
-                8: ((4, 1, 1), f"{head} k2 k3 k5 k6 n1 k7 b"),
-                4: ((2, 1, 2), f"{head} k2 k3 k5 k7 k6 n1 b"),
-                2: ((1, 1, 4), f"{head} k2 k3 k7 k5 k6 n1 b"),
-                1: ((1, 2, 2), f"{head} k2 k7 k3 k5 k6 n1 b"),
+                8: ((4, 1, 1), f"{head} k2 k3 k4 k5 n1 k7 b"),
+                4: ((2, 1, 2), f"{head} k2 k3 k4 k7 k5 n1 b"),
+                2: ((1, 1, 4), f"{head} k2 k3 k7 k4 k5 n1 b"),
+                1: ((1, 2, 2), f"{head} k2 k7 k3 k4 k5 n1 b"),
             }[bits]
-        layout = BitLayout(bits, k=(-1, *u, 4, 2, 2, self.elements), n=(-1, 2, 8), order=order)
+        layout = BitLayout(bits, k=(-1, *u, 2, 2, 4, self.elements), n=(-1, 2, 8), order=order)
         vector = min(16, 8 * bits)
         return Plane(first, bits, layout, vector, 8 * bits // vector)
 

@@ -9,9 +9,9 @@ from tvm.tirx.script.builder import ir as B
 
 from qcompile.codegen.kernels.base import Epilogue
 from qcompile.codegen.kernels.cuda import emit as e
-from qcompile.codegen.kernels.cuda.dequant import FloatDequantizer, IntegerDequantizer
+from qcompile.codegen.kernels.cuda.dequant import ExactDequantizer, IntegerDequantizer, RawDequantizer, raw_place
 from qcompile.codegen.kernels.cuda.layout import BLOCK, TILE
-from qcompile.codegen.kernels.cuda.stream import ROWS, Shape
+from qcompile.codegen.kernels.cuda.stream import ROWS, StreamShape
 
 MMA = {
     "float16": "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32",
@@ -19,8 +19,11 @@ MMA = {
     "int8": "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32",
 }
 
+ONES = 0x3C003C00
+"""A pair of fp16 ones."""
 
-def emit(shape: Shape, epilogue: Epilogue, name: str) -> Any:
+
+def emit(shape: StreamShape, epilogue: Epilogue, name: str) -> Any:
     """The PrimFunc."""
     with e.kernel(name) as builder:
         _Kernel(shape, epilogue).emit()
@@ -30,14 +33,14 @@ def emit(shape: Shape, epilogue: Epilogue, name: str) -> Any:
 class _Kernel:
     """Names of one kernel while it is written."""
 
-    def __init__(self, shape: Shape, epilogue: Epilogue) -> None:
+    def __init__(self, shape: StreamShape, epilogue: Epilogue) -> None:
         self.s, self.epilogue = shape, epilogue
 
     def emit(self) -> None:
         s = self.s
         self._parameters()
         T.device_entry()
-        rows = s.mt * ROWS
+        rows = s.rows
         self.bx, self.by, self.bz = T.cta_id([s.grid_n, s.split, (self.m + (rows - 1)) // rows])
         self.tx = T.thread_id([s.threads])
         self.arena = e.shared(s.shared_bytes)
@@ -66,20 +69,25 @@ class _Kernel:
 
     def _registers(self) -> None:
         s = self.s
+        self.grouped = bool(s.weight.group) or s.raw
         self.sum_type = "uint32" if s.integer and not s.weight.group else "float32"
         self.part_type = "uint32" if s.integer else "float32"
         self.total = e.Registers((s.tn, s.mt, 4), self.sum_type)
-        self.part = e.Registers((s.tn, s.mt, 4), self.part_type) if s.weight.group else self.total
-        self.xr = e.Registers((s.ahead, s.mt, 4), "uint32")
+        self.part = e.Registers((s.tn, s.mt, 4), self.part_type) if self.grouped else self.total
+        self.sum_x = e.Registers((s.mt, 4), "float32") if s.raw else None
+        self.ahead = 2 if s.mt > 1 or s.integer else 4
+        self.xr = e.Registers((self.ahead, s.mt, 4), "uint32")
         self.w = e.Registers((4,), "uint32")
         self.codes = [e.Registers((s.tn, p.vectors, p.vector // 4), "uint32") for p in s.layout.planes]
         self.scale = e.Registers((s.tn, 2), "float32")
-        self.zero = None if s.weight.symmetric else e.Registers((2,), "uint32")
+        self.zero = None if s.weight.symmetric or s.raw else e.Registers((2,), "uint32")
         self.meta_words = e.Registers((s.tn, 2), "uint32")
         if s.integer:
             self.dequantizer: Any = IntegerDequantizer(s.weight.bits)
+        elif s.raw:
+            self.dequantizer = RawDequantizer(s.weight.bits)
         else:
-            self.dequantizer = FloatDequantizer(s.weight.bits, s.dtype == "bfloat16", self.zero)
+            self.dequantizer = ExactDequantizer(s.weight.bits, s.dtype == "bfloat16", self.zero)
         zero = T.uint32(0) if self.sum_type == "uint32" else T.float32(0)
         for j in range(s.tn):
             for i in range(s.mt):
@@ -99,14 +107,20 @@ class _Kernel:
         self.count = e.let(T.max(T.min(s.blocks - start, s.per_warp), 0))
         base = (self.bx * s.nw + self.wn) * s.tn
         self.tile = [e.let(T.min(base + j, s.tiles - 1)) for j in range(s.tn)]
-        self.row = [e.let(T.min(self.first_row + (i * ROWS) + self.lane // 4, self.m - 1)) for i in range(s.mt)]
+        self.rows = e.let(T.min(self.m - self.first_row, s.rows))
         self.slots = e.let(self.warp * (s.stages * s.stage_bytes // 4))
+        # Chunk c of row r of x lies at c ^ (r % 8), so that eight rows of one chunk are in different banks.
+        row = self.lane % 8 if s.rows > 1 else T.int32(0)
+        self.matrix = [
+            e.let(row * (s.chunks * 4) + T.bitwise_xor(half * 4 + self.lane // 8, row) * 4) for half in range(2)
+        ]
 
     def _issue(self, slot: Any, block: Any) -> None:
         """Start copying stage ``block`` of this warp into ``slot``."""
         s = self.s
-        place = 0
         base = e.let(self.slots + slot * (s.stage_bytes // 4))
+        self._issue_x(base, block)
+        place = s.x_bytes
         for j in range(s.tn):
             for plane, source in zip(s.layout.planes, self.planes):
                 here = e.let((self.tile[j] * s.blocks + block) * plane.block_bytes + self.lane * plane.vector)
@@ -126,23 +140,29 @@ class _Kernel:
                 e.copy_async(self.arena.ptr_to([at]), self.meta.ptr_to([here]), s.meta_bytes)
                 place += 32 * s.meta_bytes
 
-    def _load_x(self, unit: int, block: Any, slot: int) -> None:
-        """Load a unit of x of stage ``block`` into registers; zeros beyond K."""
+    def _issue_x(self, base: Any, block: Any) -> None:
+        """The rows of x; zeros beyond K."""
         s = self.s
-        per = s.layout.unit // 4
-        whole = s.k % BLOCK == 0
-        k = block * BLOCK + unit * s.layout.unit + self.lane % 4 * per
+        per = 32 // s.chunks
+        elements = BLOCK // s.chunks
+        chunk = self.lane % s.chunks
+        k = e.let(block * BLOCK + chunk * elements)
+        valid = None
+        if s.k % BLOCK:
+            valid = e.let(T.Select(k < s.x_width, e.u32(16), e.u32(0)))
+            k = e.let(T.min(k, s.x_width - elements))
+        for c in range(-(-s.rows // per)):
+            row = e.let(self.lane // s.chunks + c * per)
+            at = base + row * (s.chunks * 4) + T.bitwise_xor(chunk, row % 8) * 4
+            with T.If(row < self.rows), T.Then():
+                e.copy_async(self.arena.ptr_to([at]), self.x.ptr_to([self.first_row + row, k]), 16, valid)
+
+    def _read_x(self, slot: Any, unit: int) -> None:
+        """Load a unit of x into registers."""
+        s = self.s
         for i in range(s.mt):
-            regs = [self.xr[slot, i, c] for c in range(4)]
-            if whole:
-                e.ptx("ld.global.nc.v4.b32", *regs, self.x.ptr_to([self.row[i], k]))
-                continue
-            with T.If(k < s.x_width):
-                with T.Then():
-                    e.ptx("ld.global.nc.v4.b32", *regs, self.x.ptr_to([self.row[i], k]))
-                with T.Else():
-                    for c in range(4):
-                        self.xr[slot, i, c] = T.uint32(0)
+            at = slot + self.matrix[unit % 2] + (i * 8 * s.chunks * 4 + unit // 2 * 32)
+            e.read_matrices([self.xr[unit % self.ahead, i, c] for c in range(4)], self.arena.ptr_to([at]))
 
     # Main loop
 
@@ -153,50 +173,45 @@ class _Kernel:
             with T.If(self.count > stage), T.Then():
                 self._issue(T.int32(stage), self.start + stage)
             e.commit()
-        last = e.let(T.max(T.min(self.start + s.per_warp, s.blocks) - 1, 0))
-        for unit in range(min(s.ahead, s.layout.units)):
-            self._load_x(unit, T.min(self.start, last), unit)
         with T.serial(self.count) as i:
             e.wait(s.stages - 2)
+            T.evaluate(T.cuda.warp_sync())
             slot = e.let(self.slots + i % s.stages * (s.stage_bytes // 4))
             self._read_stage(slot)
             with T.If(i + (s.stages - 1) < self.count), T.Then():
                 self._issue((i + (s.stages - 1)) % s.stages, self.start + i + (s.stages - 1))
             e.commit()
-            block = e.let(self.start + i)
-            following = e.let(T.min(block + 1, last))
-            self._multiply(slot, block, following)
+            self._multiply(slot)
         e.wait(0)
 
     def _read_stage(self, slot: Any) -> None:
         s = self.s
-        stride = s.stage_bytes // s.tn // 4
+        for unit in range(self.ahead) if self.zero is None else ():
+            self._read_x(slot, unit)
         for j in range(s.tn):
-            place = 0
+            place = s.x_bytes + j * s.tile_bytes
             for p, plane in enumerate(s.layout.planes):
                 words = plane.vector // 4
                 for v in range(plane.vectors):
-                    at = slot + (j * stride + place + v * 32 * words) + self.lane * words
+                    at = slot + (place // 4 + v * 32 * words) + self.lane * words
                     e.read_shared([self.codes[p][j, v, c] for c in range(words)], self.arena.ptr_to([at]))
-                place += plane.block_bytes // 4
+                place += plane.block_bytes
 
     def _read_meta(self, slot: Any, chunk: int, j: int) -> None:
         """Scales and zero points of a chunk into registers."""
         s = self.s
         words = s.meta_bytes // 4
-        codes = sum(p.block_bytes for p in s.layout.planes) // 4
-        at = slot + (j * (s.stage_bytes // s.tn // 4) + codes + chunk * 32 * words) + self.lane * words
+        at = slot + ((s.x_bytes + j * s.tile_bytes + s.code_bytes) // 4 + chunk * 32 * words) + self.lane * words
         e.read_shared([self.meta_words[j, c] for c in range(words)], self.arena.ptr_to([at]))
         if s.weight.group:
             for a in range(2):
-                bits = T.cast(self.meta_words[j, 0] >> e.u32(16 * a), "uint16")
-                self.scale[j, a] = T.cast(T.reinterpret("float16", bits), "float32")
+                self.scale[j, a] = _half(self.meta_words[j, 0], a)
         if self.zero is not None:
             for a in range(2):
                 word = self.meta_words[j, words - 1]
                 e.ptx("prmt.b32", self.zero[a], word, word, e.u32(0x3232 if a else 0x1010))
 
-    def _multiply(self, slot: Any, block: Any, following: Any) -> None:
+    def _multiply(self, slot: Any) -> None:
         s = self.s
         units = s.layout.units
         per_chunk = s.chunk // s.layout.unit
@@ -210,13 +225,14 @@ class _Kernel:
                 self.dequantizer.begin()
                 for inner in range(per_chunk):
                     unit = chunk * per_chunk + inner
+                    if j is not None:
+                        self._read_x(slot, unit)
                     for t in tiles:
                         for tile in range(2):
-                            self._tile(t, unit, tile, fresh=bool(s.weight.group) and inner == 0 and tile == 0)
-                    if tiles[-1] == s.tn - 1:
-                        ahead = unit + s.ahead
-                        self._load_x(ahead % units, block if ahead < units else following, unit % s.ahead)
-                if s.weight.group:
+                            self._tile(t, unit, tile, fresh=self.grouped and inner == 0 and tile == 0)
+                    if j is None and unit + self.ahead < units:
+                        self._read_x(slot, unit + self.ahead)
+                if self.grouped:
                     for t in tiles:
                         self._add_group(t)
 
@@ -231,20 +247,43 @@ class _Kernel:
         low = [self.codes[0][j, vector, c] for c in range(plane.vector // 4)]
         high = [self.codes[1][j, 0, c] for c in range(2)] if len(self.codes) > 1 else None
         self.dequantizer.tile(self.w, low, high, unit, tile)
-        zero = T.uint32(0) if self.part_type == "uint32" else T.float32(0)
         for i in range(s.mt):
-            out = [self.part[j, i, c] for c in range(4)]
-            operand = [self.xr[unit % s.ahead, i, 2 * tile + h] for h in range(2)]
-            e.ptx(MMA[s.dtype], *out, *[self.w[r] for r in range(4)], *operand, *([zero] * 4 if fresh else out))
+            operand = [self.xr[unit % self.ahead, i, 2 * tile + h] for h in range(2)]
+            if self.sum_x is not None and j == 0:
+                self._mma([self.sum_x[i, c] for c in range(4)], [e.u32(ONES)] * 4, operand, fresh)
+            self._mma([self.part[j, i, c] for c in range(4)], [self.w[r] for r in range(4)], operand, fresh)
+
+    def _mma(self, out: list[Any], weights: list[Any], rows: list[Any], fresh: bool) -> None:
+        zero = T.uint32(0) if self.part_type == "uint32" else T.float32(0)
+        e.ptx(MMA[self.s.dtype], *out, *weights, *rows, *([zero] * 4 if fresh else out))
 
     def _add_group(self, j: int) -> None:
         s = self.s
+        if s.raw:
+            self._add_raw(j)
+            return
         for i in range(s.mt):
             for c in range(4):
                 value = self.part[j, i, c]
                 if s.integer:
                     value = T.cast(T.reinterpret("int32", value), "float32")
                 self.total[j, i, c] = self.total[j, i, c] + value * self.scale[j, c // 2]
+
+    def _add_raw(self, j: int) -> None:
+        """``scale (2^(24-p) part - zero sum x)``."""
+        s = self.s
+        factor, shift = e.Registers((2,), "float32"), e.Registers((2,), "float32")
+        for a in range(2):
+            scale = self.scale[j, a] if s.weight.group else T.float32(1)
+            zero = T.float32(1 << s.weight.bits - 1)
+            if not s.weight.symmetric:
+                zero = _half(self.meta_words[j, s.meta_bytes // 4 - 1], a)
+            factor[a] = scale * T.float32(2.0 ** (24 - raw_place(s.weight.bits, a)))
+            shift[a] = scale * zero
+        for i in range(s.mt):
+            for c in range(4):
+                value = self.total[j, i, c] + self.part[j, i, c] * factor[c // 2]
+                self.total[j, i, c] = value - self.sum_x[i, c % 2] * shift[c // 2]
 
     # Reduction and tail
 
@@ -261,7 +300,7 @@ class _Kernel:
                         value = T.reinterpret("uint32", value)
                     B.buffer_store(self.arena, value, [base + ((j * s.mt + i) * 4 + c) * 32])
         T.evaluate(T.cuda.cta_sync())
-        rows = e.let(T.min(self.m - self.first_row, s.mt * ROWS))
+        rows = self.rows
         passes = e.let((rows * s.columns + (s.threads - 1)) // s.threads)
         if s.split == 1:
             with T.serial(passes) as p:
@@ -346,3 +385,8 @@ class _Kernel:
         if self.residual is not None:
             value = value + T.cast(self.residual[row, n], "float32")
         B.buffer_store(self.out, T.cast(value, s.out), [row, n])
+
+
+def _half(word: Any, a: int) -> Any:
+    """The fp16 in half ``a`` of a word, as float32."""
+    return T.cast(T.reinterpret("float16", T.cast(word >> e.u32(16 * a), "uint16")), "float32")

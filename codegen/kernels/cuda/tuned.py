@@ -1,24 +1,28 @@
 """Measured configs by problem, and the rule where nothing was measured.
 
-``tuned.json`` beside this module maps ``"sm_90a cuda-stream int4/g128 float16 N K rows"`` to a config; it is written by
-``benchmarks/cuda_gemm.py --tune``. A shape that was not measured takes the config of the nearest measured one of the
-same kind that fits it, and otherwise the one the cost model ranks first.
+``tuned.json`` beside this module maps ``"sm_90a int4/g128 float16 N K rows"`` to a family and a config; it is written by
+``benchmarks/cuda_gemm.py --tune``. A shape that was not measured takes the config of the nearest measured one of the same
+kind that fits it, and otherwise the one the cost models rank first.
 """
 
 from __future__ import annotations
 
 import functools
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from math import log2
 from pathlib import Path
 from typing import Any
 
 from qcompile.codegen.kernels.base import LinearProblem
-from qcompile.codegen.kernels.cuda.stream import StreamLinear
+from qcompile.codegen.kernels.cuda.linear import CudaLinear
 from qcompile.targets.cuda import CudaTarget
 
 FILE = Path(__file__).with_name("tuned.json")
+
+STREAMED = 16
+"""Up to so many rows the streaming kernels are considered; they hold x once per warp."""
 
 
 @functools.cache
@@ -27,27 +31,48 @@ def table() -> dict[str, dict[str, Any]]:
     return json.loads(FILE.read_text()) if FILE.exists() else {}
 
 
-def name(family: StreamLinear, problem: LinearProblem, target: CudaTarget, rows: int, dtype: str) -> str:
+def name(problem: LinearProblem, target: CudaTarget, rows: int, dtype: str) -> str:
     """Key of a measured config."""
-    return f"{target.cpu} {family.name} {problem.weight} {dtype} {problem.n} {problem.k} {rows}"
+    return f"{target.cpu} {problem.weight} {dtype} {problem.n} {problem.k} {rows}"
 
 
-def lookup(family: StreamLinear, problem: LinearProblem, target: CudaTarget, rows: int, dtype: str) -> dict[str, Any]:
-    """The config for up to ``rows`` rows."""
-    wanted = name(family, problem, target, rows, dtype)
-    if wanted in table():
-        return dict(table()[wanted])
-    head = wanted.split()[:4]
+def choose(
+    families: Sequence[CudaLinear], problem: LinearProblem, target: CudaTarget, rows: int, dtype: str
+) -> tuple[str, dict[str, Any]]:
+    """Name of the family and the config for up to ``rows`` rows."""
+    by_name = {family.name: family for family in families}
+    wanted = name(problem, target, rows, dtype)
+    if (found := table().get(wanted)) and found["family"] in by_name:
+        return _split(found)
+    head = wanted.split()[:3]
     near = []
-    for key, config in table().items():
+    for key, entry in table().items():
         parts = key.split()
-        if parts[:4] != head or int(parts[6]) != rows:
+        if parts[:3] != head or int(parts[5]) != rows or entry["family"] not in by_name:
             continue
-        n, k = int(parts[4]), int(parts[5])
-        distance = abs(log2(n / problem.n)) + abs(log2(k / problem.k))
-        if distance < 2 and family._fits(family.shape(problem, config), target):
-            near.append((distance, key, config))
+        distance = abs(log2(int(parts[3]) / problem.n)) + abs(log2(int(parts[4]) / problem.k))
+        family, config = _split(entry)
+        if distance < 1 and by_name[family].fits(by_name[family].shape(problem, config), target):
+            near.append((distance, key, family, config))
     if near:
-        return dict(min(near)[2])
+        return min(near)[2:]
+    return expected(families, problem, target, rows, dtype)
+
+
+def expected(
+    families: Sequence[CudaLinear], problem: LinearProblem, target: CudaTarget, rows: int, dtype: str
+) -> tuple[str, dict[str, Any]]:
+    """What the cost models rank first."""
     known = replace(problem, m=rows)
-    return next(c for c in family.configs(known, target) if c["dtype"] == dtype)
+    ranked = []
+    for family in families:
+        fitting = [c for c in family.configs(known, target) if c["dtype"] == dtype]
+        if fitting:
+            ranked.append((family.cost(known, fitting[0], target, rows), family.name, fitting[0]))
+    few = [entry for entry in ranked if "stream" in entry[1]]
+    many = [entry for entry in ranked if "tiled" in entry[1]]
+    return min((few if rows < STREAMED else many if rows > STREAMED else ranked) or ranked)[1:]
+
+
+def _split(entry: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    return entry["family"], {key: value for key, value in entry.items() if key != "family"}

@@ -4,15 +4,22 @@ prepares sources on a machine without a GPU."""
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
+from qcompile.kernels import ROWS as BUCKETS
 from qcompile.kernels import Plan, plan
 
 
 @dataclass(frozen=True)
 class Case:
-    """One layer."""
+    """One layer.
+
+    Attributes:
+        split: blocks along K of every kernel.
+        variant: ``mma`` for tiled kernels without wgmma, ``wide`` for unusual tiles, ``exact`` for codes around zero.
+    """
 
     weight: str
     k: int
@@ -21,12 +28,55 @@ class Case:
     dtype: str = "float16"
     bias: bool = False
     split: int = 0
+    variant: str = ""
+
+    def configs(self) -> dict[int, dict[str, Any]]:
+        """Config entries to force, by bucket of rows."""
+        forced: dict[int, dict[str, Any]] = {rows: {"split": self.split} if self.split else {} for rows in BUCKETS}
+        integer = "-int8" if self.activation != "none" else ""
+        tiled = {"family": "cuda-tiled" + integer}
+        tiles: dict[int, dict[str, Any]] = {}
+        if self.variant == "mma":
+            tiles = {
+                16: {"rows": 16, "wg": 1, "mt": 4, "stages": 4},
+                32: {"rows": 32, "wg": 2, "mt": 2, "stages": 4},
+                64: {"rows": 64, "wg": 2, "mt": 2, "stages": 3},
+                128: {"rows": 128, "wg": 2, "mt": 1, "stages": 3},
+                256: {"rows": 96, "wg": 1, "mt": 1, "stages": 3},
+                512: {"rows": 64, "wg": 1, "mt": 2, "stages": 3},
+            }
+            tiled["wgmma"] = False  # type: ignore[assignment]
+        elif self.variant == "wide":
+            most, some = (192, 64) if integer else (256, 96)
+            tiles = {
+                16: {"rows": 16, "wg": 2, "mt": 4, "stages": 3},
+                32: {"rows": 32, "wg": 3, "mt": 1, "stages": 5},
+                64: {"rows": 48, "wg": 1, "mt": 2, "stages": 3},
+                128: {"rows": some, "wg": 4, "mt": 1, "stages": 3},
+                256: {"rows": 64, "wg": 1, "mt": 1, "stages": 6},
+                512: {"rows": most if self.weight != "int4/g64" else 96, "wg": 2, "mt": 1, "stages": 3},
+            }
+        for rows, tile in tiles.items():
+            forced[rows] = {"split": 1, **forced[rows], **tiled, **tile}
+        if self.variant == "exact":
+            for rows in (1, 8, 16):
+                forced[rows] = {**forced[rows], "family": "cuda-stream" + integer, "raw": False}
+        if self.variant == "raw":
+            for rows in (1, 8, 16):
+                forced[rows] = {**forced[rows], "family": "cuda-stream", "raw": True, "tn": 2, "nw": 1, "kw": 4}
+        return forced
 
     def plan(self, target: str = "sm_90a") -> Plan:
-        """Its kernels; ``split`` forces the number of blocks along K."""
-        forced = {rows: {"split": self.split} for rows in (8, 16, 32, 64)} if self.split else None
+        """Its kernels."""
         return plan(
-            self.k, self.n, self.weight, self.activation, getattr(torch, self.dtype), target, self.bias, configs=forced
+            self.k,
+            self.n,
+            self.weight,
+            self.activation,
+            getattr(torch, self.dtype),
+            target,
+            self.bias,
+            configs=self.configs(),
         )
 
 
@@ -34,22 +84,27 @@ CASES = [
     Case("int4/g128", 512, 256),
     Case("int4/g128", 1031, 259, bias=True),
     Case("int4/g128", 2048, 320, split=3),
-    Case("int4/g128", 1536, 512, dtype="bfloat16", bias=True),
-    Case("int4/g32/asym", 515, 77, split=2),
+    Case("int4/g128", 1536, 1000, dtype="bfloat16", bias=True, variant="mma"),
+    Case("int4/g128", 1100, 776, variant="wide"),
+    Case("int4/g128", 640, 136, variant="exact"),
+    Case("int4/g32/asym", 515, 77, split=2, variant="raw"),
     Case("int4/g64/asym", 640, 96, dtype="bfloat16"),
     Case("int4", 777, 131),
-    Case("int4/asym", 384, 200, bias=True),
+    Case("int4/asym", 384, 200, bias=True, variant="mma"),
     Case("int2/g128", 1100, 160, split=2),
     Case("int2/g32/asym", 300, 48, dtype="bfloat16"),
-    Case("int3/g64", 530, 133),
+    Case("int2/asym", 700, 520, variant="wide"),
+    Case("int3/g64", 530, 133, variant="raw"),
     Case("int3/g128/asym", 768, 128, dtype="bfloat16", split=2),
     Case("int8/g128", 512, 72, bias=True),
     Case("int8/asym", 333, 65),
-    Case("int8/g64/asym", 700, 80, dtype="bfloat16"),
+    Case("int8/g64/asym", 700, 80, dtype="bfloat16", variant="mma"),
     Case("int8", 1031, 259, "int8", bias=True),
     Case("int8", 2048, 512, "int8", split=2),
+    Case("int8", 900, 700, "int8", variant="mma"),
     Case("int4", 777, 131, "int8", dtype="bfloat16"),
     Case("int4/g128", 1536, 200, "int8", split=3),
+    Case("int4/g64", 1000, 600, "int8", variant="wide"),
     Case("int2/g64", 512, 96, "int8"),
 ]
 """Odd and even extents, all bits, groups, both kinds of zero points, both float types, with and without split-k."""

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from qcompile.codegen.kernels.base import LinearProblem
 from qcompile.codegen.kernels.cuda.layout import BLOCK, TILE, FragmentLayout, pack_meta, split_scales
 from qcompile.codegen.kernels.cuda.stream import StreamLinear, StreamLinearInt8
+from qcompile.codegen.kernels.cuda.tiled import TiledLinear
 from qcompile.formats import ActivationFormat, IntFormat, parse_format
 from qcompile.targets.cuda import TARGETS
 
@@ -84,8 +85,8 @@ def test_fragments_give_the_product(kind: tuple[int, bool]) -> None:
             for h in range(2):
                 for i in range(e):
                     for block in range(blocks):
-                        per = layout.unit // 4  # elements of one lane's 16 bytes of x
-                        position = block * BLOCK + unit * layout.unit + t * per + (2 * tile + h) * e + i
+                        chunk = (2 * tile + h) * 4 * e
+                        position = block * BLOCK + unit * layout.unit + chunk + e * t + i
                         b[block, h * 4 * e + e * t + i, g] = x[g, position]
             y += np.einsum("tbck,bkm->mtc", a, b).reshape(m, n)
     assert np.array_equal(y, x @ codes)
@@ -141,13 +142,15 @@ def parse_x86():
 @pytest.mark.parametrize("arch", list(TARGETS))
 @pytest.mark.parametrize("m", [1, 16, 64])
 def test_configs_fit_the_chip(arch: str, m: int) -> None:
-    family = StreamLinear()
     p = LinearProblem(4096, 4096, parse_format("int4/g128"), ActivationFormat(), m=m)
-    configs = family.configs(p, TARGETS[arch])
-    assert configs
-    for c in configs:
-        s = family.shape(p, c)
-        assert s.shared_bytes <= TARGETS[arch].shared
-        assert s.split * s.kw * s.per_warp >= s.blocks
-        assert s.grid_n * s.columns >= p.n
-        assert s.mt * 8 >= m
+    for family in (StreamLinear(), TiledLinear()):
+        configs = family.configs(p, TARGETS[arch])
+        assert configs
+        for c in configs:
+            s = family.shape(p, c)
+            assert s.shared_bytes <= TARGETS[arch].shared
+            assert s.grid_n * s.columns >= p.n
+            assert s.threads <= 1024
+    for c in StreamLinear().configs(p, TARGETS[arch]):
+        s = StreamLinear().shape(p, c)
+        assert s.split * s.kw * s.per_warp >= s.blocks and s.rows >= min(m, 16)

@@ -1,0 +1,223 @@
+"""Linear operators on many rows: blocks of channels x rows, both operands staged in shared memory.
+
+    a block of ``wg`` groups of four warps owns ``64 wg mt`` channels and ``rows`` rows; warp w of group q owns the channel
+    tiles ``(q mt + j) 4 + w``, j < mt, which are rows 16 w .. 16 w + 15 of the j-th 64-channel operand of its group
+    per stage of 128 K:  packed codes, scales, rows of x   cp.async by all threads, ``stages - 2`` stages ahead
+                         one barrier
+                         codes -> operand registers        `dequant.ScaledDequantizer`, times the scale of their group
+                         wgmma m64nNk16 (Hopper)           weights from registers, x from shared memory; runs while the
+                                                           next operand is dequantized
+                         or mma.sync m16n8 with ldmatrix   (from Ampere on)
+    at the end           the tile is transposed through shared memory and stored in 16-byte pieces; with ``split`` the last
+                         block to arrive adds the partial sums in order
+
+The product is ``y^T = W^T x^T``: the operand that may come from registers is the first one, hence the weights. Rows of x
+lie in shared memory as `wgmma` wants them with 128-byte swizzling: panels of 128 bytes of K, chunk c of row r at c ^ (r % 8).
+PTX ISA, "Asynchronous warpgroup level matrix instructions".
+
+With int8 activations and scales per group, the integer sums of a group are added to float32 sums at its end.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from qcompile.codegen.kernels.base import LinearProblem, Support
+from qcompile.codegen.kernels.cuda.layout import BLOCK, TILE
+from qcompile.codegen.kernels.cuda.linear import CudaLinear, LinearShape
+from qcompile.targets.target import Target
+
+RASTER = 8
+"""Row blocks that share their channels' weights in the second-level cache."""
+
+
+@dataclass(frozen=True)
+class TiledShape(LinearShape):
+    """Everything static about one kernel.
+
+    Attributes:
+        rows: rows of x of a block, a multiple of 16.
+        wg: groups of four warps. mt: channel tiles of a warp.
+        split: blocks along K. stages: of the pipeline, at least 3.
+        wgmma: whether products are by warpgroups.
+    """
+
+    rows: int
+    wg: int
+    mt: int
+    split: int
+    stages: int
+    wgmma: bool
+
+    @property
+    def threads(self) -> int:
+        """Of a block."""
+        return 128 * self.wg
+
+    @property
+    def columns(self) -> int:
+        """Channels of a block."""
+        return 64 * self.wg * self.mt
+
+    @property
+    def block_tiles(self) -> int:
+        """Channel tiles of a block."""
+        return self.columns // TILE
+
+    @property
+    def grid_n(self) -> int:
+        """Blocks along N."""
+        return -(-self.n // self.columns)
+
+    @property
+    def per_split(self) -> int:
+        """Stages of a block, at most."""
+        return -(-self.blocks // self.split)
+
+    @property
+    def sums(self) -> int:
+        """Accumulators of a thread."""
+        return self.mt * self.rows // 2
+
+    @property
+    def grouped_integer(self) -> bool:
+        """Whether integer sums are scaled at the end of a group."""
+        return self.integer and bool(self.weight.group)
+
+    @property
+    def panel_bytes(self) -> int:
+        """A panel of x: 128 bytes of every row."""
+        return 128 * self.rows
+
+    @property
+    def x_bytes(self) -> int:
+        """Rows of x of a stage."""
+        return self.panel_bytes * self.chunks // 8
+
+    @property
+    def stage_chunks(self) -> int:
+        """Scale groups of a stage."""
+        return BLOCK // self.chunk
+
+    @property
+    def stage_meta(self) -> int:
+        """Bytes of scales and zero points of a stage."""
+        return self.block_tiles * self.stage_chunks * 8 * self.meta_bytes
+
+    @property
+    def stage_bytes(self) -> int:
+        """Shared memory of a stage, a multiple of what swizzled panels are aligned to."""
+        return -(-(self.x_bytes + self.block_tiles * self.code_bytes + self.stage_meta) // 1024) * 1024
+
+    @property
+    def pitch(self) -> int:
+        """Bytes of a row of the tile that is stored; the padding keeps eight rows in different banks."""
+        return 2 * self.columns + 16
+
+    @property
+    def shared_bytes(self) -> int:
+        """Of a block, with what aligning it may cost."""
+        return max(self.stages * self.stage_bytes, self.rows * self.pitch) + 1024
+
+    @property
+    def registers(self) -> int:
+        """Rough count per thread."""
+        operands = self.mt * (16 if self.wgmma else 4)
+        codes = self.mt * (8 if self.layout.bits == 8 else 4)
+        return self.sums * (2 if self.grouped_integer else 1) + operands + codes + 4 * self.mt + 36
+
+
+class TiledLinear(CudaLinear):
+    """Weights of 2, 3, 4 or 8 bits, scales per channel or in groups, by float activations; any M, N and K.
+
+    Config: see `TiledShape`; ``dtype`` is ``float16`` or ``bfloat16``, ``out`` the type of the result.
+    """
+
+    name = "cuda-tiled"
+    bits = (2, 3, 4, 8)
+    dtypes = ("float16", "bfloat16")
+
+    def _needs(self, target: Target) -> Support:
+        if not target.has("cp_async"):
+            return Support(False, f"{self.name} needs asynchronous copies to shared memory, which {target} lacks")
+        return Support(True)
+
+    def shape(self, problem: LinearProblem, config: dict[str, Any]) -> TiledShape:
+        keys = ("rows", "wg", "mt", "split", "stages", "wgmma", "dtype", "out")
+        return TiledShape(k=problem.k, n=problem.n, weight=problem.weight, **{key: config[key] for key in keys})
+
+    def configs(self, problem: LinearProblem, target: Target) -> list[dict[str, Any]]:
+        """Configs that fit the chip, for ``problem.m`` rows (64 if unknown), best first by `cost`."""
+        m = problem.m or 64
+        found = []
+        for dtype in self.dtypes:
+            for rows in (16, 32, 48, 64, 96, 128, 192, 256):
+                if rows >= 2 * m and rows > 16:
+                    break
+                for wg, mt in ((1, 1), (2, 1), (3, 1), (4, 1), (1, 2), (2, 2), (1, 4), (2, 4)):
+                    for split in (1, 2, 3, 4, 6, 8):
+                        for stages in (3, 4, 5, 6, 8):
+                            config = {
+                                "rows": rows, "wg": wg, "mt": mt, "split": split, "stages": stages,
+                                "wgmma": target.has("wgmma"), "dtype": dtype,
+                                "out": "float16" if dtype == "int8" else dtype,
+                            }  # fmt: skip
+                            if self.fits(self.shape(problem, config), target):
+                                found.append(config)
+        order = {dtype: i for i, dtype in enumerate(self.dtypes)}
+        return sorted(found, key=lambda c: (order[c["dtype"]], self.cost(problem, c, target, m)))
+
+    def fits(self, shape: TiledShape, target: Any) -> bool:
+        return (
+            shape.shared_bytes <= target.shared
+            and shape.registers <= min(255, 65536 // shape.threads)
+            and (shape.grid_n == 1 or shape.columns <= -(-shape.n // 64) * 64)
+            and (shape.split == 1 or shape.split <= shape.blocks // 2)
+            and not (shape.integer and shape.rows > 224)
+        )
+
+    def cost(self, problem: LinearProblem, config: dict[str, Any], target: Any, m: int) -> float:
+        """Waves of blocks times the slowest of memory, caches, tensor cores and issue slots, plus start and reduction."""
+        s = self.shape(problem, config)
+        clock = 1.6e9
+        sms = target.multiprocessors
+        work = s.grid_n * s.split * -(-m // s.rows)
+        fit = min(target.shared_sm // (s.shared_bytes + 1024), 65536 // (s.threads * s.registers), 2048 // s.threads)
+        resident = min(max(fit, 1), -(-work // sms))
+        waves = -(-work // (sms * resident))
+        steps = BLOCK // (16 * s.layout.elements // 2)
+        rate = 4.0 if s.wgmma else 2.0
+        mma = steps * s.wg * s.mt * max(s.rows, 32) / 2 / (rate / 4)
+        dequant = s.wg * s.mt * steps * (14 if s.weight.bits < 8 else 8) + 60 * s.wg
+        codes = s.block_tiles * (s.code_bytes + 8 * s.meta_bytes * s.stage_chunks)
+        caches = (s.x_bytes + codes) / 26
+        memory = codes * sms / target.bandwidth * clock * (1 if m <= 4 * s.rows else 0.25)
+        flight = resident * (s.stages - 2) * codes
+        memory *= max(1.0, 30000 / max(flight, 1)) if m <= s.rows else 1
+        stage = max(mma, caches, memory, dequant) + 0.15 * min(mma, dequant)
+        if resident == 1:
+            stage += 60
+        tail = s.rows * s.columns * 4 / 40 + 1500
+        reduction = s.rows * s.columns * 8 * resident / 24 + 2500 if s.split > 1 else 0
+        return (waves * (resident * (s.per_split * stage + tail) + reduction) + 3000) / clock
+
+    def scratch(self, problem: LinearProblem, config: dict[str, Any], m: int) -> tuple[int, int]:
+        s = self.shape(problem, config)
+        if s.split == 1:
+            return 1, 1
+        blocks = s.grid_n * -(-m // s.rows)
+        return blocks * s.split * s.rows * s.columns, blocks
+
+    def build(self, problem: LinearProblem, config: dict[str, Any], target: Target, name: str) -> Any:
+        from qcompile.codegen.kernels.cuda.tiled_code import emit
+
+        return emit(self.shape(problem, config), problem.epilogue, name)
+
+
+class TiledLinearInt8(TiledLinear):
+    """Symmetric weights of 2, 4 or 8 bits by int8 activations with a scale per row; int32 sums are exact."""
+
+    name = "cuda-tiled-int8"
+    bits = (2, 4, 8)
+    dtypes = ("int8",)

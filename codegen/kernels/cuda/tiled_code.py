@@ -1,0 +1,442 @@
+"""The code of `tiled.TiledLinear`: pipeline, product by wgmma or mma.sync, and the stored tile."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tvm.script import tirx as T
+from tvm.tirx.script.builder import ir as B
+
+from qcompile.codegen.kernels.base import Epilogue
+from qcompile.codegen.kernels.cuda import emit as e
+from qcompile.codegen.kernels.cuda.dequant import IntegerDequantizer, ScaledDequantizer
+from qcompile.codegen.kernels.cuda.layout import BLOCK
+from qcompile.codegen.kernels.cuda.stream_code import MMA
+from qcompile.codegen.kernels.cuda.tiled import RASTER, TiledShape
+
+DESCRIPTOR_HIGH = 1 << 30 | 1024 >> 4
+"""Upper half of a matrix descriptor: 128-byte swizzle, 1024 bytes from eight rows to the next eight."""
+
+
+def emit(shape: TiledShape, epilogue: Epilogue, name: str) -> Any:
+    """The PrimFunc."""
+    with e.kernel(name) as builder:
+        _Kernel(shape, epilogue).emit()
+    return builder.get()
+
+
+class _Kernel:
+    """Names of one kernel while it is written."""
+
+    def __init__(self, shape: TiledShape, epilogue: Epilogue) -> None:
+        self.s, self.epilogue = shape, epilogue
+
+    def emit(self) -> None:
+        s = self.s
+        self._parameters()
+        T.device_entry()
+        row_blocks = (self.m + (s.rows - 1)) // s.rows
+        self.bx, self.by = T.cta_id([row_blocks * s.grid_n, s.split])
+        self.tx = T.thread_id([s.threads])
+        self.arena = e.shared(s.shared_bytes)
+        self.lane = e.let(self.tx % 32)
+        self.warp = e.let(self.tx // 32)
+        address = T.cuda.cvta_generic_to_shared(self.arena.ptr_to([0]))
+        self.base = e.let(T.cast((T.uint32(0) - address) & e.u32(1023), "int32") // 4)
+        self._place_block(row_blocks)
+        self._registers()
+        self._loop()
+        if s.split > 1:
+            self._reduce()
+        else:
+            self._store()
+
+    def _parameters(self) -> None:
+        s = self.s
+        self.m = T.int32()
+        self.x = e.argument("x", (self.m, s.x_width), s.dtype)
+        self.x_scale = e.argument("x_scale", (self.m,), "float32") if s.integer else None
+        per_plane = [s.tiles * s.blocks * p.block_bytes for p in s.layout.planes]
+        self.planes = [e.argument(f"codes{i}", (size,), "uint8") for i, size in enumerate(per_plane)]
+        if s.meta_bytes:
+            self.meta = e.argument("meta", (s.tiles * s.meta_groups * 8 * s.meta_bytes,), "uint8")
+        self.column = e.argument("column", (s.n,), "float32")
+        self.bias = e.argument("bias", (s.n,), "float32") if self.epilogue.bias else None
+        self.residual = e.argument("residual", (self.m, s.n), s.out) if self.epilogue.residual else None
+        self.partial = e.argument("partial", (T.int32(),), "float32")
+        self.arrived = e.argument("arrived", (T.int32(),), "int32")
+        self.out = e.argument("out", (self.m, s.n), s.out)
+
+    def _place_block(self, row_blocks: Any) -> None:
+        """Channels and rows of this block: `RASTER` row blocks side by side, then the next channels."""
+        s = self.s
+        band = e.let(self.bx // (RASTER * s.grid_n))
+        height = e.let(T.min(row_blocks - band * RASTER, RASTER))
+        within = e.let(self.bx - band * (RASTER * s.grid_n))
+        self.first_row = e.let((band * RASTER + within % height) * s.rows)
+        self.first_tile = e.let(within // height * s.block_tiles)
+        self.rows = e.let(T.min(self.m - self.first_row, s.rows))
+        self.start = e.let(self.by * s.per_split)
+        self.count = e.let(T.max(T.min(s.blocks - self.start, s.per_split), 0))
+
+    def _registers(self) -> None:
+        s = self.s
+        self.sum_type = "uint32" if s.integer and not s.grouped_integer else "float32"
+        self.total = e.Registers((s.mt, s.rows // 2), self.sum_type)
+        self.part = e.Registers((s.mt, s.rows // 2), "uint32") if s.grouped_integer else self.total
+        self.operand = e.Registers((2 if s.wgmma else 1, s.mt, 2, 4), "uint32")
+        self.codes = [e.Registers((s.mt, p.vector // 4), "uint32") for p in s.layout.planes]
+        self.meta_words = e.Registers((s.mt, 2), "uint32")
+        if s.integer:
+            self.dequantizers: list[Any] = [IntegerDequantizer(s.weight.bits)] * s.mt
+        else:
+            kind = (s.weight.bits, s.dtype == "bfloat16", bool(s.weight.group), s.weight.symmetric)
+            self.dequantizers = [ScaledDequantizer(*kind) for _ in range(s.mt)]
+        for registers in (self.total, self.part):
+            zero = T.float32(0) if registers is self.total and self.sum_type == "float32" else T.uint32(0)
+            for j in range(s.mt):
+                for c in range(s.rows // 2):
+                    registers[j, c] = zero
+        # Channel tile j of this warp, counted in the block.
+        self.tile = [e.let((self.warp // 4 * s.mt + j) * 4 + self.warp % 4) for j in range(s.mt)]
+        # ldmatrix of 16 rows, two chunks: matrix lane / 8 is (rows + 8, chunk + 1) by its bits 1 and 0.
+        row = self.lane % 8
+        self.matrix_row = e.let((self.lane // 16 * 8 + row) * 32)
+        self.matrix_chunk = [
+            e.let(T.bitwise_xor(pair * 2 + self.lane // 8 % 2, row) * 4) for pair in range(4 if not s.wgmma else 0)
+        ]
+
+    # Copies
+
+    def _issue(self, slot: Any, block: Any) -> None:
+        """Start copying stage ``block`` into ``slot``."""
+        s = self.s
+        base = e.let(self.base + slot * (s.stage_bytes // 4))
+        self._issue_x(base, block)
+        place = s.x_bytes
+        for plane, source in zip(s.layout.planes, self.planes):
+            per = plane.block_bytes // 16
+            self._pieces(
+                s.block_tiles * per,
+                base + place // 4,
+                lambda c, per=per: self.first_tile + c // per,
+                lambda tile, c, per=per, plane=plane, source=source: source.ptr_to(
+                    [(tile * s.blocks + block) * plane.block_bytes + c % per * 16]
+                ),
+            )
+            place += s.block_tiles * plane.block_bytes
+        if s.meta_bytes:
+            per = s.meta_bytes // 2  # pieces of one group of one tile
+            count = s.stage_chunks * per
+
+            def meta(tile: Any, c: Any) -> Any:
+                if s.weight.group:
+                    group = T.min((block * BLOCK + c % count // per * s.chunk) // s.weight.group, s.meta_groups - 1)
+                else:
+                    group = T.int32(0)
+                return self.meta.ptr_to([(tile * s.meta_groups + group) * (8 * s.meta_bytes) + c % per * 16])
+
+            self._pieces(s.block_tiles * count, base + place // 4, lambda c: self.first_tile + c // count, meta)
+
+    def _pieces(self, total: int, place: Any, tile_of: Any, source: Any) -> None:
+        """Copy ``total`` pieces of 16 bytes, piece c from ``source(tile_of(c), c)``; those of tiles beyond N are left out."""
+        s = self.s
+        for i in range(-(-total // s.threads)):
+            c = e.let(self.tx + i * s.threads)
+            tile = e.let(tile_of(c))
+            conditions = []
+            if (i + 1) * s.threads > total:
+                conditions.append(c < total)
+            if s.tiles % s.block_tiles:
+                conditions.append(tile < s.tiles)
+            self._when(conditions, lambda: e.copy_async(self.arena.ptr_to([place + c * 4]), source(tile, c), 16))
+
+    def _issue_x(self, base: Any, block: Any) -> None:
+        """The rows of x; zeros beyond K."""
+        s = self.s
+        step = s.threads // s.chunks
+        elements = BLOCK // s.chunks
+        chunk = self.tx % s.chunks
+        k = e.let(block * BLOCK + chunk * elements)
+        valid = None
+        if s.k % BLOCK:
+            valid = e.let(T.Select(k < s.x_width, e.u32(16), e.u32(0)))
+            k = e.let(T.min(k, s.x_width - elements))
+        first = self.tx // s.chunks
+        place = e.let(base + chunk // 8 * (s.panel_bytes // 4) + first * 32 + T.bitwise_xor(chunk % 8, first % 8) * 4)
+        for i in range(-(-s.rows // step)):
+            row = first + i * step
+            self._when(
+                [row < self.rows],
+                lambda i=i, row=row: e.copy_async(
+                    self.arena.ptr_to([place + i * step * 32]), self.x.ptr_to([self.first_row + row, k]), 16, valid
+                ),
+            )
+
+    def _when(self, conditions: list[Any], emit: Any) -> None:
+        if not conditions:
+            emit()
+            return
+        with T.If(conditions[0] if len(conditions) == 1 else T.And(*conditions)), T.Then():
+            emit()
+
+    # Main loop
+
+    def _loop(self) -> None:
+        s = self.s
+        ahead = s.stages - 2
+        for stage in range(ahead):
+            with T.If(self.count > stage), T.Then():
+                self._issue(T.int32(stage), self.start + stage)
+            e.commit()
+        with T.serial(self.count) as i:
+            e.wait(ahead - 1)
+            if s.wgmma:
+                e.ptx("fence.proxy.async.shared::cta")
+            T.evaluate(T.cuda.cta_sync())
+            with T.If(i + ahead < self.count), T.Then():
+                self._issue((i + ahead) % s.stages, self.start + i + ahead)
+            e.commit()
+            self._multiply(e.let(self.base + i % s.stages * (s.stage_bytes // 4)))
+        if s.wgmma:
+            e.ptx("wgmma.wait_group.sync.aligned", 0)
+        e.wait(0)
+
+    def _multiply(self, slot: Any) -> None:
+        s = self.s
+        if s.wgmma:
+            address = T.cuda.cvta_generic_to_shared(self.arena.ptr_to([slot]))
+            low = e.let(((address & e.u32(0x3FFFF)) >> e.u32(4)) | e.u32(1 << 16))
+            self.descriptor = e.let(T.cast(low, "uint64") | T.uint64(DESCRIPTOR_HIGH << 32))
+        per_chunk = s.chunk // s.layout.unit
+        for unit in range(s.layout.units):
+            if s.wgmma:
+                # Operands are double buffered: those of the product before the last are free.
+                e.ptx("wgmma.wait_group.sync.aligned", 1)
+            fresh = unit % per_chunk == 0
+            if fresh and s.meta_bytes:
+                for j in range(s.mt):
+                    self._read_meta(slot, unit // per_chunk, j)
+            elif fresh and not s.integer:
+                for dequantizer in self.dequantizers:
+                    dequantizer.begin(None, None)
+            buffer = unit % 2 if s.wgmma else 0
+            for j in range(s.mt):
+                for tile in range(2):
+                    self._dequantize(slot, buffer, j, unit, tile)
+            if s.wgmma:
+                self._multiply_warpgroup(buffer, unit, fresh)
+            else:
+                self._multiply_warp(slot, buffer, unit, fresh)
+            if s.grouped_integer and unit % per_chunk == per_chunk - 1:
+                self._add_group()
+
+    def _read_meta(self, slot: Any, chunk: int, j: int) -> None:
+        """Scales and zero points of a group, prepared for the dequantizer."""
+        s = self.s
+        words = s.meta_bytes // 4
+        place = (s.x_bytes + s.block_tiles * s.code_bytes) // 4
+        at = slot + place + ((self.tile[j] * s.stage_chunks + chunk) * 8 + self.lane // 4) * words
+        e.read_shared([self.meta_words[j, c] for c in range(words)], self.arena.ptr_to([at]))
+        if not s.integer:
+            scale = self.meta_words[j, 0] if s.weight.group else None
+            zero = None if s.weight.symmetric else self.meta_words[j, words - 1]
+            self.dequantizers[j].begin(scale, zero)
+
+    def _dequantize(self, slot: Any, buffer: int, j: int, unit: int, tile: int) -> None:
+        """Operand of one channel tile and 16 (float) or 32 (int8) K."""
+        s = self.s
+        place = s.x_bytes
+        for index, plane in enumerate(s.layout.planes):
+            per_vector = 2 * s.layout.units // plane.vectors  # tiles along K of a vector
+            if (2 * unit + tile) % per_vector == 0:
+                vector = (2 * unit + tile) // per_vector
+                words = plane.vector // 4
+                at = slot + place // 4 + self.tile[j] * (plane.block_bytes // 4) + (vector * 32 + self.lane) * words
+                e.read_shared([self.codes[index][j, c] for c in range(words)], self.arena.ptr_to([at]))
+            place += s.block_tiles * plane.block_bytes
+        low = [self.codes[0][j, c] for c in range(s.layout.planes[0].vector // 4)]
+        high = [self.codes[1][j, c] for c in range(2)] if len(self.codes) > 1 else None
+        self.dequantizers[j].tile(e.View(self.operand, buffer, j, tile), low, high, unit, tile)
+
+    def _multiply_warpgroup(self, buffer: int, unit: int, fresh: bool) -> None:
+        s = self.s
+        e.ptx("wgmma.fence.sync.aligned")
+        for tile in range(2):
+            step = 2 * unit + tile
+            offset = step // 4 * s.panel_bytes + step % 4 * 32
+            keep = T.bool(not (s.grouped_integer and fresh and tile == 0))
+            for j in range(s.mt):
+                sums = [self.part[j, c] for c in range(s.rows // 2)]
+                weights = [self.operand[buffer, j, tile, r] for r in range(4)]
+                descriptor = self.descriptor + T.uint64(offset // 16)
+                if s.integer:
+                    name, tail = f"m64n{s.rows}k32.s32.s8.s8", []
+                else:
+                    kind = "bf16" if s.dtype == "bfloat16" else "f16"
+                    name, tail = f"m64n{s.rows}k16.f32.{kind}.{kind}", [1, 1, 0]
+                e.ptx(f"wgmma.mma_async.sync.aligned.{name}", *sums, *weights, descriptor, keep, *tail)
+        e.ptx("wgmma.commit_group.sync.aligned")
+
+    def _multiply_warp(self, slot: Any, buffer: int, unit: int, fresh: bool) -> None:
+        s = self.s
+        x = e.Registers((4,), "uint32")
+        zero = T.uint32(0)
+        for tile in range(2):
+            step = 2 * unit + tile
+            for i in range(s.rows // 16):
+                place = (step // 4 * s.panel_bytes + i * 16 * 128) // 4
+                at = slot + place + self.matrix_row + self.matrix_chunk[step % 4]
+                e.read_matrices([x[c] for c in range(4)], self.arena.ptr_to([at]))
+                for j in range(s.mt):
+                    weights = [self.operand[buffer, j, tile, r] for r in range(4)]
+                    for octet in range(2):
+                        sums = [self.part[j, (2 * i + octet) * 4 + c] for c in range(4)]
+                        start = [zero] * 4 if s.grouped_integer and fresh and tile == 0 else sums
+                        e.ptx(MMA[s.dtype], *sums, *weights, x[2 * octet], x[2 * octet + 1], *start)
+
+    def _add_group(self) -> None:
+        """Integer sums of a group times its scale to the float32 sums."""
+        s = self.s
+        if s.wgmma:
+            e.ptx("wgmma.wait_group.sync.aligned", 0)
+        for j in range(s.mt):
+            scale = e.Registers((2,), "float32")
+            for a in range(2):
+                bits = T.cast(self.meta_words[j, 0] >> e.u32(16 * a), "uint16")
+                scale[a] = T.cast(T.reinterpret("float16", bits), "float32")
+            for c in range(s.rows // 2):
+                value = T.cast(T.reinterpret("int32", self.part[j, c]), "float32")
+                self.total[j, c] = self.total[j, c] + value * scale[c // 2 % 2]
+
+    # Reduction and tail
+
+    def _reduce(self) -> None:
+        """Partial sums to memory; the last block to arrive adds them in order and stores the tile."""
+        s = self.s
+        span = s.threads * s.sums
+        place = e.let(self.bx * (s.split * span) + self.tx)
+        for j in range(s.mt):
+            for c in range(s.rows // 2):
+                value = self.total[j, c]
+                if self.sum_type == "uint32":
+                    value = T.reinterpret("float32", value)
+                at = place + self.by * span + (j * (s.rows // 2) + c) * s.threads
+                B.buffer_store(self.partial, value, [at])
+        T.evaluate(T.cuda.thread_fence())
+        T.evaluate(T.cuda.cta_sync())
+        ticket = e.Registers((1,), "int32")
+        ticket[0] = T.int32(0)
+        with T.If(self.tx == 0), T.Then():
+            ticket[0] = T.cuda.atomic_add(self.arrived.ptr_to([self.bx]), T.int32(1))
+        last = e.let(T.cast(T.cuda.syncthreads_or(T.cast(ticket[0] == s.split - 1, "int32")), "int32"))
+        with T.If(last != 0), T.Then():
+            T.evaluate(T.cuda.thread_fence())
+            with T.If(self.tx == 0), T.Then():
+                B.buffer_store(self.arrived, T.int32(0), [self.bx])
+            zero = T.uint32(0) if self.sum_type == "uint32" else T.float32(0)
+            for j in range(s.mt):
+                for c in range(s.rows // 2):
+                    self.total[j, c] = zero
+            with T.serial(s.split) as part:
+                for j in range(s.mt):
+                    for c in range(s.rows // 2):
+                        word = e.Registers((1,), "uint32")
+                        at = place + part * span + (j * (s.rows // 2) + c) * s.threads
+                        e.ptx("ld.global.cg.b32", word[0], self.partial.ptr_to([at]))
+                        value = word[0] if self.sum_type == "uint32" else T.reinterpret("float32", word[0])
+                        self.total[j, c] = self.total[j, c] + value
+            self._store()
+
+    def _store(self) -> None:
+        """Scale, add, round; transpose through shared memory; store."""
+        s = self.s
+        T.evaluate(T.cuda.cta_sync())
+        first_channel = e.let(self.first_tile * 16)
+        for j in range(s.mt):
+            column = e.Registers((2,), "float32")
+            bias = e.Registers((2,), "float32")
+            for a in range(2):
+                n = T.min(first_channel + self.tile[j] * 16 + a * 8 + self.lane // 4, s.n - 1)
+                column[a] = self.column[n] * T.float32(1 if s.integer else 2.0 ** self.dequantizers[j].exponent)
+                if self.bias is not None:
+                    bias[a] = self.bias[n]
+            for i in range(s.rows // 16):
+                words = e.Registers((4,), "uint32")
+                for octet in range(2):
+                    for a in range(2):
+                        values = [self._value(j, i, octet, a, h, column, bias, first_channel) for h in range(2)]
+                        words[2 * octet + a] = e.pair(*values, s.out)
+                self._transpose(j, i, words)
+        T.evaluate(T.cuda.cta_sync())
+        self._write(first_channel)
+
+    def _value(self, j: int, i: int, octet: int, a: int, h: int, column: Any, bias: Any, first_channel: Any) -> Any:
+        """One finished element, float32."""
+        s = self.s
+        value = self.total[j, (2 * i + octet) * 4 + 2 * a + h]
+        if self.sum_type == "uint32":
+            value = T.cast(T.reinterpret("int32", value), "float32")
+        value = value * column[a]
+        row = T.min(self.first_row + (16 * i + 8 * octet + h) + self.lane % 4 * 2, self.m - 1)
+        if self.x_scale is not None:
+            value = value * self.x_scale[row]
+        if self.bias is not None:
+            value = value + bias[a]
+        y = e.Registers((1,), "float32")
+        y[0] = value
+        y[0] = e.activate(y[0], self.epilogue)
+        if self.residual is not None:
+            n = T.min(first_channel + self.tile[j] * 16 + a * 8 + self.lane // 4, s.n - 1)
+            y[0] = y[0] + T.cast(self.residual[row, n], "float32")
+        return y[0]
+
+    def _transpose(self, j: int, i: int, words: Any) -> None:
+        """16 channels x 16 rows into rows of the tile in shared memory."""
+        s = self.s
+        channel = self.tile[j] * 16
+        if s.wgmma:  # stmatrix is as old as wgmma
+            row = self.lane // 16 * 8 + self.lane % 8 + 16 * i
+            at = self.base + row * (s.pitch // 4) + (channel + self.lane // 8 % 2 * 8) // 2
+            e.ptx(
+                "stmatrix.sync.aligned.m8n8.x4.trans.shared.b16",
+                self.arena.ptr_to([at]),
+                *[words[c] for c in range(4)],
+            )
+            return
+        # Two lanes with neighbouring channels (g, g ^ 1) exchange halves, so that each stores whole words.
+        odd = e.let(self.lane // 4 % 2)
+        for c in range(4):
+            octet, a = c // 2, c % 2
+            mine = words[c]
+            other = e.Registers((1,), "uint32")
+            e.ptx("shfl_sync.bfly.b32", other[0], mine, e.u32(4), e.u32(31), e.u32(0xFFFFFFFF))
+            word = e.Registers((1,), "uint32")
+            select = T.Select(odd == 1, e.u32(0x3276), e.u32(0x5410))
+            e.ptx("prmt.b32", word[0], mine, other[0], select)
+            row = self.lane % 4 * 2 + odd + (16 * i + 8 * octet)
+            at = self.base + row * (s.pitch // 4) + (channel + 8 * a) // 2 + self.lane // 8
+            B.buffer_store(self.arena, word[0], [at])
+
+    def _write(self, first_channel: Any) -> None:
+        s = self.s
+        if s.n % 8 == 0:
+            per = s.columns // 8
+            with T.serial(-(-s.rows * per // s.threads)) as p:
+                index = e.let(p * s.threads + self.tx)
+                row, n = e.let(index // per), e.let(first_channel + index % per * 8)
+                with T.If(T.And(row < self.rows, n < s.n)), T.Then():
+                    words = e.Registers((4,), "uint32")
+                    at = self.base + row * (s.pitch // 4) + index % per * 4
+                    e.read_shared([words[c] for c in range(4)], self.arena.ptr_to([at]))
+                    target = self.out.ptr_to([self.first_row + row, n])
+                    e.ptx("st.global.v4.b32", target, *[words[c] for c in range(4)])
+            return
+        with T.serial(-(-s.rows * s.columns // s.threads)) as p:
+            index = e.let(p * s.threads + self.tx)
+            row, column = e.let(index // s.columns), e.let(index % s.columns)
+            with T.If(T.And(row < self.rows, first_channel + column < s.n)), T.Then():
+                word = self.arena[self.base + row * (s.pitch // 4) + column // 2]
+                half = T.cast(T.Select(column % 2 == 1, word >> e.u32(16), word), "uint16")
+                value = T.reinterpret(s.out, half)
+                B.buffer_store(self.out, value, [self.first_row + row, first_channel + column])

@@ -22,6 +22,13 @@ from qcompile.passes.sites import EmbeddingSite, LinearSite
 TRUE_BITS = "qcompile.bits"
 FORMAT = "qcompile.format"
 SITE = "qcompile.site"
+CLIP = "qcompile.clip"
+"""Metadata of a value: the share of a token's largest magnitude that its quantizer represents."""
+
+
+def clip_of(x: ir.Value) -> float:
+    """The clipping that a transformation has chosen for an activation; 1 for none."""
+    return float(x.metadata_props.get(CLIP, "1"))
 
 
 @dataclass
@@ -88,8 +95,11 @@ class Quantizer:
         return out
 
     def _dynamic(self, x: ir.Value, bits: int) -> list[ir.Node]:
+        attributes: dict[str, int | float] = {"bits": bits}
+        if (clip := clip_of(x)) != 1:
+            attributes["clip"] = clip
         quantize = ir.node(
-            "QuantizePerToken", [x], domain=DOMAIN, num_outputs=2, attributes={"bits": bits}, name=f"{x.name}.quantize"
+            "QuantizePerToken", [x], domain=DOMAIN, num_outputs=2, attributes=attributes, name=f"{x.name}.quantize"
         )
         codes, scale = quantize.outputs
         codes.name, codes.shape, codes.type = f"{x.name}.codes", x.shape, ir.TensorType(ir.DataType.INT8)

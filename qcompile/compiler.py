@@ -157,7 +157,7 @@ def compile(
                 after = _statistics(graph, chosen, feeds, bars, hessian=True)
             site_inputs = {s.name: s.x.name or "" for s in linear_sites(graph)}
             with bars.stage("quantize", total=max(len(site_inputs), 1)) as advance:
-                quantized = quantize_model(graph, chosen, after, report, lambda name: advance())
+                quantized = quantize_model(graph, chosen, after, report, lambda name: advance(), feeds=feeds)
             _channel_ranges(report, site_inputs, before, after)
             stages.save("quantized", quantized)
             for name, reason in stages.refused:

@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import onnx_ir as ir
 
-from qcompile.calibration import ChannelStatistics
+from qcompile.calibration import ChannelStatistics, Feed
+from qcompile.calibration.sequential import SequentialStatistics
 from qcompile.formats import IntFormat, Quantized
-from qcompile.passes.quantize import Quantizer
+from qcompile.passes.quantize import Quantizer, clip_of
 from qcompile.passes.sites import EmbeddingSite, LinearSite, embedding_sites, linear_sites
 from qcompile.recipes import Recipe
 from qcompile.report import LayerRecord, Report
-from qcompile.solvers import get_solver, output_error
+from qcompile.solvers import correct_weight, get_solver, output_error
 from qcompile.solvers.base import Solver
 
 _MIN_TABLE = 64  # rows; smaller tables (token types) are not worth a gather of codes
 
 
 def sites_with_hessian(model: ir.Model, recipe: Recipe) -> set[str]:
-    """Names of activations whose second moment some solver of ``recipe`` wants."""
+    """Names of activations whose second moment in the float model some solver of ``recipe`` wants."""
+    if recipe.hessian != "float":
+        return set()
     return {
         site.x.name or ""
         for site in linear_sites(model)
@@ -34,6 +37,8 @@ def quantize_model(
     statistics: Mapping[str, ChannelStatistics],
     report: Report,
     progress: Callable[[str], None] | None = None,
+    *,
+    feeds: Sequence[Feed] = (),
 ) -> ir.Model:
     """Quantize ``model`` in place and return it.
 
@@ -43,12 +48,16 @@ def quantize_model(
         statistics: of the inputs of its linear sites, by value name; may be empty for data-free solvers.
         report: receives one record per site, and what was left float.
         progress: called with the name of each finished site.
+        feeds: calibration samples, for recipes whose Hessians are those of the quantized model.
 
     Raises:
         FormatError: static activations without statistics.
     """
     scales = {name: _static_scale(s) for name, s in statistics.items()}
-    quantizer = Quantizer(model, {name: scale for name, scale in scales.items() if scale > 0})
+    scales = {name: scale for name, scale in scales.items() if scale > 0}
+    quantizer = Quantizer(model, scales)
+    if recipe.hessian != "float" and feeds:
+        statistics = _sequential(model, recipe, feeds, scales)
     solved: dict[str, tuple[Quantized, LayerRecord]] = {}
     for site in linear_sites(model):
         fmt, activation = recipe.weight_format(site.name), recipe.activation_format(site.name)
@@ -71,6 +80,21 @@ def quantize_model(
     return quantizer.finish()
 
 
+def _sequential(
+    model: ir.Model, recipe: Recipe, feeds: Sequence[Feed], scales: Mapping[str, float]
+) -> SequentialStatistics:
+    """Statistics behind the sites that are quantized already, of activations as their readers will see them."""
+    sites = [s for s in linear_sites(model) if recipe.weight_format(s.name) is not None]
+    formats = {s.x.name or "": recipe.activation_format(s.name) for s in sites}
+    clips = {s.x.name or "": clip_of(s.x) for s in sites}
+
+    def rounded(name: str, rows: np.ndarray) -> np.ndarray:
+        return formats[name].round(rows, scales.get(name), clips[name])
+
+    names = {s.node.name or "": s.x.name or "" for s in sites if _solver(recipe, s.name).needs_hessian}
+    return SequentialStatistics(model, feeds, names, rounded)
+
+
 def _solver(recipe: Recipe, site: str) -> Solver:
     name = recipe.solver_name(site)
     return get_solver(name, **(recipe.solver_options if name == recipe.solver else {}))
@@ -83,7 +107,10 @@ def _solve(
     weight = site.matrix()
     hessian = known.hessian if known is not None else None
     solver = _solver(recipe, site.name)
-    quantized = half_scales(solver.solve(weight, fmt, hessian=hessian), fmt)
+    wanted = weight
+    if recipe.hessian == "corrected" and known is not None and known.cross is not None and hessian is not None:
+        wanted = correct_weight(weight, hessian, known.cross)
+    quantized = half_scales(solver.solve(wanted, fmt, hessian=hessian), fmt)
     decoded = fmt.decode(quantized)
     norm = float(np.linalg.norm(weight)) or 1.0
     error = None

@@ -25,7 +25,7 @@ def run(
     *,
     dtype: str = "float64",
     constants: Mapping[str, Tensor] | None = None,
-    intercept: Callable[[ir.Node, list[Tensor]], list[Tensor]] | None = None,
+    compute: Callable[[ir.Node, list[Tensor]], Tensor | None] | None = None,
     device: str = "cpu",
 ) -> dict[str, Tensor]:
     """Execute ``model``.
@@ -36,7 +36,8 @@ def run(
         outputs: names of the values to return (any value of the graph); the graph's outputs by default.
         dtype: torch name of the type that replaces all floating point types.
         constants: tensors that replace initializers, such as parameters to learn.
-        intercept: called with every node and its arguments; returns the arguments to use (simulated rounding).
+        compute: called with every node and its arguments; what it returns is taken for the node's result (simulated
+            rounding), None means to compute it as usual.
         device: where to compute.
 
     Raises:
@@ -71,7 +72,8 @@ def run(
         for v in node.inputs:
             if v is not None and v.name:
                 last_use[v.name] = k
-    _execute(model, nodes, lookup, env, float_type, last_use, set(wanted), intercept)
+    with torch.device(device):
+        _execute(model, nodes, lookup, env, float_type, last_use, set(wanted), compute)
     return {name: env[name] if name in env else lookup(initializers[name]) for name in wanted}
 
 
@@ -88,16 +90,17 @@ def _needed(graph: ir.Graph, wanted: Sequence[str], known: set[str]) -> list[ir.
     return [node for node in graph if node in found]
 
 
-def _execute(model, nodes, lookup, env, float_type, last_use, keep, intercept=None) -> None:
+def _execute(model, nodes, lookup, env, float_type, last_use, keep, compute=None) -> None:
     from qcompile.passes.execute.operators import OPERATORS
 
     for k, node in enumerate(nodes):
         domain = "" if node.domain == "ai.onnx" else node.domain
         args = [lookup(v) for v in node.inputs]
-        if intercept is not None:
-            args = intercept(node, args)
+        results = None if compute is None else compute(node, args)
         function = model.functions.get((node.domain, node.op_type, node.overload)) if domain else None
-        if function is not None:
+        if results is not None:
+            pass
+        elif function is not None:
             results = _call(model, function, node, args, float_type)
         else:
             implementation = OPERATORS.get(node.op_type) if not domain else None

@@ -33,12 +33,40 @@ class MixedCell:
     dual: Array
 
 
+@dataclass(frozen=True)
+class Plan:
+    """How an element acts along one axis, whatever its numbers are.
+
+    Attributes:
+        classes: of each position.
+        exponent, sign: ``(n,)``, of the diagonal at positions that only scale (0 and 1 elsewhere); None if none does.
+        mixed: number of a cell, its positions in matrix order, and whether they act contragrediently.
+    """
+
+    classes: np.ndarray
+    exponent: Array | None
+    sign: Array | None
+    mixed: tuple[tuple[int, np.ndarray, bool], ...]
+
+
 class Actor:
     """Applies an element to tensors, in numpy or (for a learned element) in torch."""
 
-    def __init__(self, element: Element, gamma: Callable[[np.ndarray], np.ndarray]) -> None:
-        """``gamma`` returns the current values of the constants at the given coordinates."""
+    def __init__(
+        self,
+        element: Element,
+        gamma: Callable[[np.ndarray], np.ndarray],
+        plans: dict[bytes, Plan] | None = None,
+    ) -> None:
+        """Prepare to act.
+
+        Args:
+            element: what acts.
+            gamma: returns the current values of the constants at the given coordinates.
+            plans: a store to share between elements that differ in their numbers only.
+        """
         self.element, self.solution = element, element.solution
+        self.plans = {} if plans is None else plans
         count = len(element.source)
         self.moved = element.source != np.arange(count)
         learned = [a for a in (element.log, *element.blocks.values()) if _is_torch(a)]
@@ -135,29 +163,39 @@ class Actor:
         rows = function(front.reshape(m.size, -1))
         return self.xp.moveaxis(rows.reshape(tuple(front.shape)), tuple(range(len(axes))), axes)
 
-    def _mix(self, rows: Array, coordinates: np.ndarray) -> Array:
-        """Diagonals and matrices along the first axis."""
+    def _plan(self, coordinates: np.ndarray) -> Plan:
+        key = coordinates.tobytes()
+        if key in self.plans:
+            return self.plans[key]
         classes, parity = self.solution.class_of[coordinates], self.solution.parity[coordinates]
         single = self.cell_of[classes] < 0
         active = single & self.scaled[classes]
-        result = rows
-        if active.any():
-            exponent = self._array(np.where(active, parity, 0))
-            sign = self._array(np.where(active, self.element.sign[classes], 1.0))
-            result = rows * (sign * self.xp.exp(self.log[classes] * exponent))[:, None]
-        if single.all():
-            return result
-        if result is rows:
-            result = rows.copy() if self.xp is np else rows.clone()
+        exponent = self._array(np.where(active, parity, 0)) if active.any() else None
+        sign = self._array(np.where(active, self.element.sign[classes], 1.0)) if active.any() else None
         copy = occurrence(classes, parity)
+        mixed = []
         for index in np.unique(self.cell_of[classes[~single]]):
             cell = self.cells[index]
             inside = np.flatnonzero(self.cell_of[classes] == index)
             place = np.argsort(cell.classes)[np.searchsorted(np.sort(cell.classes), classes[inside])]
             order = inside[np.lexsort((place, copy[inside], parity[inside]))].reshape(-1, len(cell.classes))
-            for positions in order:
-                matrix = cell.matrix if parity[positions[0]] > 0 else cell.dual
-                result[positions] = matrix @ rows[positions]
+            mixed += [(int(index), positions, bool(parity[positions[0]] < 0)) for positions in order]
+        self.plans[key] = Plan(classes, exponent, sign, tuple(mixed))
+        return self.plans[key]
+
+    def _mix(self, rows: Array, coordinates: np.ndarray) -> Array:
+        """Diagonals and matrices along the first axis."""
+        plan = self._plan(coordinates)
+        result = rows
+        if plan.exponent is not None:
+            result = rows * (plan.sign * self.xp.exp(self.log[plan.classes] * plan.exponent))[:, None]
+        if not plan.mixed:
+            return result
+        if result is rows:
+            result = rows.copy() if self.xp is np else rows.clone()
+        for index, positions, dual in plan.mixed:
+            cell = self.cells[index]
+            result[positions] = (cell.dual if dual else cell.matrix) @ rows[positions]
         return result
 
 

@@ -25,15 +25,18 @@ class ChannelStatistics:
     Attributes:
         channels: length ``K`` of the last axis.
         with_hessian: whether to accumulate the ``(K, K)`` second moment.
+        with_cross: whether to accumulate the ``(K, K)`` moment with the float model's activation.
         tokens: rows seen.
         absmax, minimum, maximum, total, squares: float ``(K,)``.
         moment: float64 ``(K, K)`` sum of outer products, or None.
+        cross_moment: float64 ``(K, K)`` sum of outer products with the float model's rows, or None.
         histogram: counts of ``log2 |x|`` over all channels.
         token_absmax: sum over rows of the row's absolute maximum, for the mean dynamic scale.
     """
 
     channels: int
     with_hessian: bool = False
+    with_cross: bool = False
     tokens: int = 0
     absmax: np.ndarray = field(init=False)
     minimum: np.ndarray = field(init=False)
@@ -41,6 +44,7 @@ class ChannelStatistics:
     total: np.ndarray = field(init=False)
     squares: np.ndarray = field(init=False)
     moment: np.ndarray | None = field(init=False)
+    cross_moment: np.ndarray | None = field(init=False)
     histogram: np.ndarray = field(init=False)
     token_absmax: float = 0.0
 
@@ -52,13 +56,19 @@ class ChannelStatistics:
         self.total = np.zeros(k)
         self.squares = np.zeros(k)
         self.moment = np.zeros((k, k)) if self.with_hessian else None
+        self.cross_moment = np.zeros((k, k)) if self.with_cross else None
         self.histogram = np.zeros(_BINS, np.int64)
         self._waiting: list[np.ndarray] = []
+        self._exact: list[np.ndarray] = []
 
-    def update(self, batch: np.ndarray) -> None:
-        """Add a batch ``(..., K)``. Small batches are gathered: a product of few rows costs as much as one of many."""
-        rows = np.array(batch, np.float32).reshape(-1, self.channels)
-        self._waiting.append(rows)
+    def update(self, batch: np.ndarray, exact: np.ndarray | None = None) -> None:
+        """Add a batch ``(..., K)``, with ``exact`` the same rows of the float model if cross moments are wanted.
+
+        Small batches are gathered: a product of few rows costs as much as one of many.
+        """
+        self._waiting.append(np.array(batch, np.float32).reshape(-1, self.channels))
+        if exact is not None:
+            self._exact.append(np.array(exact, np.float32).reshape(-1, self.channels))
         if sum(map(len, self._waiting)) >= _GATHER:
             self.flush()
 
@@ -83,6 +93,9 @@ class ChannelStatistics:
         self.histogram += np.bincount(np.clip(position, 0, _BINS - 1).astype(np.int64).ravel(), minlength=_BINS)
         if self.moment is not None:
             self.moment += rows.T @ rows
+        if self.cross_moment is not None and self._exact:
+            self.cross_moment += rows.T @ np.concatenate(self._exact)
+        self._exact.clear()
 
     @property
     def mean(self) -> np.ndarray:
@@ -93,6 +106,11 @@ class ChannelStatistics:
     def hessian(self) -> np.ndarray | None:
         """``X^T X / tokens``, float64 ``(K, K)``, or None if it was not asked for."""
         return None if self.moment is None else self.moment / max(self.tokens, 1)
+
+    @property
+    def cross(self) -> np.ndarray | None:
+        """``X'^T X / tokens`` with ``X`` of the float model, float64 ``(K, K)``, or None if it was not asked for."""
+        return None if self.cross_moment is None else self.cross_moment / max(self.tokens, 1)
 
     def percentile(self, q: float) -> float:
         """Magnitude below which ``q`` percent of all entries lie, within 7 % (one histogram bin), capped at the maximum."""

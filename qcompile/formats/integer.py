@@ -160,6 +160,25 @@ class ActivationFormat:
     def __str__(self) -> str:
         return f"int{self.bits}/{self.granularity}" if self.bits else "none"
 
+    def round(self, rows: np.ndarray, scale: float | None = None, clip: float = 1.0) -> np.ndarray:
+        """Return ``(..., K)`` activations as a reader sees them, float32.
+
+        Args:
+            rows: activations.
+            scale: of static formats.
+            clip: share of a token's largest magnitude that is represented.
+        """
+        rows = np.asarray(rows, np.float32)
+        if not self.bits:
+            return rows
+        top = np.float32((1 << (self.bits - 1)) - 1)
+        if self.granularity == "tensor":
+            fixed = np.float32(scale or 1.0)
+            return np.clip(np.rint(rows / fixed), -top - 1, top) * fixed
+        step = np.abs(rows).max(-1, keepdims=True) * np.float32(clip) / top
+        step = np.where(step == 0, np.float32(1), step)
+        return np.clip(np.rint(rows / step), -top, top) * step
+
 
 _INT = re.compile(r"^int([1-8])(?:/g(\d+)|/channel)?(/asym|/sym)?$")
 _ACT = re.compile(r"^int([2-8])(?:/(token|tensor))?$")

@@ -1,0 +1,137 @@
+"""What all learned methods share: options, the choice of samples, training, and folding the result.
+
+A method is an ask that says which freedoms a model has for it (`build`); the rest happens here. The training simulates
+the rounding that the recipe asks for, so what is learned fits its formats.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from abc import abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from qcompile.errors import CalibrationError, RecipeError
+from qcompile.passes.asks.base import Ask, Context, Entry
+from qcompile.passes.spaces import Spaces, analyse
+
+if TYPE_CHECKING:
+    from qcompile.passes.learn.program import Program
+
+
+@dataclass(frozen=True)
+class Learned(Ask):
+    """Options of every learned transformation.
+
+    Attributes:
+        steps: most steps of the training (of each block, if block by block).
+        seconds: most wall-clock time of the whole training; None for no limit.
+        samples: most calibration samples used, spread over all of them.
+        batch: samples per step.
+        rotation_rate: step length of orthogonal matrices, about radians per entry and step.
+        rate: step length of logarithms of scales; clipping moves five times as fast.
+        loss: "auto" (kl for logits, mse for hidden states), "kl", "kl-top" or "mse"; block by block it is always mse.
+        blockwise: train block after block on recorded inputs and outputs, instead of the whole model at once.
+        span: neighbouring blocks (residual additions) trained together.
+        clip: learn which share of a token's range is represented.
+        clip_weights: learn the same of weights, for the simulation only: the solver chooses its own grid.
+        round_weights: simulate the rounding of weights too, not of activations alone.
+        adaptive: Cayley Adam instead of Cayley SGD.
+        seed: of starts and of the order of samples.
+        device: torch's name of where to train: "cpu", "cuda".
+    """
+
+    steps: int = 100
+    seconds: float | None = None
+    samples: int = 64
+    batch: int = 2
+    rotation_rate: float = 0.002
+    rate: float = 0.005
+    loss: str = "auto"
+    blockwise: bool = False
+    span: int = 1
+    clip: bool = True
+    clip_weights: bool = True
+    round_weights: bool = True
+    adaptive: bool = True
+    seed: int = 0
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        for option in ("steps", "samples", "batch", "span"):
+            if getattr(self, option) < 1:
+                raise RecipeError(f"{self.name}: {option} must be at least 1, got {getattr(self, option)}")
+        if self.seconds is not None and not self.seconds > 0:
+            raise RecipeError(f"{self.name}: seconds must be positive, got {self.seconds}")
+
+    @abstractmethod
+    def build(self, context: Context, program: Program, rng: np.random.Generator) -> None:
+        """Give ``program`` its freedoms, mixings and shifts."""
+
+    def apply(self, context: Context) -> Spaces:
+        """Train and fold.
+
+        Raises:
+            CalibrationError: there are no calibration samples.
+            RecipeError: torch is not installed or has no such device.
+        """
+        feeds = list(context.data.feeds)
+        if not feeds:
+            raise CalibrationError(
+                f"{self.name} learns from calibration samples, and there are none; pass --calibration"
+            )
+        program = self.program(context)
+        if not program.sites:
+            context.report.entries.append(Entry(self.name, -1, False, "no linear operator is quantized"))
+            return context.spaces
+        chosen = np.linspace(0, len(feeds) - 1, min(self.samples, len(feeds))).astype(int)
+        text = self._train(program, context, [feeds[i] for i in chosen])
+        parts = [f"{len(program.freedoms)} spaces", f"{len(program.mixings)} operators at run time"]
+        parts += [f"{len(program.shifts)} shifts"] if program.shifts else []
+        context.report.entries.append(Entry(self.name, -1, True, f"{', '.join(parts)}; {text}"))
+        return analyse(program.finish())
+
+    def program(self, context: Context) -> Program:
+        """The model with everything this method learns, before training."""
+        try:
+            import torch
+        except ImportError:
+            raise RecipeError(f"{self.name} needs torch; install qcompile[torch]") from None
+        from qcompile.passes.learn.program import Program
+
+        try:
+            like = torch.zeros((), dtype=torch.float32, device=self.device)
+        except (RuntimeError, AssertionError) as error:
+            raise RecipeError(f"{self.name}: device {self.device!r}: {str(error).splitlines()[0]}") from None
+        program = Program(context, like)
+        program.simulate = (True, self.round_weights)
+        self.build(context, program, np.random.default_rng(self.seed))
+        if self.clip:
+            program.clip_activations(0.95)
+        if self.clip_weights and self.round_weights:
+            program.clip_weights(0.98)
+        return program
+
+    def _train(self, program: Program, context: Context, feeds: list) -> str:
+        from qcompile.passes.blocks import blocks
+        from qcompile.passes.learn.training import Schedule, train, train_blocks
+
+        schedule = Schedule(
+            self.steps, self.seconds, self.batch, self.rotation_rate, self.rate, self.adaptive, self.seed
+        )
+        stage = getattr(context.data, "stage", None) or silent
+        if not self.blockwise:
+            return str(train(program, feeds, schedule, self.loss, stage, self.name))
+        parts = blocks(context.model, program.sites.keys(), self.span)
+        outcomes = train_blocks(program, feeds, parts, schedule, stage, self.name)
+        before, after = (float(np.mean([getattr(o, k) for o in outcomes])) for k in ("before", "after"))
+        return f"{len(outcomes)} blocks, mean loss {before:.4g} -> {after:.4g}"
+
+
+@contextlib.contextmanager
+def silent(title: str, total: int) -> Iterator:
+    """A stage that shows nothing."""
+    yield lambda note="": None

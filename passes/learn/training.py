@@ -1,0 +1,268 @@
+"""Training loops over a `Program`: of the whole model against its float results, or block by block.
+
+Both run a number of steps within a time budget. The length of a step falls linearly with the larger of two fractions,
+steps done and time used, so a training that runs out of time ends as gently as one that runs out of steps. Everything
+but the clock is deterministic for a given seed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from qcompile.errors import CalibrationError
+from qcompile.passes.blocks import Block
+from qcompile.passes.learn.freedoms import Freedom, Tensor
+from qcompile.passes.learn.losses import choose, mse
+from qcompile.passes.learn.program import Program
+from qcompile.passes.learn.stiefel import Cayley
+
+Feed = Mapping[str, np.ndarray]
+Stage = Callable[[str, int], contextlib.AbstractContextManager[Callable[..., None]]]
+"""``(title, steps) -> context manager`` of a function to call after every step, maybe with a note."""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How long and how fast to train.
+
+    Attributes:
+        steps: most steps.
+        seconds: most wall-clock time, None for no limit.
+        batch: samples per step.
+        rotation_rate: step length on the Stiefel manifold, radians per entry.
+        rate: step length of logarithms of scales and the like.
+        adaptive: Cayley Adam instead of Cayley SGD.
+        seed: of the order of the samples.
+    """
+
+    steps: int
+    seconds: float | None
+    batch: int
+    rotation_rate: float
+    rate: float
+    adaptive: bool = True
+    seed: int = 0
+
+
+@dataclass
+class Clock:
+    """Steps and time used."""
+
+    schedule: Schedule
+    share: float = 1.0
+    started: float = field(default_factory=time.monotonic)
+    done: int = 0
+
+    @property
+    def fraction(self) -> float:
+        """Finished fraction, 0 to 1."""
+        used = self.done / max(self.schedule.steps, 1)
+        if self.schedule.seconds is not None:
+            budget = max(self.schedule.seconds * self.share, 1e-9)
+            used = max(used, (time.monotonic() - self.started) / budget)
+        return min(used, 1.0)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Loss before and after, and how many steps were made."""
+
+    before: float
+    after: float
+    steps: int
+
+    def __str__(self) -> str:
+        return f"loss {self.before:.4g} -> {self.after:.4g} in {self.steps} steps"
+
+
+class Descent:
+    """Optimizers of the parameters that a training moves."""
+
+    def __init__(
+        self, program: Program, freedoms: Sequence[Freedom], activations: set[str], schedule: Schedule
+    ) -> None:
+        orthogonal, free, clips = [], [], []
+        for part in [*freedoms, *(m for a, m in program.mixings.items() if a in activations)]:
+            orthogonal += part.parameters.orthogonal
+            free += part.parameters.free
+        free += [t for a, t in program.shifts.items() if a in activations]
+        weights = {s.weight for s in program.sites.values() if s.activation in activations}
+        clips += [t for a, t in program.clips.items() if a in activations]
+        clips += [t for w, t in program.weight_clips.items() if w in weights]
+        self.schedule, self.freedoms = schedule, freedoms
+        self.optimizers: list[torch.optim.Optimizer] = []
+        if orthogonal:
+            second = 0.999 if schedule.adaptive else 0.0
+            self.optimizers.append(Cayley(orthogonal, schedule.rotation_rate, adaptive=second))
+        groups: list[dict[str, Any]] = [
+            {"params": free, "lr": schedule.rate},
+            {"params": clips, "lr": 5 * schedule.rate},
+        ]
+        groups = [g for g in groups if g["params"]]
+        if groups:
+            self.optimizers.append(torch.optim.Adam(groups, betas=(0.9, 0.99)))
+        self._rates = [[g["lr"] for g in o.param_groups] for o in self.optimizers]
+
+    def begin(self, fraction: float) -> None:
+        """Before a step: set its length, forget gradients, tell the freedoms how far the training is."""
+        for optimizer, rates in zip(self.optimizers, self._rates):
+            for group, rate in zip(optimizer.param_groups, rates):
+                group["lr"] = rate * max(1 - fraction, 0.01)
+            optimizer.zero_grad()
+        for freedom in self.freedoms:
+            freedom.progress(fraction)
+
+    def step(self) -> None:
+        """Move everything; a step without finite gradients is left out."""
+        for optimizer in self.optimizers:
+            parameters = [p for g in optimizer.param_groups for p in g["params"]]
+            if all(p.grad is None or bool(p.grad.isfinite().all()) for p in parameters):
+                optimizer.step()
+
+
+def train(program: Program, feeds: Sequence[Feed], schedule: Schedule, loss: str, stage: Stage, title: str) -> Outcome:
+    """Train everything at once, against the float results of the whole model.
+
+    Raises:
+        CalibrationError: there are no samples.
+    """
+    if not feeds:
+        raise CalibrationError(f"{title} learns from calibration samples, and there are none; pass --calibration")
+    outputs = {
+        v.name or "": choose(loss, v)
+        for v in program.model.graph.outputs
+        if v.dtype is None or v.dtype.is_floating_point()
+    }
+    descent = Descent(program, program.freedoms, {s.activation for s in program.sites.values()}, schedule)
+
+    def sample_loss(step: Any, index: int) -> Tensor:
+        with torch.no_grad():
+            exact = program.run(None, feeds[index], list(outputs))
+        rounded = program.run(step, feeds[index], list(outputs))
+        return sum((f(exact[n], rounded[n]) for n, f in outputs.items()), torch.zeros((), device=program.like.device))
+
+    with stage(title, schedule.steps) as advance:
+        return _loop(program, descent, schedule, len(feeds), sample_loss, advance, 1.0, None, None)
+
+
+def train_blocks(
+    program: Program,
+    feeds: Sequence[Feed],
+    parts: Sequence[Block],
+    schedule: Schedule,
+    stage: Stage,
+    title: str,
+    *,
+    through_rounded: bool = False,
+) -> list[Outcome]:
+    """Train block after block, each on its own inputs and float outputs; ``schedule`` is for each block.
+
+    Args:
+        parts: see `blocks.blocks`.
+        through_rounded: feed each block what the rounded blocks before it compute, instead of the float model's values.
+
+    Raises:
+        CalibrationError: there are no samples.
+    """
+    if not feeds:
+        raise CalibrationError(f"{title} learns from calibration samples, and there are none; pass --calibration")
+    if not parts:
+        return []
+    seen: list[Tensor | None] = [None] * len(feeds)
+    exact, source = seen, ""
+    outcomes = []
+
+    def through(step: Any, values: Sequence[Tensor | None], start: str, end: str) -> list[Tensor]:
+        """Take the value ``start`` of every sample to ``end``."""
+        with torch.no_grad():
+            return [program.run(step, _entering(f, start, x), [end])[end] for f, x in zip(feeds, values)]
+
+    with stage(title, schedule.steps * len(parts)) as advance:
+        for part in parts:
+            if source != part.source:
+                seen, exact = (through(None, xs, source, part.source) for xs in (seen, exact))  # type: ignore[assignment]
+            target = through(None, exact, part.source, part.target)
+            nodes = [n for n in part.nodes if n in program.sites]
+            activations = {program.sites[n].activation for n in nodes}
+            inside = [f for f in program.freedoms if touched(f) <= part.constants]
+            descent = Descent(program, inside, activations, schedule)
+
+            def sample_loss(step: Any, index: int, part=part, seen=seen, target=target) -> Tensor:
+                feed = _entering(feeds[index], part.source, seen[index])
+                return mse(target[index], program.run(step, feed, [part.target])[part.target])
+
+            share = 1 / len(parts)
+            outcomes.append(
+                _loop(program, descent, schedule, len(feeds), sample_loss, advance, share, part.constants, nodes)
+            )
+            if through_rounded:
+                with torch.no_grad():
+                    step = program.step(part.constants, nodes)
+                seen = through(step, seen, part.source, part.target)  # type: ignore[assignment]
+            else:
+                seen = target  # type: ignore[assignment]
+            exact, source = target, part.target  # type: ignore[assignment]
+            program.release(part.constants)
+    return outcomes
+
+
+def _entering(feed: Feed, name: str, value: Tensor | None) -> dict[str, Any]:
+    """A sample with the value that enters a block; the first block starts at the graph's inputs."""
+    return {**feed, name: value} if name else dict(feed)
+
+
+def touched(freedom: Freedom) -> set[str]:
+    """Constants that a freedom changes: the members of its family and of those that follow it."""
+    spaces = freedom.spaces
+    related = {
+        s.index
+        for s in spaces
+        if s.family == freedom.space.family or s.leader == freedom.space.index or s is freedom.space
+    }
+    return {m.name for i in related for m in spaces[i].members}
+
+
+def _loop(
+    program: Program,
+    descent: Descent,
+    schedule: Schedule,
+    count: int,
+    sample_loss: Callable[[Any, int], Tensor],
+    advance: Callable[..., None],
+    share: float,
+    names: Any,
+    nodes: Any,
+) -> Outcome:
+    rng = np.random.default_rng(schedule.seed)
+    batch = min(schedule.batch, count)
+    order: list[int] = []
+    clock = Clock(schedule, share)
+    losses: list[float] = []
+    while clock.fraction < 1 and descent.optimizers:
+        descent.begin(clock.fraction)
+        if len(order) < batch:
+            order += rng.permutation(count).tolist()
+        chosen, order = order[:batch], order[batch:]
+        made = program.step(names, nodes)
+        leaves = made.detached()
+        total = 0.0
+        for index in chosen:
+            value = sample_loss(leaves, index) / batch
+            value.backward()
+            total += float(value.detach())
+        made.backward(leaves)
+        descent.step()
+        losses.append(total)
+        clock.done += 1
+        advance(f"loss {np.mean(losses[-10:]):.4g}")
+    edge = max(1, min(10, len(losses) // 4))
+    if not losses:
+        return Outcome(float("nan"), float("nan"), 0)
+    return Outcome(float(np.mean(losses[:edge])), float(np.mean(losses[-edge:])), len(losses))

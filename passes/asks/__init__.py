@@ -14,6 +14,7 @@ from qcompile.passes.asks.base import (
     registered_asks,
 )
 from qcompile.passes.asks.centre import Centre
+from qcompile.passes.asks.clip import ClipTokens
 from qcompile.passes.asks.equalize import Equalize
 from qcompile.passes.asks.online import RotateOnline
 from qcompile.passes.asks.pairs import PairScale
@@ -29,6 +30,7 @@ __all__ = [
     "Ask",
     "Awq",
     "Centre",
+    "ClipTokens",
     "ColumnScale",
     "Context",
     "Data",

@@ -93,6 +93,6 @@ def round_rows(x: np.ndarray, fmt: ActivationFormat) -> np.ndarray:
     return np.rint(x / step) * step
 
 
-def spread(x: np.ndarray) -> np.ndarray:
-    """Up to `ROWS` rows, evenly spread, float64."""
-    return x[np.linspace(0, len(x) - 1, min(ROWS, len(x))).astype(int)].astype(np.float64)
+def spread(x: np.ndarray, count: int = ROWS) -> np.ndarray:
+    """Up to ``count`` rows, evenly spread, float64."""
+    return x[np.linspace(0, len(x) - 1, min(count, len(x))).astype(int)].astype(np.float64)

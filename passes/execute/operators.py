@@ -412,6 +412,22 @@ def _reduce(node, ft, x, axes=None):
     return functions[node.op_type](x, axes, keepdim=keep)
 
 
+# -- quantization ----------------------------------------------------------------------------------------------------
+
+
+@op("DequantizeLinear")
+def _dequantize(node, ft, codes, scale, zero=None):
+    axis, block = attribute(node, "axis", 1), attribute(node, "block_size", 0)
+    if scale.dim() and not block:
+        shape = [-1 if k == axis % codes.dim() else 1 for k in range(codes.dim())]
+        scale, zero = scale.reshape(shape), None if zero is None else zero.reshape(shape)
+    elif block:
+        spread = lambda t: t.repeat_interleave(block, axis).narrow(axis, 0, codes.shape[axis])  # noqa: E731
+        scale, zero = spread(scale), None if zero is None else spread(zero)
+    codes = codes.to(ft)
+    return (codes if zero is None else codes - zero.to(ft)) * scale
+
+
 # -- layers ----------------------------------------------------------------------------------------------------------
 
 

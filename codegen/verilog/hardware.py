@@ -1,0 +1,37 @@
+"""From a program to its netlist."""
+
+from __future__ import annotations
+
+from qcompile.codegen.fixed.program import Program
+from qcompile.codegen.verilog import build, matvec, plumbing, timing
+from qcompile.codegen.verilog.netlist import Channel, Netlist
+
+__all__ = ["make_netlist"]
+
+_REGISTERED = (matvec,)
+
+
+def make_netlist(program: Program, *, input_lanes: int | None = None) -> Netlist:
+    """The hardware of a program, with FIFO depths.
+
+    Args:
+        program: folded.
+        input_lanes: elements per beat of the inputs; by default what their first reader takes.
+    """
+    netlist = Netlist(program.name)
+    waiting: dict[str, list[Channel]] = {}
+    for stream in program.inputs:
+        readers = [n for n in program.nodes for s in n.inputs if s.name == stream.name]
+        first = readers[0] if readers else None
+        lanes = input_lanes or (build.input_lanes(first)[first.inputs.index(stream)] if first is not None else 1)
+        channel = netlist.input(stream.name, lanes, stream.type, stream.tokens * stream.channels // lanes)
+        waiting[stream.name] = plumbing.fork(netlist, channel, program.readers(stream.name))
+    for node in program.nodes:
+        lanes_of = build.input_lanes(node)
+        inputs = [plumbing.adapt(netlist, waiting[s.name].pop(0), n) for s, n in zip(node.inputs, lanes_of)]
+        out = build.elaborate(node, netlist, inputs)
+        waiting[node.name] = plumbing.fork(netlist, out, program.readers(node.name))
+    for name in program.outputs:
+        netlist.output(waiting[name].pop(0))
+    timing.size_fifos(netlist)
+    return netlist

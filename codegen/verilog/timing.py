@@ -1,0 +1,180 @@
+"""When everything happens: the steps of every process of a netlist, in cycles, without simulating a single bit.
+
+The step ``i`` of a process begins at
+
+    t_i = max(t_{i-1} + 1,  time its input beat is offered,  1 + time its FIFO entry became free,  its waits)
+
+which is the evaluation of a timed marked graph (Baccelli et al., "Synchronization and Linearity" (1992), section 2.5). It is exact
+for a source that always offers and a sink that always accepts, and finds deadlocks: a step that waits for one that waits for it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from qcompile.codegen.verilog.netlist import Netlist, Process, Unit
+from qcompile.errors import TargetError
+
+UNBOUNDED = 1 << 40
+
+
+@dataclass
+class Timeline:
+    """Cycles of one evaluation.
+
+    Attributes:
+        frames: how many were fed.
+        offered, taken: by channel name, the cycle every beat is first offered, and the one it moves in.
+    """
+
+    frames: int
+    offered: dict[str, list[int]] = field(default_factory=dict)
+    taken: dict[str, list[int]] = field(default_factory=dict)
+
+    def cycles(self, netlist: Netlist) -> int:
+        """From the cycle the first beat enters to the one the last beat leaves, both counted."""
+        first = min(self.taken[c.name][0] for c in netlist.inputs)
+        return max(self.taken[c.name][-1] for c in netlist.outputs) - first + 1
+
+    def interval(self, netlist: Netlist) -> int:
+        """Cycles between the last beats of the last two frames."""
+        ends = []
+        for c in netlist.outputs:
+            taken = self.taken[c.name]
+            ends.append(taken[-1] - taken[-1 - c.beats] if self.frames > 1 else taken[-1])
+        return max(ends)
+
+    def latency(self, netlist: Netlist) -> int:
+        """From the cycle the first beat enters to the one the first frame is complete, both counted."""
+        first = min(self.taken[c.name][0] for c in netlist.inputs)
+        return max(self.taken[c.name][c.beats - 1] for c in netlist.outputs) - first + 1
+
+    def occupancy(self, channel: str, latency: int) -> int:
+        """Entries of the FIFO behind ``channel`` with which nothing would have moved later.
+
+        Args:
+            channel: its name.
+            latency: of the process that writes it: an entry is reserved that long before a beat is offered.
+        """
+        reserved = np.array(self.offered[channel]) - latency
+        free = np.array(self.taken[channel]) + 1  # an entry can be reserved again from this cycle on
+        return int((np.arange(1, len(reserved) + 1) - np.searchsorted(free, reserved, side="right")).max())
+
+
+class _Running:
+    """One process under way."""
+
+    def __init__(self, unit: Unit, process: Process, frames: int, line: Timeline) -> None:
+        self.unit, self.process = unit, process
+        self.total = process.steps * frames
+        self.begun: list[int] = []
+        self.peers: list[_Running] = []
+        inputs, outputs = list(unit.inputs.values()), list(unit.outputs.items())
+        self.takes = [
+            (flags.tolist(), line.offered[inputs[i].name], line.taken[inputs[i].name])
+            for i, flags in process.takes.items()
+        ]
+        self.makes = [
+            (flags.tolist(), line.offered[outputs[o][1].name], line.taken[outputs[o][1].name], unit.depths[outputs[o][0]])
+            for o, flags in process.makes.items()
+        ]
+
+    def advance(self, sinks: set[int]) -> bool:
+        """Begin as many steps as the known times allow; whether any did."""
+        process, begun = self.process, self.begun
+        start = len(begun)
+        steps, latency = process.steps, process.latency
+        waits = [(self.peers[w.process].begun, w.count.tolist(), w.delay, w.offset, self.peers[w.process].process.steps)
+                 for w in process.waits]  # fmt: skip
+        now = begun[-1] + 1 if begun else 0
+        for i in range(start, self.total):
+            frame, step = divmod(i, steps)
+            blocked = False
+            for flags, offered, taken in self.takes:
+                if flags[step]:
+                    if len(taken) >= len(offered):
+                        blocked = True
+                        break
+                    now = max(now, offered[len(taken)])
+            if blocked:
+                break
+            for flags, offered, taken, depth in self.makes:
+                if flags[step] and len(offered) >= depth:
+                    if len(taken) <= len(offered) - depth:
+                        blocked = True
+                        break
+                    now = max(now, taken[len(offered) - depth] + 1)
+            if blocked:
+                break
+            for other, count, delay, offset, period in waits:
+                needed = (frame + offset) * period + count[step] - 1
+                if needed >= 0:
+                    if len(other) <= needed:
+                        blocked = True
+                        break
+                    now = max(now, other[needed] + delay)
+            if blocked:
+                break
+            begun.append(now)
+            for flags, _, taken in self.takes:
+                if flags[step]:
+                    taken.append(now)
+            for flags, offered, taken, _ in self.makes:
+                if flags[step]:
+                    offered.append(now + latency)
+                    if id(offered) in sinks:
+                        taken.append(now + latency)
+            now += 1
+        return len(begun) > start
+
+
+def evaluate(netlist: Netlist, frames: int = 3) -> Timeline:
+    """Begin every step of ``frames`` frames as early as it can.
+
+    Raises:
+        TargetError: the netlist deadlocks; names the units that wait.
+    """
+    line = Timeline(frames)
+    for channel in netlist.inputs:
+        line.offered[channel.name], line.taken[channel.name] = [0] * (channel.beats * frames), []
+    for unit in netlist.units:
+        for channel in unit.outputs.values():
+            line.offered[channel.name], line.taken[channel.name] = [], []
+    sinks = {id(line.offered[c.name]) for c in netlist.outputs}
+    running = []
+    for unit in netlist.units:
+        group = [_Running(unit, process, frames, line) for process in unit.processes]
+        for one in group:
+            one.peers = group
+        running += group
+    while any([one.advance(sinks) for one in running]):
+        pass
+    if waiting := [one.unit.name for one in running if len(one.begun) < one.total]:
+        raise TargetError(f"the hardware deadlocks: {', '.join(dict.fromkeys(waiting))} wait for each other")
+    return line
+
+
+def size_fifos(netlist: Netlist, frames: int = 3) -> Timeline:
+    """Give the FIFOs behind every fork the fewest entries with which the netlist is as fast as with endless ones.
+
+    A fork feeds paths of different length that meet again: the short one must hold what the long one is working on.
+    Every depth is computed: kept at the least one if that costs no cycle, else read off the evaluation in which it is endless.
+    """
+    forks = [(u, prefix) for u in netlist.units if u.module == "fork2" for prefix in u.depths]
+    least = {(u.name, prefix): u.least_depth(prefix) for u, prefix in forks}
+    for unit, prefix in forks:
+        unit.depths[prefix] = UNBOUNDED
+    best = evaluate(netlist, frames).cycles(netlist)
+    for unit, prefix in forks:
+        unit.depths[prefix] = least[unit.name, prefix]
+        try:
+            if evaluate(netlist, frames).cycles(netlist) <= best:
+                continue
+        except TargetError:
+            pass
+        unit.depths[prefix] = UNBOUNDED
+        line = evaluate(netlist, frames)
+        unit.depths[prefix] = max(2, line.occupancy(unit.outputs[prefix].name, unit.processes[0].latency))
+    return evaluate(netlist, frames)

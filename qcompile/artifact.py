@@ -7,8 +7,7 @@
     report.html           what was done, what was refused and why
 
 It is written under a temporary name beside its final place and renamed when complete. Loading checks every hash
-and refuses names that leave the directory. The same input, recipe and versions give the same bytes, except that TVM
-may order the functions of the library differently.
+and refuses names that leave the directory. The same input, recipe and versions give the same bytes.
 """
 
 from __future__ import annotations

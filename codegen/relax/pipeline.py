@@ -9,6 +9,7 @@ from tvm import relax
 
 from qcompile.codegen.relax.initialization import initialize_empty_reductions
 from qcompile.codegen.relax.program import RelaxProgram
+from qcompile.codegen.relax.shape_functions import order_shape_functions
 from qcompile.targets.target import Target
 
 
@@ -75,6 +76,7 @@ def _build_passes() -> list[Any]:
         t.LowerRuntimeBuiltin(),
         t.ComputePrimValue(),
         t.VMShapeLower(),
+        order_shape_functions,
         t.AttachGlobalSymbol(),
     ]
 

@@ -16,7 +16,7 @@ from qcompile.codegen.kernels.cpu.gemm import TiledGemm
 from qcompile.codegen.onnx_export import StoredWeight, share_weights
 from qcompile.codegen.relax import compile_relax, to_relax
 from qcompile.codegen.relax.kernels import KernelCalls, LinearRecord
-from qcompile.codegen.relax.program import TensorSpec
+from qcompile.codegen.relax.program import RelaxProgram, TensorSpec
 from qcompile.targets.target import Target
 
 
@@ -25,6 +25,7 @@ class BuiltProgram:
     """A compiled program that is not on disk yet.
 
     Attributes:
+        relax: the converted model.
         executable: TVM executable.
         params: packed weights in the order ``main`` takes them.
         inputs, outputs: what it takes and returns.
@@ -33,6 +34,7 @@ class BuiltProgram:
         refusals: what was left to general code: (what, where, reason).
     """
 
+    relax: RelaxProgram
     executable: Any
     params: dict[str, np.ndarray]
     inputs: list[TensorSpec]
@@ -78,6 +80,7 @@ def build_program(lowered: ir.Model, target: Target) -> BuiltProgram:
     calls = program.state.get(KernelCalls) or KernelCalls()
     executable = compile_relax(program, target)
     return BuiltProgram(
+        program,
         executable, program.params, program.inputs, program.outputs, calls.linears, calls.uses, calls.refusals
     )
 

@@ -7,7 +7,7 @@ A PrimFunc becomes
 with its buffers in order; one pointer per temporary that is too large for the stack or whose size is only known at run
 time (`Kernel.scratch` says how many elements it needs); ``failed`` if it makes checks, which receives the number of the
 first one that failed, counted from 1 (see `Kernel.checks`), and is left alone otherwise; then the extents its shapes leave
-open. It always returns 0. Loops are serial: build the functions for one core.
+open. It always returns 0. Parallel loops become serial ones.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ import tvm
 import tvm_ffi
 from tvm import s_tir, tirx
 
-from qcompile.errors import UnsupportedOperatorError
 from qcompile.targets.target import Target
 
 STACK_BYTES = 4096
@@ -68,13 +67,10 @@ def build_object(functions: Mapping[str, tirx.PrimFunc], target: Target) -> tupl
 
     Args:
         functions: by the symbol they get.
-        target: machine, whose `Target.cores` the functions were built for (1).
+        target: the machine.
 
     Returns:
         The module (``write_to_file("x.o")``, ``inspect_source("asm")``) and the signatures by name.
-
-    Raises:
-        UnsupportedOperatorError: a function starts threads.
     """
     machine = target.tvm()
     mod = tvm.IRModule({name: f.with_attr("global_symbol", name) for name, f in functions.items()})
@@ -167,9 +163,9 @@ def _with_pointers(name: str, function: tirx.PrimFunc) -> tuple[tirx.PrimFunc, K
         return tirx.IfThenElse(tirx.Not(node.condition), tirx.SeqStmt([report, leave]), None)
 
     def serial(node: tirx.For) -> Any:
-        if node.kind == tirx.ForKind.PARALLEL:
-            raise UnsupportedOperatorError(f"kernel {name} starts threads; C libraries are built for one core")
-        return node
+        if node.kind != tirx.ForKind.PARALLEL:
+            return node
+        return tirx.For(node.loop_var, node.min, node.extent, tirx.ForKind.SERIAL, node.body)
 
     rewrites = [(tirx.AllocBuffer, allocate), (tirx.AssertStmt, check), (tirx.For, serial)]
     body = tvm_ffi.structural_map(function.body, rewrites, order="post")

@@ -8,7 +8,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from qcompile import tensors
 from qcompile.backends import Backend, Job
@@ -18,7 +18,6 @@ from qcompile.runtime import Program, TensorSpec
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-    from qcompile.codegen.program import BuiltProgram
     from qcompile.targets.target import Target
 
 MIN_FREE_BYTES = 50_000_000
@@ -26,6 +25,9 @@ MIN_FREE_BYTES = 50_000_000
 
 class Cpu(Backend):
     """Compiles and loads programs for x86."""
+
+    options: ClassVar[Mapping[str, str]] = {"name": "prefix of the symbols of the C library (model)"}
+    emits = ("c",)
 
     def emit(self, job: Job) -> None:
         """Write library, weights, ``model.onnx`` and ``program.json``."""
@@ -46,14 +48,16 @@ class Cpu(Backend):
             save_onnx(program, places, job.quantized, job.folder)
             write_program(job.folder, program, job.target)
             describe(job.report, program)
-            self.emit_more(job, program)
+        if "c" in job.emit:
+            from qcompile.codegen.cexport.emit import write_library
+
+            with job.stage("write the C library"):
+                name = job.options.get("name", "model")
+                write_library(program.relax, job.target, job.folder / "c", name, Path(job.report.model).name)
 
     def linker(self, target: Target) -> Callable[[str, list[str]], None] | None:
         """What links objects into a shared library, for other machines than this one."""
         return None
-
-    def emit_more(self, job: Job, program: BuiltProgram) -> None:
-        """Write the other forms asked for."""
 
     def check(self, target: Mapping[str, Any]) -> None:
         """Raise `TargetError` unless this machine runs programs for ``target``."""

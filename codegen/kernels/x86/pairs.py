@@ -30,6 +30,9 @@ from qcompile.targets.target import Target
 BOUND = 128
 """What the activations of one sign in a pair may add up to."""
 
+PREFETCH = 2048
+"""Bytes ahead of the weights in use that are asked for: the hardware alone leaves a third of the third-level cache's speed."""
+
 LANES = 8
 """32-bit lanes of a register."""
 
@@ -189,6 +192,9 @@ class PairGemm(TiledGemm):
         with T.serial(e.rolled(p.rows_per_group)) as i:
             place = group * p.rows_per_group + i
             weights = [v.let(self._weights(e, panel, place, vec)) for vec in range(p.vectors)]
+            if PREFETCH:
+                address = T.address_of(e.names["weight"][panel, place, PREFETCH])
+                T.evaluate(T.call_intrin("void", "tirx.prefetch", address, T.int32(0), T.int32(3), T.int32(1)))
             for r, line in enumerate(sums):
                 self._add(line, weights, _word(e.extra["main"], r, place))
         for r, line in enumerate(sums):

@@ -11,13 +11,14 @@ et al., "Low-bit Quantization of Neural Networks for Efficient Inference", 2019 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
 from qcompile.errors import RecipeError
-from qcompile.passes.asks.base import Ask, Context, Entry, register_ask
-from qcompile.passes.asks.online import plain_products
+from qcompile.passes.asks.base import Ask, Context, Entry, Refusal, register_ask
+from qcompile.passes.asks.online import product_readers
 from qcompile.passes.asks.rounding import spread
 from qcompile.passes.quantize import CLIP
 from qcompile.passes.spaces import Spaces
@@ -49,13 +50,16 @@ class ClipTokens(Ask):
         """Leave the share with the activation; the quantizer takes it from there."""
         weights: dict[str, list[np.ndarray]] = {}
         formats, found = {}, {}
-        products = {node.name for node in plain_products(context.model, context)}
-        for reader in context.all_readers():
+        for reader in product_readers(context):
             fmt = context.precision(reader).activation
-            if reader.node in products and fmt is not None and fmt.granularity == "token":
+            if fmt is not None and fmt.granularity == "token":
                 formats[reader.activation] = fmt
                 weights.setdefault(reader.activation, []).append(context.weight_rows(reader))
-        rows = context.rows(ROWS) if formats and not self.share else {}
+        rows: Mapping[str, np.ndarray] = {}
+        if formats and not self.share:
+            if context.data.rows is None:
+                raise Refusal("no calibration samples")
+            rows = context.data.rows(context.model, list(formats), ROWS)
         for name, fmt in formats.items():
             if self.share:
                 found[name] = self.share

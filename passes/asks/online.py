@@ -28,7 +28,7 @@ from qcompile.formats.hadamard import factors, hadamard_matrix
 from qcompile.passes.asks.base import Context, Entry, Rewrite, register_ask
 from qcompile.passes.domain import DOMAIN, add_functions
 from qcompile.passes.graph import add_initializer, float_type, insert_after_producer, remove_unused_initializers
-from qcompile.passes.spaces import Space
+from qcompile.passes.spaces import Reader, Space
 
 LARGEST_DENSE = 256
 """Order up to which a Hadamard block is written as one matrix; larger ones as a Kronecker product of two."""
@@ -274,6 +274,16 @@ class RotateOnline(Rewrite):
 def can_rotate(space: Space, context: Context) -> bool:
     """Whether a rotation of this space folds: it mixes by itself or follows one that does."""
     return (space if space.leader is None else context.spaces[space.leader]).mixes
+
+
+def product_readers(context: Context) -> list[Reader]:
+    """The products ``x @ w`` with a quantized matrix as readers, whether or not the analysis knows their channels."""
+    found = []
+    for node, width in plain_products(context.model, context).items():
+        x, weight = node.inputs[0], node.inputs[1]
+        if x is not None and weight is not None:
+            found.append(Reader(node.name or "", x.name or "", weight.name or "", 0, -1, np.arange(width)))
+    return found
 
 
 def plain_products(model: ir.Model, context: Context) -> dict[ir.Node, int]:

@@ -20,7 +20,7 @@ import onnx_ir as ir
 import torch
 
 from qcompile.passes.asks.base import Context, Precision
-from qcompile.passes.asks.online import insert_online, plain_products
+from qcompile.passes.asks.online import insert_online, product_readers
 from qcompile.passes.execute import run
 from qcompile.passes.learn.freedoms import Freedom, Tensor
 from qcompile.passes.learn.mixing import Mixing
@@ -39,6 +39,7 @@ class Site:
     node: str
     activation: str
     weight: str
+    width: int
     precision: Precision
 
 
@@ -102,11 +103,9 @@ class Program:
         self.clips: dict[str, Tensor] = {}
         self.weight_clips: dict[str, Tensor] = {}
         self.simulate = (True, True)
-        products = {node.name for node in plain_products(self.model, context)}
         self.sites = {
-            r.node: Site(r.node, r.activation, r.weight, context.precision(r))
-            for r in context.all_readers()
-            if r.node in products
+            r.node: Site(r.node, r.activation, r.weight, len(r.channels), context.precision(r))
+            for r in product_readers(context)
         }
         self._base: dict[str, Tensor] = {}
         self._gamma: dict[bytes, np.ndarray] = {}

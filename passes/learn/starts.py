@@ -79,14 +79,14 @@ def add_kroneckers(context: Context, program: Program, rng: np.random.Generator,
 
 def _activations(context: Context, program: Program) -> list[tuple[str, int, bool]]:
     """Rounded activations with their width and whether a rotation folds into them."""
-    found: dict[str, tuple[str, int, bool]] = {}
-    rounded = {s.activation for s in program.sites.values() if s.precision.activation is not None}
+    rotates: dict[str, bool] = {}
     for space in context.spaces:
         for reader in context.readers(space):
-            if reader.activation in rounded:
-                found.setdefault(
-                    reader.activation, (reader.activation, len(reader.channels), can_rotate(space, context))
-                )
+            rotates[reader.activation] = rotates.get(reader.activation, True) and can_rotate(space, context)
+    found: dict[str, tuple[str, int, bool]] = {}
+    for site in program.sites.values():
+        if site.precision.activation is not None:
+            found[site.activation] = (site.activation, site.width, rotates.get(site.activation, False))
     return list(found.values())
 
 

@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from typing import Any
 
@@ -66,14 +67,15 @@ def libraries(layer: str, n: int, k: int, arch: str, buckets: list[int], count: 
     base = layer_plan(layer, n, k, arch, rows=(1,))
     found = [entry for rows in buckets for entry in candidates(base, rows, count)]
     entries = [Entry(i, e.family, {**e.config, "bucket": e.rows}) for i, e in enumerate(found)]
-    size = 12
+    size = 8
     return [replace(base, entries=tuple(entries[i : i + size])) for i in range(0, len(entries), size)]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", default="sm_90a", choices=list(TARGETS))
-    parser.add_argument("--prepare", action="store_true")
+    parser.add_argument("--prepare", action="store_true", help="only write sources")
+    parser.add_argument("--compile", action="store_true", help="only compile")
     parser.add_argument("--layers", default="w4a16,w2a16,w8a8,w4a8")
     parser.add_argument("--shapes", default=",".join(f"{n}x{k}" for n, k in SHAPES))
     parser.add_argument("--rows", default=",".join(map(str, ROWS)))
@@ -95,9 +97,11 @@ def main() -> None:
             print(*key, sum(len(p.entries) for p in plans), "candidates", flush=True)
         return
     start = time.time()
-    with ThreadPoolExecutor() as pool:
-        list(pool.map(lambda p: p.library(), [p for plans in jobs.values() for p in plans]))
+    with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
+        list(pool.map(Plan.library, [p for plans in jobs.values() for p in plans]))
     print(f"compiled in {time.time() - start:.0f} s", flush=True)
+    if args.compile:
+        return
     best: dict[str, tuple[float, dict[str, Any]]] = {}
     log: list[tuple[str, float, dict[str, Any]]] = []
     for (layer, n, k), plans in jobs.items():

@@ -11,6 +11,7 @@ zero in between; ``scale (M,)`` float32 if x is int8; the arrays of `CudaLinear.
 
 from __future__ import annotations
 
+import functools
 from abc import abstractmethod
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -46,7 +47,7 @@ class LinearShape:
     @property
     def layout(self) -> FragmentLayout:
         """Of the packed codes."""
-        return FragmentLayout(self.weight.bits, self.integer)
+        return _layout(self.weight.bits, self.integer)
 
     @property
     def x_width(self) -> int:
@@ -93,6 +94,11 @@ class LinearShape:
     def code_bytes(self) -> int:
         """Bytes of the codes of one channel tile in a stage."""
         return sum(p.block_bytes for p in self.layout.planes)
+
+
+@functools.cache
+def _layout(bits: int, integer: bool) -> FragmentLayout:
+    return FragmentLayout(bits, integer)
 
 
 class CudaLinear(LinearKernel):

@@ -2,8 +2,7 @@
 
     a block of ``wg`` groups of four warps owns ``64 wg mt`` channels and ``rows`` rows; warp w of group q owns the channel
     tiles ``(q mt + j) 4 + w``, j < mt, which are rows 16 w .. 16 w + 15 of the j-th 64-channel operand of its group
-    per stage of 128 K:  packed codes, scales, rows of x   cp.async by all threads, ``stages - 2`` stages ahead
-                         one barrier
+    per stage of 128 K:  packed codes, scales, rows of x   cp.async by all threads, ``stages - 1`` stages ahead
                          codes -> operand registers        `dequant.ScaledDequantizer`, times the scale of their group
                          wgmma m64nNk16 (Hopper)           weights from registers, x from shared memory; runs while the
                                                            next operand is dequantized
@@ -116,9 +115,14 @@ class TiledShape(LinearShape):
         return 2 * self.columns + 16
 
     @property
+    def barrier_place(self) -> int:
+        """Where the barriers lie, behind the pipeline and the tile that is stored from the same memory."""
+        return max(self.stages * self.stage_bytes, self.rows * self.pitch)
+
+    @property
     def shared_bytes(self) -> int:
         """Of a block, with what aligning it may cost."""
-        return max(self.stages * self.stage_bytes, self.rows * self.pitch) + 1024
+        return self.barrier_place + 16 * self.stages + 1024
 
     @property
     def registers(self) -> int:
@@ -193,7 +197,7 @@ class TiledLinear(CudaLinear):
         codes = s.block_tiles * (s.code_bytes + 8 * s.meta_bytes * s.stage_chunks)
         caches = (s.x_bytes + codes) / 26
         memory = codes * sms / target.bandwidth * clock * (1 if m <= 4 * s.rows else 0.25)
-        flight = resident * (s.stages - 2) * codes
+        flight = resident * (s.stages - 1) * codes
         memory *= max(1.0, 30000 / max(flight, 1)) if m <= s.rows else 1
         stage = max(mma, caches, memory, dequant) + 0.15 * min(mma, dequant)
         if resident == 1:

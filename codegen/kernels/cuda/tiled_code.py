@@ -183,26 +183,69 @@ class _Kernel:
     # Main loop
 
     def _loop(self) -> None:
+        if self.s.wgmma:
+            self._loop_warpgroups()
+        else:
+            self._loop_warps()
+
+    def _loop_warps(self) -> None:
+        """Stages in lock step: a barrier says that one has landed for all and that the one before is free."""
         s = self.s
-        ahead = s.stages - 2
+        ahead = s.stages - 1
         for stage in range(ahead):
             with T.If(self.count > stage), T.Then():
                 self._issue(T.int32(stage), self.start + stage)
             e.commit()
         with T.serial(self.count) as i:
             e.wait(ahead - 1)
-            if s.wgmma:
-                e.ptx("fence.proxy.async.shared::cta")
             T.evaluate(T.cuda.cta_sync())
             with T.If(i + ahead < self.count), T.Then():
                 self._issue((i + ahead) % s.stages, self.start + i + ahead)
             e.commit()
             self._multiply(e.let(self.base + i % s.stages * (s.stage_bytes // 4)))
-        if s.wgmma:
-            e.ptx("wgmma.wait_group.sync.aligned", 0)
         e.wait(0)
 
-    def _multiply(self, slot: Any) -> None:
+    def _loop_warpgroups(self) -> None:
+        """A pair of mbarriers per slot: ``full`` when the copies of all threads have landed, ``empty`` when no warp's
+        products read it any more. Warpgroups drift apart by up to a stage, and tensor cores find work meanwhile."""
+        s = self.s
+        ahead = s.stages - 1
+        with T.If(self.tx == 0), T.Then():
+            for slot in range(s.stages):
+                e.ptx("mbarrier.init.shared::cta.b64", self._barrier(slot), e.u32(s.threads))
+                e.ptx("mbarrier.init.shared::cta.b64", self._barrier(slot, empty=True), e.u32(s.threads // 32))
+        T.evaluate(T.cuda.cta_sync())
+        for stage in range(ahead):
+            with T.If(self.count > stage), T.Then():
+                self._issue(T.int32(stage), self.start + stage)
+                e.ptx("cp.async.mbarrier.arrive.noinc.shared::cta.b64", self._barrier(stage))
+        with T.serial(self.count) as i:
+            slot = e.let(i % s.stages)
+            following = e.let((i + ahead) % s.stages)  # also the slot of the stage before
+            T.evaluate(T.cuda.mbarrier_wait(self._barrier(slot), i // s.stages % 2))
+            # What cp.async wrote is read by wgmma, that is, through the asynchronous proxy.
+            e.ptx("fence.proxy.async.shared::cta")
+
+            def release(i: Any = i, following: Any = following) -> None:
+                with T.If(T.And(i > 0, self.lane == 0)), T.Then():
+                    e.ptx("mbarrier.arrive.shared::cluster.b64", self._barrier(following, empty=True))
+                T.evaluate(T.cuda.warp_sync())
+
+            self._multiply(e.let(self.base + slot * (s.stage_bytes // 4)), release)
+            with T.If(i + ahead < self.count), T.Then():
+                with T.If(i > 0), T.Then():
+                    T.evaluate(T.cuda.mbarrier_wait(self._barrier(following, empty=True), (i - 1) // s.stages % 2))
+                self._issue(following, self.start + i + ahead)
+                e.ptx("cp.async.mbarrier.arrive.noinc.shared::cta.b64", self._barrier(following))
+        e.ptx("wgmma.wait_group.sync.aligned", 0)
+
+    def _barrier(self, slot: Any, empty: bool = False) -> Any:
+        """Address of a barrier."""
+        place = (self.s.barrier_place + (8 * self.s.stages if empty else 0)) // 4
+        return self.arena.ptr_to([self.base + place + slot * 2])
+
+    def _multiply(self, slot: Any, release: Any = None) -> None:
+        """Products of a stage; ``release`` is called when those of the stage before have ended."""
         s = self.s
         if s.wgmma:
             address = T.cuda.cvta_generic_to_shared(self.arena.ptr_to([slot]))
@@ -213,6 +256,8 @@ class _Kernel:
             if s.wgmma:
                 # Operands are double buffered: those of the product before the last are free.
                 e.ptx("wgmma.wait_group.sync.aligned", 1)
+                if unit == 1:
+                    release()
             fresh = unit % per_chunk == 0
             if fresh and s.meta_bytes:
                 for j in range(s.mt):

@@ -1,35 +1,40 @@
 """``python tests/codegen/cuda/prepare.py [ARCH]``: write the sources of all GPU tests into QCOMPILE_CUDA_CACHE.
 
-``python tests/codegen/cuda/prepare.py --compile [ARCH]``: compile every source there, one nvcc per core.
+``--libraries`` compiles them as well, one process per core; sources that are there already need no TVM.
 """
 
 from __future__ import annotations
 
 import importlib.util
-import os
+import multiprocessing
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-
-from qcompile.codegen.kernels.cuda import build
-from qcompile.targets.cuda import TARGETS
+from typing import Any
 
 
-def main() -> None:
-    args = [a for a in sys.argv[1:] if a != "--compile"]
-    arch = args[0] if args else "sm_90a"
-    if "--compile" in sys.argv:
-        files = sorted(build.cache_directory().glob("*.cu"))
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            list(pool.map(lambda file: build.compile_library(file, TARGETS[arch]), files))
-        print(len(files), "libraries")
-        return
+def load_cases() -> list[Any]:
+    """The cases beside this file."""
     spec = importlib.util.spec_from_file_location("cases", Path(__file__).with_name("cases.py"))
     cases = importlib.util.module_from_spec(spec)
     sys.modules["cases"] = cases
     spec.loader.exec_module(cases)
-    for case in cases.CASES:
-        print(case, case.plan(arch).source(), flush=True)
+    return cases.CASES
+
+
+def prepare(index: int, arch: str, libraries: bool) -> str:
+    """One case."""
+    plan = load_cases()[index].plan(arch)
+    return str(plan.library() if libraries else plan.source())
+
+
+def main() -> None:
+    args = [a for a in sys.argv[1:] if not a.startswith("-")]
+    arch, libraries = args[0] if args else "sm_90a", "--libraries" in sys.argv
+    count = len(load_cases())
+    with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
+        for name in pool.map(prepare, range(count), [arch] * count, [libraries] * count):
+            print(name, flush=True)
 
 
 if __name__ == "__main__":

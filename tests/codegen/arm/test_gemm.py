@@ -1,0 +1,213 @@
+"""ARM GEMM families against `LinearKernel.reference` and the x86 kernels: formats, odd shapes, heights, epilogues.
+
+Kernels of many problems are linked into one program, so that a test starts the emulator once.
+"""
+
+import numpy as np
+import pytest
+import tvm
+
+from qcompile.codegen.kernels import families, select
+from qcompile.codegen.kernels.base import Epilogue, LinearProblem
+from qcompile.errors import TargetError
+from qcompile.formats import IntFormat, Quantized, parse_activation, parse_format
+from qcompile.targets import get_target, x86
+
+CPUS = ["cortex-a53", "cortex-a76"]
+"""Each is tested with the families that the ones before it do not have."""
+FORMATS = [
+    "int8", "int8/g7/asym", "int4", "int4/g32", "int4/g20/asym", "int2", "int2/g64/asym", "int1/g32", "int1",
+    "int3/g32", "int3/asym", "int5/g32", "int6/asym", "int7/g4", "int4/g128", "int2/g16",
+]  # fmt: skip
+
+on = pytest.mark.parametrize("cpu", CPUS)
+
+
+def weights(rng, k, n, fmt):
+    """Random codes that reach both ends of the range, with scales that float16 represents."""
+    codes = rng.integers(fmt.qmin, fmt.qmax + 1, (k, n))
+    codes[0, :], codes[-1, :] = fmt.qmin, fmt.qmax
+    shape = (fmt.groups(k), n)
+    scale = rng.uniform(0.01, 0.1, shape).astype(np.float16).astype(np.float32)
+    zero = None if fmt.symmetric else rng.integers(0, fmt.qmax + 1, shape).astype(np.uint8)
+    return Quantized(codes.astype(np.int8 if fmt.symmetric else np.uint8), scale, zero)
+
+
+def operands(rng, m, problem):
+    if problem.activation.bits:
+        return rng.integers(0, 256, (m, problem.k)).astype(np.uint8), rng.uniform(0.01, 1, m).astype(np.float32)
+    return rng.normal(size=(m, problem.k)).astype(np.float32), None
+
+
+def magnitude(problem, x, scale, weight):
+    """What rounding errors are relative to: the sum of the magnitudes of the products."""
+    w = np.abs(problem.weight.decode(weight).astype(np.float64))
+    if scale is None:
+        return np.abs(x.astype(np.float64)) @ w
+    return 255 * np.ones(x.shape) @ w * scale[:, None]
+
+
+def small(config, mr=2, vectors=2):
+    """The same with a small tile, which compiles fast."""
+    return {**config, "mr": mr, "vectors": min(vectors, config["vectors"]), "panels": 2}
+
+
+class Batch:
+    """Kernels and calls, run together."""
+
+    def __init__(self, cpu):
+        self.target = get_target(cpu, cores=1)
+        self.functions, self.made, self.expected = {}, [], []
+
+    def add(self, family, problem, config, weight):
+        name = f"gemm{len(self.functions)}"
+        self.functions[name] = family.build(problem, config, self.target, name)
+        return name, list(family.pack(problem, config, weight).values())
+
+    def call(self, name, packed, x, scale, bias=None, residual=None):
+        out = np.full((x.shape[0], self.columns), np.nan, np.float32)
+        self.made.append((name, [a for a in (x, scale, *packed, bias, residual) if a is not None] + [out]))
+        return out
+
+    def run(self, offset=0):
+        from qcompile.codegen.kernels.arm.harness import Executable
+
+        Executable(self.functions, self.target).calls(self.made, offset)
+
+
+def able(problem, target):
+    earlier = [get_target(cpu) for cpu in CPUS[: CPUS.index(target.cpu)]]
+    found = [f for f in families("arm") if f.supports(problem, target)]
+    return [f for f in found if not any(f.supports(problem, other) for other in earlier)]
+
+
+@on
+def test_every_family_matches_the_reference(cpu, emulation):
+    rng = np.random.default_rng(CPUS.index(cpu))
+    batch, checks = Batch(cpu), []
+    for i, spelling in enumerate(FORMATS):
+        k = int(rng.choice([1, 3, 5, 15, 16, 17, 31, 33, 64, 70, 100, 127, 129, 130, 257]))
+        n = int(rng.integers(1, 40))
+        activation = ["int8/token", "int8/tensor", "int8/token", "none"][i % 4]
+        problem = LinearProblem(k, n, parse_format(spelling), parse_activation(activation))
+        assert select(problem, batch.target), "every integer format has a kernel"
+        for family in able(problem, batch.target):
+            weight = weights(rng, k, n, problem.weight)
+            config = small(rng.choice(family.configs(problem, batch.target)), vectors=int(rng.integers(1, 3)))
+            name, packed = batch.add(family, problem, config, weight)
+            batch.columns = n
+            for m in (1, int(rng.integers(2, 6))):
+                x, scale = operands(rng, m, problem)
+                checks.append((batch.call(name, packed, x, scale), family, problem, x, scale, weight))
+    batch.run(offset=4)
+    for got, family, problem, x, scale, weight in checks:
+        expected = family.reference(problem, x, scale, weight)
+        worst = (np.abs(got - expected) - 2e-6 * magnitude(problem, x, scale, weight)).max()
+        assert worst <= 0, (family.name, problem, len(x))
+
+
+@on
+def test_results_are_those_of_x86_bit_for_bit(cpu, emulation):
+    """The same integers in every group, and the same float operations on them."""
+    if not x86.host_features() >= x86.AVX2.features:
+        pytest.skip("needs AVX2")
+    rng = np.random.default_rng(7)
+    batch, checks = Batch(cpu), []
+    for spelling, k, n, activation, act in (
+        ("int8", 67, 21, "int8", "gelu"),
+        ("int4/g32", 96, 33, "int8", ""),
+        ("int2/g32/asym", 70, 19, "int8", "silu"),
+        ("int3/g32", 64, 17, "int8", "relu"),
+        ("int4/g32/asym", 70, 18, "none", "gelu_tanh"),
+    ):
+        problem = LinearProblem(k, n, parse_format(spelling), parse_activation(activation), Epilogue(True, act, True))
+        weight = weights(rng, k, n, problem.weight)
+        x, scale = operands(rng, 3, problem)
+        bias, residual = rng.normal(size=n).astype(np.float32), rng.normal(size=(3, n)).astype(np.float32)
+        names = {"x86-maddubs", "x86-maddwd", "x86-float"}
+        peer = next(f for f in families("x86") if f.name in names and f.supports(problem, x86.AVX2))
+        config = small(peer.configs(problem, x86.AVX2)[0])
+        expected = np.empty((3, n), np.float32)
+        given = (x, scale, *peer.pack(problem, config, weight).values(), bias, residual, expected)
+        function = tvm.compile(peer.build(problem, config, x86.AVX2, "gemm"), target=x86.AVX2.tvm())["gemm"]
+        function(*(a for a in given if a is not None))
+        batch.columns = n
+        for family in able(problem, batch.target):
+            name, packed = batch.add(family, problem, small(family.configs(problem, batch.target)[0]), weight)
+            checks.append((family.name, spelling, batch.call(name, packed, x, scale, bias, residual), expected))
+    batch.run()
+    for family, spelling, got, expected in checks:
+        np.testing.assert_array_equal(got, expected, err_msg=f"{family} {spelling}")
+
+
+@on
+def test_sums_are_exact_where_they_are_largest(cpu, emulation):
+    """With scales of one the result is the integer sum, also for the largest codes and activations."""
+    rng = np.random.default_rng(1)
+    batch, checks = Batch(cpu), []
+    batch.columns = 9
+    for spelling in ("int8", "int8/asym", "int4/asym", "int2", "int1", "int3/asym"):
+        problem = LinearProblem(1100, 9, parse_format(spelling), parse_activation("int8"))
+        weight = weights(rng, 1100, 9, problem.weight)
+        weight.scale[...] = 1
+        weight.codes[:, 0], weight.codes[:, 1] = problem.weight.qmin, problem.weight.qmax
+        for family in able(problem, batch.target):
+            name, packed = batch.add(family, problem, small(family.configs(problem, batch.target)[0]), weight)
+            for value in (0, 255):
+                x, scale = np.full((1 + value % 2, 1100), value, np.uint8), np.ones(1 + value % 2, np.float32)
+                checks.append((batch.call(name, packed, x, scale), family, problem, x, scale, weight))
+    batch.run()
+    for got, family, problem, x, scale, weight in checks:
+        expected = family.reference(problem, x, scale, weight).astype(np.float32)
+        np.testing.assert_array_equal(got, expected, err_msg=f"{family.name} {problem.weight}")
+
+
+@on
+def test_every_height_of_the_default_tile(cpu, emulation):
+    rng = np.random.default_rng(2)
+    batch, checks = Batch(cpu), []
+    problem = LinearProblem(48, 50, IntFormat(4, 32), parse_activation("int8"), Epilogue(True, "relu", True))
+    weight = weights(rng, 48, 50, problem.weight)
+    bias = rng.normal(size=50).astype(np.float32)
+    choice = select(problem, batch.target)
+    name, packed = batch.add(choice.family, problem, choice.config, weight)
+    batch.columns = 50
+    for m in range(2 * choice.config["mr"] + 2):
+        x, scale = operands(rng, m, problem)
+        residual = rng.normal(size=(m, 50)).astype(np.float32)
+        checks.append((batch.call(name, packed, x, scale, bias, residual), x, scale, residual))
+    batch.run()
+    for got, x, scale, residual in checks:
+        expected = choice.family.reference(problem, x, scale, weight, bias, residual)
+        assert (np.abs(got - expected) <= 2e-6 * (magnitude(problem, x, scale, weight) + 5)).all(), len(x)
+
+
+def test_selection_prefers_what_the_processor_has():
+    def chosen(cpu, spelling="int8", activation="int8"):
+        problem = LinearProblem(384, 384, parse_format(spelling), parse_activation(activation))
+        return select(problem, get_target(cpu))
+
+    assert chosen("cortex-a53").family.name == "arm-umlal"
+    assert "dotprod" in chosen("cortex-a53").refused["arm-udot"]
+    assert chosen("cortex-a76").family.name == "arm-udot"
+    assert chosen("cortex-a76", "int4/g32", "none").family.name == "arm-float"
+    with pytest.raises(TargetError, match="overflow"):
+        select(LinearProblem(1 << 17, 8, IntFormat(8), parse_activation("int8")), get_target("arm"))
+
+
+def test_two_bit_weights_cost_two_instructions_per_sixteen_products(emulation):
+    """Beyond loads: one AND or shift, and one UDOT. Counted, so that a change which spills or widens is seen."""
+    from qcompile.codegen.kernels.arm.harness import Executable
+
+    target = get_target("cortex-a76", cores=1)
+    problem = LinearProblem(1024, 64, parse_format("int2"), parse_activation("int8"))
+    choice = select(problem, target)
+    rng = np.random.default_rng(3)
+    x, scale = operands(rng, 1, problem)
+    packed = choice.family.pack(problem, choice.config, weights(rng, 1024, 64, problem.weight))
+    program = Executable({"gemm": choice.family.build(problem, choice.config, target, "gemm")}, target)
+    try:
+        count = program.counts({"gemm": [x, scale, *packed.values(), np.empty((1, 64), np.float32)]})["gemm"]
+    except TargetError as reason:
+        pytest.skip(str(reason))
+    assert count < 0.19 * 1024 * 64

@@ -20,7 +20,9 @@ The alternative of one scale per group, which rounds the tables, is `scaled_tabl
 **Layout.** Columns are cut into panels of ``width``. A panel is a sequence of *pairs* of tables: 8 consecutive k, the
 first four in the low nibble of a byte, the others in the high one. In a pair the planes of a column are adjacent bytes,
 so that one multiply-add of byte pairs by (1, 2) merges two of them (order ``n0 k0 n1 b k1 k2``), or planes follow each other
-(order ``n0 k0 b n1 k1 k2``) where each has a scale of its own. Every group of K is padded to whole pairs.
+(order ``n0 k0 b n1 k1 k2``). Then neighbouring bytes are columns that must not be added; where a processor widens bytes by
+separating even from odd ones, the two halves of a register's columns take turns (order ``n0 k0 b n1 n3 n2 k1 k2``). Every
+group of K is padded to whole pairs.
 """
 
 from __future__ import annotations
@@ -57,6 +59,11 @@ class PlaneSum:
     uniform: bool = True
     offset: str = "constant"
     bias: int = 0
+
+    @property
+    def centre(self) -> int:
+        """The code integer sums are taken around: that of 0, or the middle one where 0 has another code in every group."""
+        return self.bias if self.offset == "constant" else 1 << (self.bits - 1) if self.uniform else 0
 
 
 def plane_sum(fmt: Format) -> PlaneSum | None:
@@ -105,6 +112,7 @@ class PlanePanels:
         planes: its planes.
         width: columns of a panel.
         adjacent: whether the planes of a column are adjacent bytes.
+        turns: columns of a register whose halves take turns; 0 for columns in their order.
     """
 
     k: int
@@ -112,6 +120,7 @@ class PlanePanels:
     planes: PlaneSum
     width: int
     adjacent: bool
+    turns: int = 0
 
     @property
     def group(self) -> int:
@@ -151,6 +160,9 @@ class PlanePanels:
     @cached_property
     def layout(self) -> BitLayout:
         """The bit permutation from padded codes ``(K', N)`` to the packed array."""
+        if self.turns:
+            n = (-1, self.width // self.turns, 2, self.turns // 2)
+            return BitLayout(self.planes.bits, (-1, 2, 4), n, "n0 k0 b n1 n3 n2 k1 k2")
         order = "n0 k0 n1 b k1 k2" if self.adjacent else "n0 k0 b n1 k1 k2"
         return BitLayout(self.planes.bits, (-1, 2, 4), (-1, self.width), order)
 

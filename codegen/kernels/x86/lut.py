@@ -18,7 +18,7 @@ one-bit weights.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -41,9 +41,25 @@ CACHE = 256 << 10
 """Bytes the tables of a block of rows may take."""
 
 
+ACCUMULATORS = 8
+"""Registers of 16-bit sums a micro-kernel keeps at a time."""
+
+LANES = 8
+"""Columns of a vector of int32 or float32."""
+
+
 @dataclass
 class LutEmission:
-    """What a micro-kernel needs while its PrimFunc is written."""
+    """What a micro-kernel needs while its PrimFunc is written.
+
+    Attributes:
+        names: parameters of the PrimFunc and run-time extents.
+        m: number of rows, int32.
+        tables: of the rows of the block.
+        tile: the tile's result ``(rows, width)``, float32, or int32 where one group is all of K.
+        signed: whether 16-bit sums start from their `Base`.
+        kept: int32 sums of a group ``(rows, planes, width)``, where it is several chunks and ``tile`` is float32.
+    """
 
     problem: LinearProblem
     panels: PlanePanels
@@ -51,9 +67,24 @@ class LutEmission:
     names: dict[str, Any]
     m: Any
     tables: TableBuffers
-    tile: Any = None
-    sums: Any = None
-    extra: dict[str, Any] = field(default_factory=dict)
+    tile: Any
+    signed: bool
+    kept: Any = None
+
+    @property
+    def size(self) -> int:
+        """Bytes of a register."""
+        return self.config["bytes"]
+
+    @property
+    def stored_planes(self) -> int:
+        """Planes kept apart."""
+        return 1 if self.panels.adjacent else self.panels.planes.bits
+
+    @property
+    def block(self) -> int:
+        """Columns that a register of weights belongs to."""
+        return self.size // self.panels.planes.bits if self.panels.adjacent else self.size
 
     def rolled(self, count: Any) -> Any:
         """``count`` as a loop bound LLVM cannot limit from above, so that it keeps the loop."""
@@ -97,7 +128,8 @@ class LutGemm(LinearKernel):
         """Geometry of the packed weights."""
         planes = self.planes(problem)
         adjacent = planes.uniform and planes.bits in (2, 4)
-        return PlanePanels(problem.k, problem.n, planes, config["columns"], adjacent)
+        turns = 0 if adjacent else config["bytes"]
+        return PlanePanels(problem.k, problem.n, planes, config["columns"], adjacent, turns)
 
     def grouped(self, panels: PlanePanels) -> bool:
         """Whether groups are added up in float32; otherwise all of K in int32."""
@@ -106,12 +138,16 @@ class LutGemm(LinearKernel):
 
     def pairs_per_chunk(self, problem: LinearProblem, panels: PlanePanels) -> int:
         """Pairs whose sums fit in 16 bits, signed where multiply-add reads them again."""
-        largest = 128 if problem.activation.granularity == "tensor" else 127
-        bits, top = panels.planes.bits, 65535
-        weight = (3 if bits == 2 else 3) if panels.adjacent else 1
-        if panels.adjacent and bits == 4:
-            top = 32767
-        return min(panels.pairs_per_group, top // (PAIR * largest * weight))
+        weight, top = (3 if panels.adjacent else 1), (32767 if panels.adjacent and panels.planes.bits == 4 else 65535)
+        return min(panels.pairs_per_group, top // (PAIR * _largest(problem) * weight))
+
+    def signed(self, problem: LinearProblem, panels: PlanePanels) -> bool:
+        """Whether the 16-bit sums of a group may start from what belongs to no plane, so that they end as signed numbers."""
+        planes = panels.planes
+        if panels.adjacent and planes.bits == 4:
+            return False
+        weight = max(planes.centre, 3 - planes.centre) if panels.adjacent else 1
+        return panels.pairs_per_group * PAIR * _largest(problem) * weight <= 32767
 
     # Packing
 
@@ -159,7 +195,11 @@ class LutGemm(LinearKernel):
         order = sorted(widths, key=lambda w: (padded[w] > 1.1 * min(padded.values()), abs(w - 64), w))
         table = -(-problem.k // PAIR) * BYTES
         block = max(4, min(16, CACHE // table // 4 * 4))
-        kinds = ("float16", "float32") if self.grouped(self.panels(problem, {"columns": 64})) else ("float32",)
+        kinds = (
+            ("float16", "float32")
+            if self.grouped(self.panels(problem, {"columns": 64, "bytes": size}))
+            else ("float32",)
+        )
         return [
             {"bytes": size, "columns": width, "rows": rows, "block_rows": block, "prefetch": ahead, "scales": kind}
             for kind in kinds
@@ -187,10 +227,9 @@ class LutGemm(LinearKernel):
                 with T.serial(panels.count) if problem.threads == 1 else T.parallel(panels.count) as panel:
                     dtype = "float32" if self.grouped(panels) else "int32"
                     tile = B.alloc_buffer((high, panels.width), dtype, annotations=ON_STACK)
-                    e = LutEmission(problem, panels, config, names, m, buffers, tile)
-                    if buffers.chunks_per_group > 1 and self.grouped(panels):
-                        kept = 1 if panels.adjacent else panels.planes.bits
-                        e.sums = B.alloc_buffer((high, kept, panels.width), "int32", annotations=ON_STACK)
+                    e = LutEmission(problem, panels, config, names, m, buffers, tile, self.signed(problem, panels))
+                    if buffers.chunks_per_group > 1 and dtype == "float32":
+                        e.kept = B.alloc_buffer((high, e.stored_planes, panels.width), "int32", annotations=ON_STACK)
                     tiles = v.let(T.truncdiv(here + (high - 1), high))
                     height = v.let(T.truncdiv(here, tiles))
                     taller = v.let(here - height * tiles)
@@ -200,109 +239,85 @@ class LutGemm(LinearKernel):
                         for count in range(high, 0, -1):
                             with T.If(rows == count), T.Then():
                                 self.micro(e, panel, first, count)
-                        finish(problem, names, tile, panels, BYTES // 4, panel, start + first, rows)
+                        finish(problem, names, tile, panels, LANES, panel, start + first, rows)
         return builder.get()
 
     def micro(self, e: LutEmission, panel: Any, first: Any, rows: int) -> None:
         """Emit the product of ``rows`` rows of the block from ``first`` on with one panel, into ``e.tile``."""
-        size, p = e.config["bytes"], e.panels
-        columns = size // p.planes.bits if p.adjacent else size  # of one block of vectors that belong together
-        together = max(1, (8 if p.adjacent else 4 // p.planes.bits) // rows)
-        blocks = p.width // columns
-        start = 0
-        while start < blocks:
-            count = min(together, blocks - start)
-            self._columns(e, panel, first, rows, start, count)
-            start += count
+        registers = 1 if e.panels.adjacent else 2 * e.panels.planes.bits  # that a row needs for one block of columns
+        together = max(1, ACCUMULATORS // (registers * rows))
+        blocks = e.panels.width // e.block
+        for start in range(0, blocks, together):
+            self._blocks(e, panel, first, rows, range(start, min(start + together, blocks)))
 
-    def _columns(self, e: LutEmission, panel: Any, first: Any, rows: int, start: int, count: int) -> None:
-        """The part of a micro-kernel that keeps its 16-bit sums in registers: ``count`` column blocks from ``start``."""
-        p, t, lanes = e.panels, e.tables, BYTES // 4
-        size = e.config["bytes"]
-        columns = size // p.planes.bits if p.adjacent else size
-        span = range(start * columns, (start + count) * columns, lanes)
+    def _blocks(self, e: LutEmission, panel: Any, first: Any, rows: int, blocks: range) -> None:
+        """The part of a micro-kernel that keeps its 16-bit sums in registers: some blocks of columns."""
+        p, t = e.panels, e.tables
+        span = range(blocks.start * e.block, blocks.stop * e.block, LANES)
         for r in range(rows):
             for column in span:
-                zero = v.const(0, lanes, str(e.tile.dtype))
-                v.store(e.tile, [r, column], zero, lanes)
-        accumulators = self._accumulators(e, rows, count)
-        flat = [register for row in accumulators for block in row for plane in block for register in plane]
+                v.store(e.tile, [r, column], v.const(0, LANES, str(e.tile.dtype)), LANES)
+        sums = [[Sums(e) for _ in blocks] for _ in range(rows)]
         with T.serial(p.groups) as group:
-            if e.sums is not None:
+            if e.kept is not None:
                 for r in range(rows):
-                    for plane in range(int(e.sums.shape[1])):
+                    for plane in range(e.stored_planes):
                         for column in span:
-                            v.store(e.sums, [r, plane, column], v.const(0, lanes, "int32"), lanes)
+                            v.store(e.kept, [r, plane, column], v.const(0, LANES, "int32"), LANES)
+            bases = [Base(e, first + r, group) for r in range(rows)]
             with T.serial(t.chunks_per_group) as piece:
                 begin = v.let(piece * t.pairs_per_chunk)
                 chunk = v.let(group * t.chunks_per_group + piece)
-                for register in flat:
-                    register.set(v.const(0, size // 2, "int16"))
+                for base, row in zip(bases, sums):
+                    for block in row:
+                        block.start(base)
                 left = T.min(p.pairs_per_group - begin, t.pairs_per_chunk)
-                bound = t.pairs_per_chunk if p.pairs_per_group % t.pairs_per_chunk == 0 else left
-                with T.serial(e.rolled(bound)) as i:
+                whole = p.pairs_per_group % t.pairs_per_chunk == 0
+                with T.serial(e.rolled(t.pairs_per_chunk if whole else left)) as i:
                     pair = v.let(group * p.pairs_per_group + begin + i)
-                    self._prefetch(e, panel, pair, start, count, rows)
-                    self._look_up(e, panel, pair, start, accumulators, [(t.tables, first + r, pair) for r in range(rows)])
+                    if blocks.start == 0:
+                        self._prefetch(e, panel, pair)
+                    self._look_up(e, panel, pair, blocks, sums, [(t.tables, first + r, pair) for r in range(rows)])
                 for r in range(rows):
                     low, high = v.let(t.begin[first + r, chunk]), v.let(t.begin[first + r, chunk + 1])
                     with T.serial(low, high) as entry:
                         pair = v.let(t.pair[first + r, entry])
-                        self._look_up(e, panel, pair, start, [accumulators[r]], [(t.extra, first + r, entry)])
+                        self._look_up(e, panel, pair, blocks, [sums[r]], [(t.extra, first + r, entry)])
                 if t.chunks_per_group > 1:
-                    self._keep(e, accumulators, start, count)
-            for r in range(rows):
-                self._add_group(e, panel, first, group, r, accumulators[r], start, count)
+                    for r, row in enumerate(sums):
+                        for index, block in zip(blocks, row):
+                            self._keep(e, r, index, block)
+            for r, row in enumerate(sums):
+                for index, block in zip(blocks, row):
+                    self._add_group(e, panel, group, r, bases[r], index, block)
 
-    def _accumulators(self, e: LutEmission, rows: int, count: int) -> list[list[list[list[Register]]]]:
-        """Registers of 16-bit sums by row, column block, plane and half."""
-        half = e.config["bytes"] // 2
-        planes, halves = (1, 1) if e.panels.adjacent else (e.panels.planes.bits, 2)
-        return [
-            [[[Register("int16", half) for _ in range(halves)] for _ in range(planes)] for _ in range(count)]
-            for _ in range(rows)
-        ]
-
-    def _prefetch(self, e: LutEmission, panel: Any, pair: Any, start: int, count: int, rows: int) -> None:
-        ahead = e.config["prefetch"]
-        if not ahead or rows > 1:
+    def _prefetch(self, e: LutEmission, panel: Any, pair: Any) -> None:
+        if not e.config["prefetch"]:
             return
-        per_block = e.panels.pair_bytes * e.config["bytes"] // (e.panels.width * (e.panels.planes.bits if False else 1))
-        for offset in range(0, e.panels.pair_bytes, 64):
-            address = T.address_of(e.names["weight"][panel, pair, offset + ahead])
-            hint = (T.int32(0), T.int32(3), T.int32(1))
-            T.evaluate(T.call_intrin("void", "tirx.prefetch", address, *hint))
+        for line in range(0, e.panels.pair_bytes, 64):
+            address = T.address_of(e.names["weight"][panel, pair, line + e.config["prefetch"]])
+            T.evaluate(T.call_intrin("void", "tirx.prefetch", address, T.int32(0), T.int32(3), T.int32(1)))
 
-    def _look_up(self, e: LutEmission, panel: Any, pair: Any, start: int, accumulators: Any, tables: Any) -> None:
-        """Add the entries at the nibbles of one pair to the accumulators of each row."""
-        p, size = e.panels, e.config["bytes"]
-        blocks = len(accumulators[0])
+    def _look_up(
+        self, e: LutEmission, panel: Any, pair: Any, blocks: range, sums: list[list[Sums]], tables: list[Any]
+    ) -> None:
+        """Add the entries at the nibbles of one pair to the sums of each row."""
+        p, size = e.panels, e.size
         nibbles = []
-        for block in range(start, start + blocks):
-            planes = []
-            for plane in range(1 if p.adjacent else p.planes.bits):
+        for block in blocks:
+            for plane in range(e.stored_planes):
                 at = block * size if p.adjacent else plane * p.width + block * size
                 raw = v.let(v.load(e.names["weight"], [panel, pair, at], size))
                 low = v.let(T.bitwise_and(raw, v.const(15, size, "uint8")))
                 high = v.let(T.shift_right(raw, v.const(4, size, "uint8")))
-                planes.append((v.bits_of(low, "int8", size), v.bits_of(high, "int8", size)))
-            nibbles.append(planes)
-        for row, (buffer, at, index) in zip(accumulators, tables):
+                nibbles.append((v.bits_of(low, "int8", size), v.bits_of(high, "int8", size)))
+        for row, (buffer, at, index) in zip(sums, tables):
             halves = [v.let(self._table(buffer, at, index, half, size)) for half in (0, 1)]
-            for block, planes in zip(row, nibbles):
-                for registers, (low, high) in zip(block, planes):
-                    found = [
-                        v.let(T.call_llvm_pure_intrin(f"int8x{size}", PSHUFB[size], table, index))
-                        for table, index in zip(halves, (low, high))
-                    ]
-                    if p.adjacent:
-                        (register,) = registers
-                        a, b = (self._merge(value, (1, 2), size) for value in found)
-                        register.set(register.get() + a + b)
-                    else:
-                        for register, upper in zip(registers, (0, 1)):
-                            mixed = T.Shuffle(found, _interleave(size, upper))
-                            register.set(register.get() + self._merge(mixed, (1, 1), size))
+            for i, block in enumerate(row):
+                for plane in range(e.stored_planes):
+                    for table, index in zip(halves, nibbles[i * e.stored_planes + plane]):
+                        found = T.call_llvm_pure_intrin(f"int8x{size}", PSHUFB[size], table, index)
+                        block.add(plane, v.let(found))
 
     @staticmethod
     def _table(buffer: Any, row: Any, index: Any, half: int, size: int) -> Any:
@@ -310,108 +325,148 @@ class LutGemm(LinearKernel):
         table = v.bits_of(v.load(buffer, [row, index, 16 * half], 16), "int8", 16)
         return T.Shuffle([table] * (size // 16), list(range(size)))
 
-    @staticmethod
-    def _merge(value: Any, weights: tuple[int, int], size: int) -> Any:
-        """Unsigned bytes times ``weights``, added in pairs to 16 bits."""
-        factors = v.bits_of(v.const(weights[0] + (weights[1] << 8), size // 2, "int16"), "int8", size)
-        return T.call_llvm_pure_intrin(f"int16x{size // 2}", MADDUBS[size // 4], value, factors)
-
-    def _values(self, e: LutEmission, block: list[list[Register]], plane: int) -> list[Any]:
-        """The 16-bit sums of a plane (of all, if adjacent) of one column block as int32x8, in column order."""
-        size, lanes = e.config["bytes"], BYTES // 4
-        if e.panels.adjacent and e.panels.planes.bits == 4:
-            (register,) = block[0]
-            factors = v.bits_of(v.const(1 + (4 << 16), size // 4, "int32"), "int16", size // 2)
-            wide = v.let(
-                T.call_llvm_pure_intrin(f"int32x{size // 4}", MADDWD[size // 4], register.get(), factors)
-            )
-            return [v.let(v.shuffle(wide, range(i, i + lanes))) for i in range(0, size // 4, lanes)]
-        halves = block[plane]
-        values = []
-        for i in range(size // 2 // lanes):
-            for register in halves:
-                part = v.shuffle(register.get(), range(i * lanes, (i + 1) * lanes))
-                values.append(v.let(v.cast(v.bits_of(part, "uint16", lanes), "int32", lanes)))
-        return values
-
-    def _keep(self, e: LutEmission, accumulators: Any, start: int, count: int) -> None:
+    def _keep(self, e: LutEmission, r: int, index: int, block: Sums) -> None:
         """Add a chunk to the sums of its group, where a group is several chunks."""
-        target = e.tile if e.sums is None else e.sums
-        size, lanes = e.config["bytes"], BYTES // 4
-        columns = size // e.panels.planes.bits if e.panels.adjacent else size
-        for r, row in enumerate(accumulators):
-            for i, block in enumerate(row):
-                for plane in range(len(block)):
-                    for j, value in enumerate(self._values(e, block, plane)):
-                        column = (start + i) * columns + j * lanes
-                        if e.sums is None:
-                            moved = T.shift_left(value, v.const(plane, lanes, "int32")) if plane else value
-                            at = [r, column]
-                        else:
-                            moved, at = value, [r, plane, column]
-                        v.store(target, at, v.load(target, at, lanes) + moved, lanes)
-
-    def _add_group(
-        self, e: LutEmission, panel: Any, first: Any, group: Any, r: int, row: Any, start: int, count: int
-    ) -> None:
-        """Add a group of one row to its tile: scales and offsets."""
-        p, planes, t = e.panels, e.panels.planes, e.tables
-        size, lanes = e.config["bytes"], BYTES // 4
-        columns = size // planes.bits if p.adjacent else size
-        negative, total = v.let(t.negative[first + r, group]), v.let(t.total[first + r, group])
-        whole = (1 << planes.bits) - 1
-        base = v.let(whole * negative - planes.bias * total if planes.offset == "constant" else whole * negative)
-        for i, block in enumerate(row):
-            at = (start + i) * columns
-            sums = [
-                self._values(e, block, plane)
-                if t.chunks_per_group == 1
-                else [v.let(v.load(e.sums, [r, plane, c], lanes)) for c in range(at, at + columns, lanes)]
-                if e.sums is not None
-                else []
-                for plane in range(len(block))
-            ]
-            for j in range(columns // lanes):
-                column = at + j * lanes
-                so_far = v.load(e.tile, [r, column], lanes)
-                if not self.grouped(p):
-                    value = so_far + v.splat(base, lanes)
-                    for plane, values in enumerate(sums):
-                        if values:
-                            value = value + T.shift_left(values[j], v.const(plane, lanes, "int32"))
-                    v.store(e.tile, [r, column], value, lanes)
-                    continue
-                value = v.let(so_far)
-                if planes.uniform:
-                    merged = sums[0][j]
-                    for plane, values in enumerate(sums[1:], 1):
-                        merged = merged + T.shift_left(values[j], v.const(plane, lanes, "int32"))
-                    real = v.let(v.cast(merged + v.splat(base, lanes), "float32", lanes))
-                    if planes.offset == "zero":
-                        zero = v.cast(v.load(e.names["zero"], [panel, group, column], lanes), "int32", lanes)
-                        factor = v.splat(T.cast(-total, "float32"), lanes)
-                        real = v.let(vmath.fma(v.cast(zero, "float32", lanes), factor, real))
-                    value = v.let(vmath.fma(real, self._scale(e, "group_scale", [panel, group, 0, column]), value))
+        for plane in range(e.stored_planes):
+            for j, value in enumerate(block.values(plane)):
+                column = index * e.block + j * LANES
+                if e.kept is not None:
+                    at = [r, plane, column]
+                    v.store(e.kept, at, v.load(e.kept, at, LANES) + value, LANES)
                 else:
-                    for plane, values in enumerate(sums):
-                        real = v.cast(values[j] + v.splat(negative, lanes), "float32", lanes)
-                        scale = self._scale(e, "group_scale", [panel, group, plane, column])
-                        value = v.let(vmath.fma(real, scale, value))
-                if planes.offset == "free":
-                    factor = v.splat(T.cast(total, "float32"), lanes)
-                    value = v.let(vmath.fma(factor, self._scale(e, "offset", [panel, group, column]), value))
-                v.store(e.tile, [r, column], value, lanes)
+                    at = [r, column]
+                    v.store(e.tile, at, v.load(e.tile, at, LANES) + _times(value, plane), LANES)
+
+    def _add_group(self, e: LutEmission, panel: Any, group: Any, r: int, base: Base, index: int, block: Sums) -> None:
+        """Add a group of one row to its tile: scales and offsets."""
+        planes = e.panels.planes
+        if e.tables.chunks_per_group == 1:
+            sums = [block.values(plane) for plane in range(e.stored_planes)]
+        for j in range(e.block // LANES):
+            column = index * e.block + j * LANES
+            if e.tables.chunks_per_group == 1:
+                here = [values[j] for values in sums]
+            elif e.kept is not None:
+                here = [v.let(v.load(e.kept, [r, plane, column], LANES)) for plane in range(e.stored_planes)]
+            else:
+                here = []
+            so_far = v.load(e.tile, [r, column], LANES)
+            if e.kept is None and str(e.tile.dtype) == "int32":
+                value = so_far if e.signed else so_far + v.splat(base.whole, LANES)
+                for plane, part in enumerate(here):
+                    value = value + _times(part, plane)
+                v.store(e.tile, [r, column], value, LANES)
+                continue
+            value = v.let(so_far)
+            if planes.uniform:
+                merged = here[0] if e.signed else here[0] + v.splat(base.whole, LANES)
+                for plane, part in enumerate(here[1:], 1):
+                    merged = merged + _times(part, plane)
+                real = v.let(v.cast(merged, "float32", LANES))
+                if planes.offset == "zero":
+                    zero = v.cast(v.load(e.names["zero"], [panel, group, column], LANES), "int32", LANES)
+                    centred = v.cast(zero - v.const(planes.centre, LANES, "int32"), "float32", LANES)
+                    real = v.let(vmath.fma(centred, v.splat(-base.real_total, LANES), real))
+                value = v.let(vmath.fma(real, self._scale(e, "group_scale", [panel, group, 0, column]), value))
+            else:
+                for plane, part in enumerate(here):
+                    part = part if e.signed else part + v.splat(base.negative, LANES)
+                    scale = self._scale(e, "group_scale", [panel, group, plane, column])
+                    value = v.let(vmath.fma(v.cast(part, "float32", LANES), scale, value))
+            if planes.offset == "free":
+                offset = self._scale(e, "offset", [panel, group, column])
+                value = v.let(vmath.fma(v.splat(base.real_total, LANES), offset, value))
+            v.store(e.tile, [r, column], value, LANES)
 
     @staticmethod
     def _scale(e: LutEmission, name: str, at: list[Any]) -> Any:
-        lanes = BYTES // 4
-        return v.cast(v.load(e.names[name], at, lanes), "float32", lanes)
+        return v.cast(v.load(e.names[name], at, LANES), "float32", LANES)
 
 
-def _interleave(size: int, upper: int) -> list[int]:
-    """The pattern of ``punpcklbw`` (``punpckhbw``): bytes of two registers in turns, within 128-bit lanes."""
-    pattern = []
-    for lane in range(0, size, 16):
-        for i in range(8 * upper, 8 * upper + 8):
-            pattern += [lane + i, size + lane + i]
-    return pattern
+class Base:
+    """What belongs to no plane in a group of one row: ``(2^bits - 1)`` negative sums less ``centre`` totals.
+
+    Attributes:
+        negative, total: int32 sums of the negative activations, and of all; ``real_total`` in float32.
+        whole: of all planes together.
+        plane: by plane, where planes are kept apart; together they make up ``whole``.
+    """
+
+    def __init__(self, e: LutEmission, row: Any, group: Any) -> None:
+        planes = e.panels.planes
+        self.negative = v.let(e.tables.negative[row, group])
+        self.total = v.let(e.tables.total[row, group])
+        self.real_total = v.let(T.cast(self.total, "float32"))
+        self.whole = v.let(((1 << planes.bits) - 1) * self.negative - planes.centre * self.total)
+        if e.panels.adjacent:
+            self.plane = [self.whole]
+        else:
+            self.plane = [self.negative] * planes.bits
+            if planes.uniform:
+                self.plane[-1] = v.let(self.negative - self.total)
+
+
+class Sums:
+    """The 16-bit sums of one block of columns: a register if planes are adjacent, else two per plane.
+
+    Of two registers, one adds up all lanes, ``even + 256 odd`` modulo 2^16, the other ``odd``.
+    """
+
+    def __init__(self, e: LutEmission) -> None:
+        self.e, self.half = e, e.size // 2
+        count = 1 if e.panels.adjacent else 2
+        self.registers = [[Register("int16", self.half) for _ in range(count)] for _ in range(e.stored_planes)]
+
+    def start(self, base: Base) -> None:
+        """Assign the base, or zero where the sums are unsigned."""
+        for registers, value in zip(self.registers, base.plane):
+            if not self.e.signed:
+                for register in registers:
+                    register.set(v.const(0, self.half, "int16"))
+                continue
+            registers[-1].set(v.splat(T.cast(value, "int16"), self.half))
+            if len(registers) == 2:
+                registers[0].set(v.splat(T.cast(value * 257, "int16"), self.half))
+
+    def add(self, plane: int, found: Any) -> None:
+        """Add one register of table entries."""
+        registers = self.registers[plane]
+        if len(registers) == 1:
+            registers[0].set(registers[0].get() + self._merge(found, 1, 2))
+            return
+        registers[0].set(registers[0].get() + v.bits_of(found, "int16", self.half))
+        registers[1].set(registers[1].get() + self._merge(found, 0, 1))
+
+    def _merge(self, found: Any, even: int, odd: int) -> Any:
+        """Unsigned bytes times ``even`` and ``odd``, added in pairs to 16 bits."""
+        factors = v.bits_of(v.const(even + (odd << 8), self.half, "int16"), "int8", self.e.size)
+        return T.call_llvm_pure_intrin(f"int16x{self.half}", MADDUBS[self.e.size // 4], found, factors)
+
+    def values(self, plane: int) -> list[Any]:
+        """The sums of a plane (of all, if adjacent) as int32x8, in column order."""
+        size, registers = self.e.size, self.registers[plane]
+        if self.e.panels.adjacent and self.e.panels.planes.bits == 4:
+            factors = v.bits_of(v.const(1 + (4 << 16), size // 4, "int32"), "int16", self.half)
+            wide = T.call_llvm_pure_intrin(f"int32x{size // 4}", MADDWD[size // 4], registers[0].get(), factors)
+            wide = v.let(wide)
+            return [v.let(v.shuffle(wide, range(i, i + LANES))) for i in range(0, size // 4, LANES)]
+        narrow = [register.get() for register in registers]
+        if len(narrow) == 2:
+            narrow[0] = v.let(narrow[0] - T.shift_left(narrow[1], v.const(8, self.half, "int16")))
+        found = []
+        for register in narrow:
+            for i in range(0, self.half, LANES):
+                part = v.shuffle(register, range(i, i + LANES))
+                part = part if self.e.signed else v.bits_of(part, "uint16", LANES)
+                found.append(v.let(v.cast(part, "int32", LANES)))
+        return found
+
+
+def _times(value: Any, plane: int) -> Any:
+    """``2^plane`` times an int32 vector."""
+    return T.shift_left(value, v.const(plane, LANES, "int32")) if plane else value
+
+
+def _largest(problem: LinearProblem) -> int:
+    """Largest magnitude of an activation code: that of a static quantizer may be -128."""
+    return 128 if problem.activation.granularity == "tensor" else 127

@@ -26,6 +26,7 @@ class StoredWeight:
         codes: name of the packed uint8 array.
         layout: its bit permutation, from padded codes ``(K', N')``.
         k_index: for every ``k`` its row in the padded matrix, int64 ``(K,)``.
+        k_padded: its number of rows ``K'``.
         start, stop: its columns, where several weights were merged or N was padded.
         group: length of a scale group along K; 0 for one scale per column.
         column_scale: name of the float32 ``(N',)`` array of column scales, which are to be multiplied by ``unit``.
@@ -39,6 +40,7 @@ class StoredWeight:
     codes: str
     layout: BitLayout
     k_index: np.ndarray
+    k_padded: int
     start: int
     stop: int
     group: int
@@ -174,7 +176,7 @@ def _dequantize(emit: Emitter, node: ir.Node, place: StoredWeight, array: Callab
     """Emit ``(codes - zero) * scale`` in place of a DequantizeLinear."""
     packed = array(place.codes)
     k = len(place.k_index)
-    k_padded = -(-(int(place.k_index.max()) + 1) // place.layout.k_tile) * place.layout.k_tile
+    k_padded = place.k_padded
     stored_bits = 8 * math.prod(_dims(packed))
     n_padded = stored_bits // (k_padded * place.layout.bits)
     codes = unpack(emit, packed, place.layout, (k_padded, n_padded))

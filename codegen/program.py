@@ -14,7 +14,11 @@ import onnx_ir as ir
 
 from qcompile.codegen.kernels.cpu.gemm import TiledGemm
 from qcompile.codegen.onnx_export import StoredWeight, share_weights
-from qcompile.codegen.relax import compile_relax, to_relax
+from qcompile.codegen.relax import (
+    compile_relax,
+    convolutions,  # noqa: F401  (registers its converters)
+    to_relax,
+)
 from qcompile.codegen.relax.kernels import KernelCalls, LinearRecord
 from qcompile.codegen.relax.program import RelaxProgram, TensorSpec
 from qcompile.targets.target import Target
@@ -80,8 +84,7 @@ def build_program(lowered: ir.Model, target: Target) -> BuiltProgram:
     calls = program.state.get(KernelCalls) or KernelCalls()
     executable = compile_relax(program, target)
     return BuiltProgram(
-        program,
-        executable, program.params, program.inputs, program.outputs, calls.linears, calls.uses, calls.refusals
+        program, executable, program.params, program.inputs, program.outputs, calls.linears, calls.uses, calls.refusals
     )
 
 
@@ -101,6 +104,7 @@ def _places(record: LinearRecord) -> list[tuple[str, StoredWeight]]:
             codes=record.packed["weight"],
             layout=panels.layout,
             k_index=k_index,
+            k_padded=len(source),
             start=start,
             stop=start + width,
             group=panels.fmt.group,

@@ -40,6 +40,35 @@ QuantizePerToken <bits: int = 8, clip: float = 1.0> (x) => (codes, scale)
 }
 """
 
+QUANTIZE_PER_SAMPLE = """
+<domain: "qcompile", opset_import: ["" : 23]>
+QuantizePerSample <bits: int = 8> (x) => (codes, scale)
+{
+    zero = Constant <value_float: float = 0.0> ()
+    one = Constant <value_float: float = 1.0> ()
+    two = Constant <value_float: float = 2.0> ()
+    first = Constant <value_int: int = 1> ()
+    width = Constant <value_int: int = @bits> ()
+    width_f = Cast <to: int = 1> (width)
+    magnitude_bits = Sub (width_f, one)
+    levels = Pow (two, magnitude_bits)
+    qmax = Sub (levels, one)
+    qmin = Neg (qmax)
+    shape = Shape (x)
+    rank = Size (shape)
+    axes = Range (first, rank, first)
+    size = Abs (x)
+    absmax = ReduceMax <keepdims: int = 1> (size, axes)
+    step = Div (absmax, qmax)
+    empty = Equal (step, zero)
+    scale = Where (empty, one, step)
+    steps = Div (x, scale)
+    rounded = Round (steps)
+    clipped = Clip (rounded, qmin, qmax)
+    codes = Cast <to: int = 3> (clipped)
+}
+"""
+
 DEQUANTIZE_PER_TOKEN = """
 <domain: "qcompile", opset_import: ["" : 23]>
 DequantizePerToken (codes, scale) => (x)
@@ -83,6 +112,7 @@ Kronecker (x, left, right) => (y)
 """
 
 _BODIES = {
+    "QuantizePerSample": QUANTIZE_PER_SAMPLE,
     "QuantizePerToken": QUANTIZE_PER_TOKEN,
     "DequantizePerToken": DEQUANTIZE_PER_TOKEN,
     "BlockRotate": BLOCK_ROTATE,

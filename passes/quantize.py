@@ -1,6 +1,7 @@
 """Write quantization into the graph, explicitly: codes, scales and zero points become initializers.
 
-    x @ w   ->   DequantizePerToken(QuantizePerToken(x)) @ DequantizeLinear(codes, scale, zero_point)
+    x @ w        ->   DequantizePerToken(QuantizePerToken(x)) @ DequantizeLinear(codes, scale, zero_point)
+    Conv(x, w)   ->   Conv(DequantizePerToken(QuantizePerSample(x)), Transpose(Reshape(DequantizeLinear(codes, ...))))
 
 What is quantized to which codes was decided before (formats, solvers); this pass only rewrites. The result runs in
 stock ONNX Runtime.
@@ -16,8 +17,8 @@ import onnx_ir as ir
 from qcompile.errors import FormatError
 from qcompile.formats import ActivationFormat, Format, IntFormat, Quantized
 from qcompile.passes.domain import DOMAIN, add_functions
-from qcompile.passes.graph import add_initializer, insert_before, remove_unused_initializers, replace
-from qcompile.passes.sites import EmbeddingSite, LinearSite
+from qcompile.passes.graph import add_initializer, constant_shape, insert_before, remove_unused_initializers, replace
+from qcompile.passes.sites import ConvSite, EmbeddingSite, LinearSite
 
 TRUE_BITS = "qcompile.bits"
 FORMAT = "qcompile.format"
@@ -52,7 +53,29 @@ class Quantizer:
         site.node.replace_input_with(0, x)
         site.node.replace_input_with(1, weight_value)
 
-    def weight(self, site: LinearSite, fmt: Format, weight: Quantized) -> ir.Value:
+    def conv(self, site: ConvSite, weight_format: Format, weight: Quantized, activation: ActivationFormat) -> None:
+        """Quantize the weight of a convolution, ``(K, N)`` as `ConvSite` has it, and, if ``activation`` has bits, its input.
+
+        A dynamic activation has one scale per sample: a window reads many positions, so theirs must be the same.
+        """
+        matrix = self.weight(site, weight_format, weight)
+        shape = constant_shape(site.weight)
+        assert shape is not None
+        rank = len(site.kernel)
+        unfolded = np.array([*site.kernel, shape[1], shape[0]], np.int64)
+        reshape = ir.node("Reshape", [matrix, add_initializer(self.model.graph, f"{matrix.name}.shape", unfolded)])
+        order = [rank + 1, rank, *range(rank)]
+        transpose = ir.node("Transpose", [reshape.outputs[0]], attributes={"perm": order})
+        for node, name, extents in ((reshape, "unfolded", list(unfolded)), (transpose, "weight", list(shape))):
+            out = node.outputs[0]
+            out.name, out.type = f"{matrix.name}.{name}", ir.TensorType(ir.DataType.FLOAT)
+            out.shape = ir.Shape([int(d) for d in extents])
+        insert_before(site.node, [reshape, transpose])
+        if activation.bits:
+            site.node.replace_input_with(0, self.activation(site.x, activation, site.node, sample=True))
+        site.node.replace_input_with(1, transpose.outputs[0])
+
+    def weight(self, site: LinearSite | ConvSite, fmt: Format, weight: Quantized) -> ir.Value:
         """Insert codes, scale, zero point and their DequantizeLinear; returns the float ``(K, N)`` value."""
         if not isinstance(fmt, IntFormat):
             raise FormatError(f"{site.name}: format {fmt} has no ONNX form yet; choose an integer format")
@@ -75,13 +98,14 @@ class Quantizer:
         insert_before(site.node, [node])
         return out
 
-    def activation(self, x: ir.Value, fmt: ActivationFormat, before: ir.Node) -> ir.Value:
-        """Insert the quantizer and dequantizer of ``x``, or reuse those that exist."""
-        key = (id(x), str(fmt))
+    def activation(self, x: ir.Value, fmt: ActivationFormat, before: ir.Node, *, sample: bool = False) -> ir.Value:
+        """Insert the quantizer and dequantizer of ``x``, or reuse those that exist; dynamic ones per token or per sample."""
+        sample = sample and fmt.granularity == "token"
+        key = (id(x), f"{fmt} per sample" if sample else str(fmt))
         if key in self._activations:
             return self._activations[key]
         if fmt.granularity == "token":
-            nodes = self._dynamic(x, fmt.bits)
+            nodes = self._dynamic(x, fmt.bits, sample)
         else:
             nodes = self._static(x, fmt.bits)
         producer = x.producer()
@@ -90,22 +114,24 @@ class Quantizer:
         else:
             self.model.graph.insert_before(self.model.graph[0], nodes)
         out = nodes[-1].outputs[0]
-        out.name, out.shape, out.type = f"{x.name}.dequantized", x.shape, ir.TensorType(ir.DataType.FLOAT)
+        name = f"{x.name}.sample" if sample else x.name
+        out.name, out.shape, out.type = f"{name}.dequantized", x.shape, ir.TensorType(ir.DataType.FLOAT)
         self._activations[key] = out
         return out
 
-    def _dynamic(self, x: ir.Value, bits: int) -> list[ir.Node]:
+    def _dynamic(self, x: ir.Value, bits: int, sample: bool) -> list[ir.Node]:
         attributes: dict[str, int | float] = {"bits": bits}
-        if (clip := clip_of(x)) != 1:
+        if (clip := clip_of(x)) != 1 and not sample:
             attributes["clip"] = clip
-        quantize = ir.node(
-            "QuantizePerToken", [x], domain=DOMAIN, num_outputs=2, attributes=attributes, name=f"{x.name}.quantize"
-        )
+        operator, base = ("QuantizePerSample", f"{x.name}.sample") if sample else ("QuantizePerToken", x.name)
+        quantize = ir.node(operator, [x], domain=DOMAIN, num_outputs=2, attributes=attributes, name=f"{base}.quantize")
         codes, scale = quantize.outputs
-        codes.name, codes.shape, codes.type = f"{x.name}.codes", x.shape, ir.TensorType(ir.DataType.INT8)
-        rows = ir.Shape([*x.shape[:-1], 1]) if x.shape is not None else None
-        scale.name, scale.shape, scale.type = f"{x.name}.scale", rows, ir.TensorType(ir.DataType.FLOAT)
-        return [quantize, ir.node("DequantizePerToken", [codes, scale], domain=DOMAIN, name=f"{x.name}.dequantize")]
+        codes.name, codes.shape, codes.type = f"{base}.codes", x.shape, ir.TensorType(ir.DataType.INT8)
+        rows = None
+        if x.shape is not None:
+            rows = ir.Shape([x.shape[0], *[1] * (len(x.shape) - 1)] if sample else [*x.shape[:-1], 1])
+        scale.name, scale.shape, scale.type = f"{base}.scale", rows, ir.TensorType(ir.DataType.FLOAT)
+        return [quantize, ir.node("DequantizePerToken", [codes, scale], domain=DOMAIN, name=f"{base}.dequantize")]
 
     def _static(self, x: ir.Value, bits: int) -> list[ir.Node]:
         if bits != 8:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -40,6 +41,51 @@ class LinearSite:
 
 
 @dataclass(frozen=True)
+class ConvSite:
+    """``y = Conv(x, w)`` with a constant ``w`` of shape ``(O, C / groups, *kernel)``.
+
+    As a matrix the weight is ``(K, N)`` = (kernel positions x channels of a group, output channels): a convolution without
+    groups is this matrix times the unfolded input.
+
+    Attributes:
+        node: the Conv.
+        x: its activation input ``(batch, channels, *spatial)``.
+        weight: the initializer.
+        name: where it came from in the source model.
+    """
+
+    node: ir.Node
+    x: ir.Value
+    weight: ir.Value
+    name: str
+
+    @property
+    def kernel(self) -> tuple[int, ...]:
+        """Kernel size per spatial axis."""
+        shape = constant_shape(self.weight)
+        assert shape is not None
+        return shape[2:]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(K, N)``."""
+        shape = constant_shape(self.weight)
+        assert shape is not None
+        return math.prod(shape[1:]), shape[0]
+
+    @property
+    def groups(self) -> int:
+        """Number of groups."""
+        return int(attribute(self.node, "group", 1))  # type: ignore[call-overload]
+
+    def matrix(self) -> np.ndarray:
+        """The float weight as ``(K, N)``, kernel positions outermost; loaded now."""
+        assert self.weight.const_value is not None
+        weight = self.weight.const_value.numpy().astype(np.float32, copy=False)
+        return np.ascontiguousarray(np.moveaxis(weight, (0, 1), (-1, -2)).reshape(self.shape))
+
+
+@dataclass(frozen=True)
 class EmbeddingSite:
     """``y = table[ids]`` with a constant float table of shape ``(V, D)``."""
 
@@ -67,6 +113,24 @@ def linear_sites(model: ir.Model) -> list[LinearSite]:
             assert weight is not None
             found.append(LinearSite(node, node.inputs[0], weight, site_name(node, weight)))
     return found
+
+
+def conv_sites(model: ir.Model) -> list[ConvSite]:
+    """All convolutions with a constant float weight, in graph order."""
+    found = []
+    for node in model.graph:
+        if not is_op(node, "Conv") or node.inputs[0] is None:
+            continue
+        weight = node.inputs[1]
+        if any(_float_initializer(weight, rank) for rank in (3, 4, 5)):
+            assert weight is not None
+            found.append(ConvSite(node, node.inputs[0], weight, site_name(node, weight)))
+    return found
+
+
+def matrix_sites(model: ir.Model) -> list[LinearSite | ConvSite]:
+    """Everything whose weight is a matrix to quantize: linear sites, then convolutions."""
+    return [*linear_sites(model), *conv_sites(model)]
 
 
 def embedding_sites(model: ir.Model) -> list[EmbeddingSite]:

@@ -21,7 +21,7 @@ from qcompile.backends import Job, get_backend
 from qcompile.calibration import Feed, collect, input_specs, load_feeds
 from qcompile.compiled import CompiledModel, load
 from qcompile.errors import CalibrationError, RecipeError, TargetError, UnsupportedOperatorError
-from qcompile.passes.sites import linear_sites
+from qcompile.passes.sites import conv_sites, linear_sites, matrix_sites
 from qcompile.progress import Progress
 from qcompile.quantization import quantize_model, sites_with_hessian
 from qcompile.recipes import Recipe, get_recipe
@@ -155,7 +155,7 @@ def compile(
                     graph = apply_transforms(graph, TransformContext(chosen, feeds, report, advance, before))
                 stages.save("transformed", graph)
                 after = _statistics(graph, chosen, feeds, bars, hessian=True)
-            site_inputs = {s.name: s.x.name or "" for s in linear_sites(graph)}
+            site_inputs = {s.name: s.x.name or "" for s in matrix_sites(graph)}
             with bars.stage("quantize", total=max(len(site_inputs), 1)) as advance:
                 quantized = quantize_model(graph, chosen, after, report, lambda name: advance(), feeds=feeds)
             _channel_ranges(report, site_inputs, before, after)
@@ -199,7 +199,7 @@ def _feeds(calibration: Any, graph: ir.Model, tokenizer: Any, max_tokens: int, m
 def _statistics(
     graph: ir.Model, recipe: Recipe, feeds: Sequence[Feed], bars: Progress, *, hessian: bool
 ) -> dict[str, Any]:
-    sites = [s for s in linear_sites(graph) if recipe.weight_format(s.name) is not None]
+    sites = [s for s in matrix_sites(graph) if recipe.weight_format(s.name) is not None]
     static = any(
         recipe.activation_format(s.name).granularity == "tensor" for s in sites if recipe.activation_format(s.name).bits
     )
@@ -211,8 +211,10 @@ def _statistics(
     if not values:
         return {}
     wanted = sites_with_hessian(graph, recipe) if hessian else set()
+    rows = {s.x.name for s in linear_sites(graph)}
+    channels = {s.x.name or "": 1 for s in conv_sites(graph) if s.x.name not in rows}
     with bars.stage("calibrate" if hessian else "observe", total=len(feeds)) as advance:
-        return collect(graph, feeds, values, hessian=sorted(wanted), progress=advance)
+        return collect(graph, feeds, values, hessian=sorted(wanted), channel_axis=channels, progress=advance)
 
 
 def _channel_ranges(

@@ -10,13 +10,15 @@ import onnx_ir as ir
 from qcompile.calibration import ChannelStatistics, Feed
 from qcompile.calibration.sequential import SequentialStatistics
 from qcompile.formats import IntFormat, Quantized
+from qcompile.passes.graph import module_path
 from qcompile.passes.quantize import Quantizer, clip_of
-from qcompile.passes.sites import EmbeddingSite, LinearSite, embedding_sites, linear_sites
+from qcompile.passes.sites import ConvSite, EmbeddingSite, LinearSite, embedding_sites, linear_sites, matrix_sites
 from qcompile.recipes import Recipe
 from qcompile.report import LayerRecord, Report
 from qcompile.solvers import correct_weight, get_solver, output_error
 from qcompile.solvers.base import Solver
 
+_LEFT_FLOAT = ("ConvTranspose", "DeformConv", "LSTM", "GRU", "RNN")
 _MIN_TABLE = 64  # rows; smaller tables (token types) are not worth a gather of codes
 
 
@@ -59,21 +61,27 @@ def quantize_model(
     if recipe.hessian != "float" and feeds:
         statistics = _sequential(model, recipe, feeds, scales)
     solved: dict[str, tuple[Quantized, LayerRecord]] = {}
-    for site in linear_sites(model):
+    for site in matrix_sites(model):
         fmt, activation = recipe.weight_format(site.name), recipe.activation_format(site.name)
         if fmt is None:
             report.refuse("quantize", site.name, "the recipe leaves this weight float")
         else:
-            known = statistics.get(site.x.name or "")
+            known = statistics.get(site.x.name or "") if isinstance(site, LinearSite) else None
             key = f"{site.weight.name} {fmt} {site.x.name}"
             if key not in solved:
                 solved[key] = _solve(site, fmt, recipe, known)
             weight, record = solved[key]
             record.activation_format = str(activation)
-            quantizer.linear(site, fmt, weight, activation)
+            if isinstance(site, ConvSite):
+                quantizer.conv(site, fmt, weight, activation)
+            else:
+                quantizer.linear(site, fmt, weight, activation)
             report.layers.append(record)
         if progress is not None:
             progress(site.name)
+    for node in model.graph:
+        if node.op_type in _LEFT_FLOAT and node.domain in ("", "ai.onnx"):
+            report.refuse("quantize", module_path(node), f"weights of {node.op_type} stay float")
     if recipe.embedding_bits:
         for table in embedding_sites(model):
             _embedding(quantizer, table, report)
@@ -101,7 +109,7 @@ def _solver(recipe: Recipe, site: str) -> Solver:
 
 
 def _solve(
-    site: LinearSite, fmt: object, recipe: Recipe, known: ChannelStatistics | None
+    site: LinearSite | ConvSite, fmt: object, recipe: Recipe, known: ChannelStatistics | None
 ) -> tuple[Quantized, LayerRecord]:
     assert isinstance(fmt, IntFormat)
     weight = site.matrix()
@@ -119,7 +127,7 @@ def _solve(
         error = (output_error(weight, decoded, hessian) / whole) ** 0.5 if whole > 0 else 0.0
     record = LayerRecord(
         site.name,
-        "linear",
+        "linear" if isinstance(site, LinearSite) else "convolution",
         site.shape,
         str(fmt),
         solver=solver.name,

@@ -118,6 +118,26 @@ def shaped(ctx: Context, matrix: relax.Expr, lead: list[Any], width: Any) -> rel
 def linear(ctx: Context, node: ir.Node, x: Any, scale: Any, *operands: Any) -> relax.Expr:
     """Pack the weight for the chosen kernel and call it."""
     bias, residual = (*operands, *[None] * 5)[3:5]
+    lead = ctx.shape(x)[:-1]
+    m = ctx.dims.product(lead)
+    steps = None if scale is None else _row_scale(ctx, scale, m)
+    out = product(ctx, node, rows(ctx, x), steps, bias, None if residual is None else rows(ctx, residual))
+    return shaped(ctx, out, lead, attr(node, "n"))
+
+
+def product(
+    ctx: Context, node: ir.Node, x: relax.Expr, scale: relax.Expr | None, bias: Any = None, residual: Any = None
+) -> relax.Expr:
+    """Rows ``(M, K)`` times the quantized weight in inputs 2 to 4 of ``node``, by the kernel chosen for it: ``(M, N)``.
+
+    Args:
+        ctx: the conversion.
+        node: a `Linear`, or another operator with its attributes and weight.
+        x: codes as uint8, or float rows if the activation is not quantized.
+        scale: ``(M,)`` of the codes.
+        bias: N values.
+        residual: ``(M, N)``.
+    """
     k, n = attr(node, "k"), attr(node, "n")
     weight_format = parse_format(attr(node, "weight_format"))
     activation = parse_activation(attr(node, "activation_format"))
@@ -149,25 +169,20 @@ def linear(ctx: Context, node: ir.Node, x: Any, scale: Any, *operands: Any) -> r
         record.packed[part] = list(ctx.params)[position]
         packed.append(variable)
     calls(ctx).linears.append(record)
-    lead = ctx.shape(x)[:-1]
-    m = ctx.dims.product(lead)
-    tensors = [rows(ctx, x)]
-    if activation.bits:
-        tensors.append(_row_scale(ctx, scale, m))
-    tensors += packed
+    tensors = [x, *([scale] if activation.bits else []), *packed]
     if bias is not None:
         tensors.append(ctx.reshape(bias, [n]))
     if residual is not None:
-        tensors.append(rows(ctx, residual))
+        tensors.append(residual)
     (out,) = call(
         ctx,
         ("linear", choice.family.name, problem, repr(choice.config)),
         lambda: choice.family.build(problem, choice.config, ctx.target, choice.family.name),
         f"linear_{n}x{k}",
         tensors,
-        [([m, n], "float32")],
+        [([ctx.shape(x)[0], n], "float32")],
     )
-    return shaped(ctx, out, lead, n)
+    return out
 
 
 def _row_scale(ctx: Context, scale: relax.Expr, m: Any) -> relax.Expr:
@@ -181,7 +196,7 @@ def _row_scale(ctx: Context, scale: relax.Expr, m: Any) -> relax.Expr:
 
 
 @converter(DOMAIN, "Rowwise")
-def rowwise(ctx: Context, node: ir.Node, x: Any, gamma: Any = None, beta: Any = None) -> list[Any]:
+def rowwise(ctx: Context, node: ir.Node, x: Any, gamma: Any = None, beta: Any = None, static: Any = None) -> list[Any]:
     """Norm, activation or gated product, with the activation quantizer fused."""
     producer = attr(node, "producer")
     shape = ctx.shape(x)
@@ -199,8 +214,9 @@ def rowwise(ctx: Context, node: ir.Node, x: Any, gamma: Any = None, beta: Any = 
         activation=gated.get(producer, producer if not norm and producer != "identity" else ""),
         gated=producer in gated,
         f32_output=wanted[0],
-        quantize="token" if quantize else "",
+        quantize=("token" if static is None else "tensor") if quantize else "",
         bits=attr(node, "bits", 8),
+        clip=attr(node, "clip", 1.0) if quantize else 1.0,
         hadamard=attr(node, "hadamard", 0) if quantize else 0,
     )
     lead = shape[:-1]
@@ -210,7 +226,9 @@ def rowwise(ctx: Context, node: ir.Node, x: Any, gamma: Any = None, beta: Any = 
         outputs.append(([m, width], "float32"))
     if quantize:
         outputs += [([m, width], "uint8"), ([m], "float32")]
-    operands = [rows(ctx, x), *(v for v in (gamma, beta) if v is not None)]
+    if static is not None and quantize:
+        static = ctx.reshape(static, [1])
+    operands = [rows(ctx, x), *(v for v in (gamma, beta, static if quantize else None) if v is not None)]
     made = call(ctx, kernel, lambda: kernel.build(ctx.target), f"{producer}_{width}", operands, outputs)
     calls(ctx).uses[f"row-wise {producer}"] += 1
     y = shaped(ctx, made.pop(0), lead, width) if wanted[0] else None

@@ -50,9 +50,9 @@ def evaluate(ctx: Context, node: ir.Node) -> np.ndarray | None:
         if value is not None and symbolic is None:
             return None
         inputs.append(symbolic)
-    if not any(x is not None and any(not isinstance(e, int) for e in x.reshape(-1)) for x in inputs):
-        if node.op_type != "ConstantOfShape":
-            return None  # a plain constant: folding does that with the operator's exact semantics
+    symbolic_input = any(x is not None and any(not isinstance(e, int) for e in x.reshape(-1)) for x in inputs)
+    if not symbolic_input and node.op_type != "ConstantOfShape":
+        return None  # a plain constant: folding does that with the operator's exact semantics
     result = function(ctx, node, inputs)
     return result if result is not None and result.size <= SYMBOLIC_LIMIT else None
 

@@ -10,6 +10,8 @@ are what kernels compute in one go:
 | `Rope` | merged projections, cos, sin | same shape as the first input |
 | `Attention` | q, k, v or one merged matrix, mask? | y (batch, sequence, heads x head_dim) |
 | `Embedding` | codes, scale, ids | y |
+| `Quantize` | x (batch, ..., channels), static scale? | codes, scale (batch) |
+| `Conv` | x or codes (batch, ..., channels), scale?, weight codes, weight scale, weight zero point?, bias? | y, channels last |
 
 Activation codes are uint8 here: the signed code plus 128.
 """
@@ -21,8 +23,10 @@ from onnx_ir.passes import common
 
 from qcompile.passes.graph import remove_unused_initializers
 from qcompile.passes.lower.attention import lower_attention
+from qcompile.passes.lower.convolution import lower_convolutions
 from qcompile.passes.lower.embedding import lower_embeddings
 from qcompile.passes.lower.kernel_ops import KERNEL_DOMAIN
+from qcompile.passes.lower.layout import sink_transposes
 from qcompile.passes.lower.linear import lower_linears
 from qcompile.passes.lower.rowwise import lower_rowwise
 
@@ -33,10 +37,12 @@ def lower(model: ir.Model) -> ir.Model:
     """Return a lowered copy of ``model`` (weights shared)."""
     lowered = model.clone()
     lower_linears(lowered)
+    lower_convolutions(lowered)
     common.RemoveUnusedNodesPass()(lowered)  # a dequantizer nothing reads must not look like a reader of the codes
     lower_attention(lowered)
     lower_rowwise(lowered)
     lower_embeddings(lowered)
+    sink_transposes(lowered)
     common.RemoveUnusedNodesPass()(lowered)
     remove_unused_initializers(lowered.graph)
     lowered.opset_imports[KERNEL_DOMAIN] = 1

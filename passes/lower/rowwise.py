@@ -8,7 +8,7 @@ import onnx_ir as ir
 from qcompile.errors import FormatError
 from qcompile.formats.hadamard import factors, hadamard_matrix
 from qcompile.passes.domain import DOMAIN
-from qcompile.passes.graph import attribute, constant, constant_shape, is_op, sole_use
+from qcompile.passes.graph import add_initializer, attribute, constant, constant_shape, is_op, sole_use
 from qcompile.passes.lower.kernel_ops import is_kernel, kernel_node, same_shape, take_over
 from qcompile.passes.lower.linear import activation_name, merge_linears
 
@@ -19,7 +19,7 @@ def lower_rowwise(model: ir.Model) -> None:
     for node in list(graph):
         if node.graph is None:
             continue
-        if is_op(node, "QuantizePerToken", domain=DOMAIN):
+        if is_op(node, "QuantizePerToken", domain=DOMAIN) or static_scale(node) is not None:
             _quantizer(graph, node)
     for node in list(graph):
         if node.graph is not None and (norm := _norm(node)) is not None:
@@ -31,11 +31,52 @@ def lower_rowwise(model: ir.Model) -> None:
             graph.remove(node, safe=True)
 
 
+def static_scale(node: ir.Node) -> ir.Value | None:
+    """The scale of a QuantizeLinear to int8 with one constant scale and no zero point, else None."""
+    if not is_op(node, "QuantizeLinear") or node.outputs[0].dtype != ir.DataType.INT8:
+        return None
+    scale, zero = constant(node.inputs[1]), constant(node.inputs[2]) if len(node.inputs) > 2 else None
+    if scale is None or scale.size != 1 or (zero is not None and zero.any()):
+        return None
+    return node.inputs[1]
+
+
+def _bias_codes(graph: ir.Graph, codes: ir.Value) -> None:
+    """Give kernels their codes as ``signed code + 128``, where something else reads the signed ones too."""
+    readers = [(use.node, use.idx) for use in codes.uses() if is_kernel(use.node, "Linear")]
+    producer = codes.producer()
+    assert producer is not None
+    bias = add_initializer(graph, "code.bias", np.array(128, np.int32))
+    wide = ir.node("Cast", [codes], {"to": int(ir.DataType.INT32)})
+    total = ir.node("Add", [wide.outputs[0], bias])
+    byte = ir.node("Cast", [total.outputs[0]], {"to": int(ir.DataType.UINT8)})
+    for node, name, dtype in (
+        (wide, "wide", ir.DataType.INT32),
+        (total, "sum", ir.DataType.INT32),
+        (byte, "biased", ir.DataType.UINT8),
+    ):
+        value = node.outputs[0]
+        value.name, value.shape, value.type = f"{codes.name}.{name}", codes.shape, ir.TensorType(dtype)
+    graph.insert_after(producer, [wide, total, byte])
+    for reader, index in readers:
+        reader.replace_input_with(index, byte.outputs[0])
+
+
 def _quantizer(graph: ir.Graph, quantize: ir.Node) -> None:
-    x = quantize.inputs[0]
+    x, codes = quantize.inputs[0], quantize.outputs[0]
     assert x is not None
-    if not all(is_kernel(use.node, "Linear") for value in quantize.outputs for use in value.uses()):
-        return  # something reads the codes that does not know they are biased: the operator's body stays
+    readers = [use.node for use in codes.uses()]
+    if not any(is_kernel(node, "Linear") for node in readers):
+        return  # not before a kernel: it stays what it is
+    static = static_scale(quantize)
+    scales = [] if static is not None else [quantize.outputs[1]]
+    if not all(is_kernel(use.node, "Linear") for value in (codes, *scales) for use in value.uses()):
+        _bias_codes(graph, codes)
+        return
+    width = x.shape[-1] if x.shape is not None else None
+    if not isinstance(width, int):
+        _bias_codes(graph, codes)
+        return
     bits = attribute(quantize, "bits", 8)
     producer = x.producer()
     kind, inputs, attributes = "identity", [x], {}
@@ -55,28 +96,37 @@ def _quantizer(graph: ir.Graph, quantize: ir.Node) -> None:
         kind, inputs, consumed = gated
     elif producer is not None and sole_use(x) is reader and (found := activation_name(producer)):
         kind, inputs, consumed = found, [producer.inputs[0]], [producer]  # type: ignore[list-item]
+    attributes = {"bits": bits, "clip": attribute(quantize, "clip", 1.0), "hadamard": order, **attributes}
     row = kernel_node(
         "Rowwise",
-        inputs,
-        [x if keep_float else None, quantize.outputs[0], quantize.outputs[1]],
-        {"producer": kind, "bits": bits, "hadamard": order, **attributes},
+        [*inputs, *[None] * (3 - len(inputs)), static],
+        [x if keep_float else None, codes, scales[0] if scales else None],
+        {"producer": kind, **attributes},
         like=producer if consumed else quantize,
     )
     row.outputs[1].type = ir.TensorType(ir.DataType.UINT8)
+    if static is not None:
+        row.outputs[2].type = ir.TensorType(ir.DataType.FLOAT)
+        row.outputs[2].shape = ir.Shape([*x.shape[:-1], 1]) if x.shape is not None else None
+        row.outputs[2].name = f"{codes.name}.scale"
+        for use in list(codes.uses()):
+            use.node.replace_input_with(1, row.outputs[2])
     anchor = consumed[0] if consumed else reader
     graph.insert_after(anchor, [row])
     if keep_float:
         # The quantizer itself reads x: detach it first, so that only the other readers move to the fused output.
-        take_over(quantize.outputs[0], row.outputs[1])
-        take_over(quantize.outputs[1], row.outputs[2])
+        take_over(codes, row.outputs[1])
+        if scales:
+            take_over(scales[0], row.outputs[2])
         graph.remove(quantize, safe=True)
         if reader is not quantize:
             graph.remove(reader, safe=True)
         take_over(x, row.outputs[0])
     else:
         row.outputs[0].name = ""
-        take_over(quantize.outputs[0], row.outputs[1])
-        take_over(quantize.outputs[1], row.outputs[2])
+        take_over(codes, row.outputs[1])
+        if scales:
+            take_over(scales[0], row.outputs[2])
         graph.remove(quantize, safe=True)
         if reader is not quantize:
             graph.remove(reader, safe=True)

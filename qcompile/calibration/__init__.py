@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -32,6 +32,7 @@ def collect(
     values: Sequence[str],
     *,
     hessian: Sequence[str] = (),
+    channel_axis: Mapping[str, int] | None = None,
     progress: Callable[[], None] | None = None,
 ) -> dict[str, ChannelStatistics]:
     """Run ``feeds`` through ``model`` in ONNX Runtime and gather statistics of the named values.
@@ -40,6 +41,7 @@ def collect(
         model: any stage that ONNX Runtime executes.
         feeds: input dictionaries.
         values: names of values, each ``(..., K)``; leading axes are rows (tokens).
+        channel_axis: where the channels are instead, by name (1 for inputs of convolutions).
         hessian: those of ``values`` whose second moment ``X^T X`` is wanted.
         progress: called after every sample.
 
@@ -63,6 +65,7 @@ def collect(
                 f"calibration sample {index} cannot be run: {str(error).strip().splitlines()[0]}"
             ) from None
         for name, array in arrays.items():
+            array = np.moveaxis(array, (channel_axis or {}).get(name, -1), -1)
             if name not in found:
                 found[name] = ChannelStatistics(array.shape[-1], name in wanted_hessian)
             if not np.isfinite(array).all():

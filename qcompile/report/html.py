@@ -23,7 +23,7 @@ def write_html(path: Path, report: Report, latency: Mapping[str, Mapping[str, fl
     environment = Environment(
         loader=PackageLoader("qcompile.report"), autoescape=select_autoescape(), trim_blocks=True, lstrip_blocks=True
     )
-    linears = [layer for layer in report.layers if layer.kind == "linear"]
+    linears = [layer for layer in report.layers if layer.kind != "embedding"]
     plots = [
         ("Output error of each layer on calibration data", error_plot(linears)),
         ("Size by tensor", size_plot(report)),

@@ -13,7 +13,7 @@ class LayerRecord:
 
     Attributes:
         name: where the weight came from.
-        kind: ``linear`` or ``embedding``.
+        kind: ``linear``, ``convolution`` or ``embedding``.
         shape: ``(K, N)``, or ``(V, D)`` for an embedding.
         weight_format, activation_format, solver: what it was quantized to, and how.
         bits_per_weight: stored bits, scales included.

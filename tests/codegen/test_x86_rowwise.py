@@ -74,10 +74,11 @@ def test_ties_take_the_exact_path() -> None:
         check(Rowwise(96), target, np.concatenate([x, near, -near]))
 
 
-def test_quantizer_equals_the_operator_in_onnx_runtime() -> None:
+@pytest.mark.parametrize("clip", [1.0, 0.85])
+def test_quantizer_equals_the_operator_in_onnx_runtime(clip: float) -> None:
     from qcompile.passes.domain import QUANTIZE_PER_TOKEN
 
-    call = oh.make_node("QuantizePerToken", ["x"], ["codes", "scale"], domain="qcompile", bits=8)
+    call = oh.make_node("QuantizePerToken", ["x"], ["codes", "scale"], domain="qcompile", bits=8, clip=clip)
     info = oh.make_tensor_value_info
     graph = oh.make_graph(
         [call],
@@ -92,7 +93,7 @@ def test_quantizer_equals_the_operator_in_onnx_runtime() -> None:
     session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     x = rows(300, 96, 7)
     codes, scale = session.run(None, {"x": x})
-    got = run(Rowwise(96), TARGETS[0], {"M": 300}, x)
+    got = run(Rowwise(96, clip=clip), TARGETS[0], {"M": 300}, x)
     np.testing.assert_array_equal(got["codes"], (codes.astype(int) + 128).astype(np.uint8))
     np.testing.assert_array_equal(got["scale"], scale[:, 0])
 

@@ -63,6 +63,7 @@ class Rowwise:
         f32_output: store ``y``.
         quantize: ``""``, ``"token"`` (scale = max|y| / (2^(bits-1) - 1), or 1 for a zero row) or ``"tensor"``.
         bits: 2 to 8.
+        clip: share of a token's largest magnitude that "token" represents, in (0, 1].
         zero_point: of the static quantizer, in signed codes.
     """
 
@@ -79,6 +80,7 @@ class Rowwise:
     f32_output: bool = False
     quantize: str = "token"
     bits: int = 8
+    clip: float = 1.0
     zero_point: int = 0
 
     def __post_init__(self) -> None:
@@ -95,6 +97,8 @@ class Rowwise:
             if self.hadamard and (self.hadamard < 1 or self.width % self.hadamard)
             else "bits must be 2 to 8"
             if not 2 <= self.bits <= 8
+            else "the clipped share must lie in (0, 1]"
+            if not 0 < self.clip <= 1
             else "a gated activation takes neither residual nor norm"
             if self.gated and (self.residual or self.norm)
             else "sum_output needs residual and norm; without norm the sum is the f32 output"
@@ -191,7 +195,8 @@ class Rowwise:
             if self.quantize == "token":
                 if absmax is None:
                     absmax = v.sweep_reduce(d, lanes, lambda s, n: _magnitude(value(s, n), n), T.max, dtype="uint32")
-                step = v.let(T.reinterpret(absmax, dtype="float32") / T.float32((1 << (self.bits - 1)) - 1))
+                largest = T.reinterpret(absmax, dtype="float32") * T.float32(self.clip)
+                step = v.let(largest / T.float32((1 << (self.bits - 1)) - 1))
                 step = v.let(T.Select(step == T.float32(0), T.float32(1), step))
             elif self.quantize == "tensor":
                 step = v.let(v.load(names["static_scale"], [0], 1))
@@ -262,11 +267,12 @@ class Rowwise:
         return lambda s, n: act(value(s, n)) * v.load(names["x"], [i, s + self.width], n)
 
     def _quantize(self, value: Load, step: Any, codes: Any, i: Any, lanes: int) -> None:
-        clamp = self.quantize == "tensor"
-        low, high = (bound - (self.zero_point if clamp else 0) for bound in self.code_range)
+        static = self.quantize == "tensor"
+        clamp = static or self.clip < 1
+        low, high = (bound - (self.zero_point if static else 0) for bound in self.code_range)
         inverse = v.let(T.float32(1) / step)
         # The sum of a code and 128 + zero point, modulo 256, as the stored byte.
-        offset = (128 + (self.zero_point if clamp else 0)) % 256
+        offset = (128 + (self.zero_point if static else 0)) % 256
 
         def clip(t: Any, n: int) -> Any:
             return T.min(T.max(t, v.const(low, n)), v.const(high, n))
@@ -333,9 +339,9 @@ class Rowwise:
             scale = np.full(len(y), static_scale[0], np.float32)
             codes = np.clip(np.rint(y / scale[:, None]) + self.zero_point, *self.code_range)
         else:
-            scale = np.abs(y).max(1) / np.float32((1 << (self.bits - 1)) - 1)
+            scale = np.abs(y).max(1) * np.float32(self.clip) / np.float32((1 << (self.bits - 1)) - 1)
             scale = np.where(scale == 0, np.float32(1), scale).astype(np.float32)
-            # Clipping matters only where the scale is so small that it was rounded to a subnormal number.
+            # With `clip` 1 this matters only where the scale is so small that it was rounded to a subnormal number.
             codes = np.clip(np.rint(y / scale[:, None]), *self.code_range)
         return (codes + 128).astype(np.uint8), scale
 

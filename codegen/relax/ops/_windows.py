@@ -40,10 +40,15 @@ class Windows:
         return any(not (isinstance(p, int) and p == 0) for p in (*self.before, *self.after))
 
 
-def windows(ctx: Context, node: ir.Node, x: relax.Expr, kernel: Sequence[Dim]) -> Windows:
-    """The windows a Conv or pooling node describes by ``strides``, ``pads``, ``auto_pad``, ``dilations``, ``ceil_mode``."""
+def windows(
+    ctx: Context, node: ir.Node, x: relax.Expr, kernel: Sequence[Dim], spatial: Sequence[Dim] | None = None
+) -> Windows:
+    """The windows a Conv or pooling node describes by ``strides``, ``pads``, ``auto_pad``, ``dilations``, ``ceil_mode``.
+
+    ``spatial`` is the extent of ``x`` along the spatial axes; channels come first if it is not given.
+    """
     rank = len(kernel)
-    spatial = ctx.shape(x)[2:]
+    spatial = ctx.shape(x)[2:] if spatial is None else spatial
     strides = attr(node, "strides", None) or [1] * rank
     dilations = attr(node, "dilations", None) or [1] * rank
     auto_pad = attr(node, "auto_pad", "NOTSET")

@@ -1,0 +1,223 @@
+"""Converters of the kernel operators `Quantize` and `Conv`: quantized convolutions, channels last.
+
+A convolution without groups is the matrix product of its unfolded input ``(batch x positions, taps x channels)`` with a
+``(K, N)`` weight, by any kernel for linear operators; one with a single tap and no stride needs no unfolding at all. Padding
+is the code of zero. A convolution with groups (depthwise ones among them) is summed in int32 by generated loops:
+
+    y[n, o, m] = (sum over t, c of (x[n, o s + t d - p, c] - 128) (w[t, c, m] - z[m])) x_scale[n] w_scale[m] + b[m]
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from tvm import relax, te, tirx
+
+from qcompile.codegen.relax.attributes import attr
+from qcompile.codegen.relax.context import Context
+from qcompile.codegen.relax.dims import as_expr
+from qcompile.codegen.relax.kernels import DOMAIN, calls, product
+from qcompile.codegen.relax.ops import _kernels as kernels
+from qcompile.codegen.relax.ops._windows import Windows, windows
+from qcompile.codegen.relax.registry import converter
+from qcompile.formats import Quantized, parse_activation, parse_format
+
+ZERO = 128
+"""The stored code of zero."""
+
+
+@converter(DOMAIN, "Quantize")
+def quantize(ctx: Context, node: ir.Node, x: Any, static: Any = None) -> list[Any]:
+    """Codes ``round(x / scale) + 128`` with one scale per sample, or with a given one."""
+    top = (1 << (attr(node, "bits", 8) - 1)) - 1
+    shape = ctx.shape(x)
+    inner = shape[1:]
+    if static is None:
+        largest = ctx.te(lambda t: _largest(ctx, t, inner), x, name="largest")
+        scale = kernels.elementwise(
+            ctx,
+            lambda a: tirx.Select(a == 0, tirx.const(1.0, "float32"), a / tirx.const(float(top), "float32")),
+            largest,
+            name="sample_scale",
+            dtype="float32",
+        )
+        low = -top
+    else:
+        scale = ctx.emit(relax.op.broadcast_to(ctx.reshape(static, [1]), relax.ShapeExpr([as_expr(shape[0])])))
+        low = -top - 1
+
+    def codes(t: te.Tensor, steps: te.Tensor) -> te.Tensor:
+        def element(*at: Any) -> Any:
+            rounded = te.nearbyint(t(*at) / steps(at[0]))
+            clipped = tirx.max(tirx.min(rounded, tirx.const(float(top), "float32")), tirx.const(float(low), "float32"))
+            return (clipped.astype("int32") + ZERO).astype("uint8")
+
+        return te.compute([as_expr(d) for d in shape], element, name="codes")
+
+    calls(ctx).uses["quantize per sample" if static is None else "quantize per tensor"] += 1
+    return [ctx.te(codes, x, scale, name="quantize"), scale]
+
+
+def _largest(ctx: Context, t: te.Tensor, inner: list[Any]) -> te.Tensor:
+    axes = [te.reduce_axis((as_expr(0), as_expr(d)), name=f"r{i}") for i, d in enumerate(inner)]
+    return te.compute([t.shape[0]], lambda n: te.max(te.abs(t(n, *axes)), axis=axes), name="largest")
+
+
+@converter(DOMAIN, "Conv")
+def convolution(
+    ctx: Context,
+    node: ir.Node,
+    x: Any,
+    scale: Any,
+    codes: Any,
+    steps: Any,
+    zero: Any = None,
+    bias: Any = None,
+) -> relax.Expr:
+    """A convolution by a quantized weight, of codes or of floats."""
+    win = windows(ctx, node, x, attr(node, "kernel_shape"), ctx.shape(x)[1:-1])
+    if attr(node, "group", 1) != 1:
+        return _grouped(ctx, node, x, scale, win, bias)
+    lead = [ctx.shape(x)[0], *win.out]
+    m = ctx.dims.product(lead)
+    if math.prod(win.kernel) == 1 and not win.padded() and all(s == 1 for s in win.strides):
+        unfolded = ctx.reshape(x, [m, attr(node, "k")])
+    else:
+        unfolded = ctx.reshape(unfold(ctx, x, win), [m, attr(node, "k")])
+    row_scale = None if scale is None else _per_row(ctx, scale, lead, m)
+    out = product(ctx, node, unfolded, row_scale, bias)
+    calls(ctx).uses["convolution as a matrix product"] += 1
+    return ctx.reshape(out, [*lead, attr(node, "n")])
+
+
+def _per_row(ctx: Context, scale: relax.Expr, lead: list[Any], m: Any) -> relax.Expr:
+    """A scale per sample, repeated for all of its positions."""
+    column = ctx.reshape(scale, [lead[0], 1])
+    positions = ctx.dims.product(lead[1:])
+    wide = ctx.emit(relax.op.broadcast_to(column, relax.ShapeExpr([as_expr(lead[0]), as_expr(positions)])))
+    return ctx.reshape(wide, [m])
+
+
+def _padded(x: te.Tensor, win: Windows, spatial: list[Any], n: Any, at: list[Any], c: Any) -> Any:
+    """An element of the padded input at a position that counts from the start of the padding."""
+    moved = [a - as_expr(b) for a, b in zip(at, win.before)]
+    if not win.padded():
+        return x(n, *moved, c)
+    outside = tirx.const(ZERO if str(x.dtype) == "uint8" else 0, str(x.dtype))
+    inside = [tirx.And(a >= as_expr(0), a < as_expr(d)) for a, d in zip(moved, spatial)]
+    return tirx.if_then_else(tirx.all(*inside), x(n, *moved, c), outside)
+
+
+def unfold(ctx: Context, x: relax.Expr, win: Windows) -> relax.Expr:
+    """The windows of ``x (batch, *spatial, channels)``: ``(batch, *positions, *taps, channels)``."""
+    batch, *spatial, channels = ctx.shape(x)
+    rank = win.rank
+
+    def build(t: te.Tensor) -> te.Tensor:
+        def element(n: Any, *at: Any) -> Any:
+            out, taps, c = at[:rank], at[rank : 2 * rank], at[2 * rank]
+            places = [o * as_expr(s) + k * as_expr(d) for o, s, k, d in zip(out, win.strides, taps, win.dilations)]
+            return _padded(t, win, spatial, n, places, c)
+
+        extents = [as_expr(d) for d in (batch, *win.out, *win.kernel, channels)]
+        return te.compute(extents, element, name="unfold")
+
+    return ctx.te(build, x, name="unfold")
+
+
+def _grouped(ctx: Context, node: ir.Node, x: Any, scale: Any, win: Windows, bias: Any) -> relax.Expr:
+    """One sum per output, over the channels of its group."""
+    groups, n_out = attr(node, "group"), attr(node, "n")
+    batch, *spatial, channels = ctx.shape(x)
+    per_group, group_out = int(channels) // groups, n_out // groups
+    weight_format = parse_format(attr(node, "weight_format"))
+    integer = parse_activation(attr(node, "activation_format")).bits and not weight_format.group
+    matrix, factor = _weight(ctx, node, weight_format, bool(integer))
+    acc = "int32" if integer else "float32"
+    weight = ctx.const(matrix.reshape(*win.kernel, per_group, n_out), name=f"{node.inputs[2].name}.grouped")
+    rank = win.rank
+
+    def build(t: te.Tensor, w: te.Tensor) -> te.Tensor:
+        c = te.reduce_axis((as_expr(0), as_expr(per_group)), name="c")
+        taps = [te.reduce_axis((as_expr(0), as_expr(k)), name=f"k{i}") for i, k in enumerate(win.kernel)]
+
+        def element(n: Any, *at: Any) -> Any:
+            out, m = at[:rank], at[rank]
+            channel = tirx.floordiv(m, as_expr(group_out)) * as_expr(per_group) + c
+            places = [o * as_expr(s) + k * as_expr(d) for o, s, k, d in zip(out, win.strides, taps, win.dilations)]
+            value = _padded(t, win, spatial, n, places, channel).astype(acc)
+            if str(t.dtype) == "uint8":
+                value = value - tirx.const(ZERO, acc)
+            return te.sum(value * w(*taps, c, m).astype(acc), axis=[*taps, c])
+
+        return te.compute([as_expr(d) for d in (batch, *win.out, n_out)], element, name="grouped_conv")
+
+    out = ctx.te(build, x, weight, name="grouped_conv")
+    calls(ctx).uses["grouped convolution"] += 1
+    calls(ctx).refusals.append(
+        (
+            "x86 kernel" if ctx.target is None else f"{ctx.target.kind} kernel",
+            attr(node, "sites")[0],
+            "grouped convolutions run as generated loops",
+        )
+    )
+    return _finish(ctx, node, out, scale, factor, bias)
+
+
+def _weight(ctx: Context, node: ir.Node, weight_format: Any, integer: bool) -> tuple[np.ndarray, np.ndarray]:
+    """The matrix ``(K, N)`` to multiply with, and what to multiply sums with ``(N,)``."""
+    codes, steps = ctx.constant(node.inputs[2]), ctx.constant(node.inputs[3])
+    zero = ctx.constant(node.inputs[4]) if len(node.inputs) > 4 and node.inputs[4] is not None else None
+    if integer:
+        centred = codes.astype(np.int16) - (0 if zero is None else np.asarray(zero).astype(np.int16).reshape(1, -1))
+        fits = np.abs(centred).max(initial=0) < 128
+        return centred.astype(np.int8 if fits else np.int16), np.asarray(steps, np.float32).reshape(-1)
+    weight = Quantized(
+        codes.astype(np.int16).astype(np.int8 if weight_format.symmetric else np.uint8),
+        np.atleast_2d(steps),
+        None if zero is None else np.atleast_2d(zero).astype(np.uint8),
+    )
+    return weight_format.decode(weight).astype(np.float32), np.ones(codes.shape[1], np.float32)
+
+
+def _finish(ctx: Context, node: ir.Node, out: Any, scale: Any, factor: np.ndarray, bias: Any) -> relax.Expr:
+    """Scales, bias and activation, element by element."""
+    shape = ctx.shape(out)
+    activation = _ACTIVATIONS[attr(node, "epilogue")]
+    operands = [out, ctx.const(factor)]
+    if scale is not None:
+        operands.append(scale)
+    if bias is not None:
+        operands.append(ctx.reshape(bias, [attr(node, "n")]))
+
+    def build(t: te.Tensor, by_channel: te.Tensor, *rest: te.Tensor) -> te.Tensor:
+        def element(n: Any, *at: Any) -> Any:
+            m = at[-1]
+            step = by_channel(m) * rest[0](n) if scale is not None else by_channel(m)
+            y = t(n, *at).astype("float32") * step
+            return activation(y + rest[-1](m) if bias is not None else y)
+
+        return te.compute([as_expr(d) for d in shape], element, name="conv_epilogue")
+
+    return ctx.te(build, *operands, name="conv_epilogue")
+
+
+def _gelu(x: Any) -> Any:
+    return x * 0.5 * (1.0 + te.erf(x * tirx.const(2**-0.5, "float32")))
+
+
+def _gelu_tanh(x: Any) -> Any:
+    inner = tirx.const((2 / math.pi) ** 0.5, "float32") * (x + tirx.const(0.044715, "float32") * x * x * x)
+    return x * 0.5 * (1.0 + te.tanh(inner))
+
+
+_ACTIVATIONS = {
+    "": lambda x: x,
+    "relu": lambda x: tirx.max(x, tirx.const(0.0, "float32")),
+    "gelu": _gelu,
+    "gelu_tanh": _gelu_tanh,
+    "silu": lambda x: x * te.sigmoid(x),
+}

@@ -21,9 +21,9 @@ class C99(Dialect):
         return f"{name}_{dtype}({a}, {b})"
 
 
-HELPERS = """\
-static inline int32_t min_int32(int32_t a, int32_t b) { return a < b ? a : b; }
-static inline int32_t max_int32(int32_t a, int32_t b) { return a > b ? a : b; }
-static inline int64_t min_int64(int64_t a, int64_t b) { return a < b ? a : b; }
-static inline int64_t max_int64(int64_t a, int64_t b) { return a > b ? a : b; }
-"""
+HELPERS = "".join(
+    f"static inline {kind}_t {name}_{kind}({kind}_t a, {kind}_t b) {{ return a {sign} b ? a : b; }}\n"
+    for kind in ("int8", "uint8", "int16", "uint16", "int32", "uint32", "int64")
+    for name, sign in (("min", "<"), ("max", ">"))
+)
+"""Functions that `C99.extreme` calls."""

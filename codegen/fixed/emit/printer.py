@@ -78,7 +78,7 @@ class Dialect:
 
 
 def node_function(node: Node, dialect: Dialect) -> str:
-    """The constants that are used and the function of one node: ``static void NAME(inputs, y)``."""
+    """The constants that are used and the function of one node: ``static void node_NAME(inputs, y)``."""
     from qcompile.codegen.fixed.tir import build
 
     names = {name: f"{node.name}_{name}" for name in node.constants}
@@ -97,7 +97,12 @@ def node_function(node: Node, dialect: Dialect) -> str:
             ("", build.OUTPUT, node.output),
         ]
     ]
-    return "\n".join([*text, f"static void {node.name}({', '.join(parameters)}) {{", *body, "}", ""])
+    return "\n".join([*text, f"static void {function_name(node)}({', '.join(parameters)}) {{", *body, "}", ""])
+
+
+def function_name(node: Node) -> str:
+    """Name of a node's function; the plain name is that of its stream."""
+    return f"node_{node.name}"
 
 
 class FunctionPrinter:
@@ -155,7 +160,7 @@ class FunctionPrinter:
         name = getattr(getattr(x, "op", None), "name", None)
         if name in _CALLS:
             return f"({self.expression(x.args[0])} {_CALLS[name]} {self.expression(x.args[1])})"
-        if name == "tirx.if_then_else":
+        if name == "prim.if_then_else":
             return self._choice(x, *x.args)
         raise self._unsupported(x)
 

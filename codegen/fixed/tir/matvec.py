@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from tvm import te
 from tvm.s_tir import Schedule
 
-from qcompile.codegen.fixed.nodes.matvec import MatVec
+from qcompile.codegen.fixed.nodes import MatVec
 from qcompile.codegen.fixed.tir import build
 from qcompile.codegen.fixed.tir.expressions import machine_int, put_out
 

@@ -1,0 +1,118 @@
+"""Programs of one node each, over odd shapes, and vectors that reach the corners of their arithmetic."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from qcompile.codegen.fixed.nodes import (
+    Add,
+    Affine,
+    Concat,
+    Depthwise,
+    Geometry,
+    Lookup,
+    MatMul,
+    MatVec,
+    MaxPool,
+    Multiply,
+    Normalize,
+    Prepend,
+    Select,
+    Softmax,
+    TokenSum,
+    Transpose,
+    Window,
+)
+from qcompile.codegen.fixed.nodes.attention import exp_table
+from qcompile.codegen.fixed.stream import Stream
+from qcompile.formats.fixed import IntType, Requantize
+
+INT8, UINT8, INT4 = IntType(8, True), IntType(8, False), IntType(4, True)
+
+
+def one(value: int) -> np.ndarray:
+    return np.array([value], np.int64)
+
+
+def requantize(rng, n, low=-128, high=127, reach=0.02):
+    return Requantize.from_scale(rng.uniform(reach / 4, reach, n), low, high)
+
+
+def ties(n, shift=6, low=-128, high=127):
+    """A requantization in which every second odd accumulator of low magnitude is a tie."""
+    return Requantize(np.full(n, 1 << (shift - 2), np.int64), shift, low, high)
+
+
+def matvec(rng, name="fc", tokens=3, k=12, n=6, w=INT4, x=INT8, step=None, products="lut"):
+    weight = rng.integers(w.low, w.high + 1, (k, n))
+    weight.flat[:2] = w.low, w.high
+    step = requantize(rng, n) if step is None else step
+    return MatVec(
+        name, (Stream.of(f"{name}_x", tokens, k, x),), weight, rng.integers(-300, 300, n), step, products=products
+    )
+
+
+def nodes(rng):
+    """One node of every kind and variant, by name."""
+    image = Stream.of("image", 30, 6, INT8)  # 5 x 6 pixels
+    pixels = Geometry(5, 6, (3, 3), (1, 1), (1, 1, 1, 1))
+    strided = Geometry(5, 6, (3, 2), (2, 3), (0, 1, 1, 0))
+    dilated = Geometry(5, 6, (2, 2), (1, 2), (0, 0, 0, 0), (2, 3))
+    tokens = Stream.of("tokens", 5, 12, INT8)
+    other = Stream.of("other", 5, 12, INT8)
+    two_heads_q, two_heads_k = Stream.of("q", 5, 12, INT8), Stream.of("k", 7, 12, INT8)
+    codes = Stream.of("codes", 5, 14, IntType(4, False))
+    logits = Stream.of("logits", 5, 14, INT8)
+    found = [
+        matvec(rng, "fc"),
+        matvec(rng, "fc_ties", step=ties(6)),
+        matvec(rng, "fc_relu", step=requantize(rng, 6, 0, 255)),
+        matvec(rng, "fc_shift", step=Requantize(one(1), 7, -8, 7)),
+        matvec(rng, "fc_raw", step=None, w=IntType(8, True)),
+        matvec(rng, "fc_binary", w=IntType(1, False), x=UINT8),
+        matvec(rng, "fc_ternary", w=IntType(2, True)),
+        matvec(rng, "fc_w3", w=IntType(3, True), x=UINT8),
+        matvec(rng, "fc_w8", w=IntType(8, True), step=requantize(rng, 6, reach=0.001)),
+        matvec(rng, "fc_dsp", products="dsp"),
+        Window("window", (image,), pixels),
+        Window("window_strided", (image,), strided),
+        Window("window_dilated", (image,), dilated),
+        Depthwise("depthwise", (image,), pixels, rng.integers(-8, 8, (9, 6)), rng.integers(-99, 99, 6), requantize(rng, 6)),
+        Depthwise("depthwise_ties", (image,), strided, rng.integers(-8, 8, (6, 6)), rng.integers(-9, 9, 6), ties(6)),
+        Depthwise(
+            "average", (image,), Geometry(5, 6, (2, 2), (2, 2)), np.ones((4, 6), np.int64), np.zeros(6, np.int64),
+            Requantize(one(1), 2, -128, 127),
+        ),
+        MaxPool("maxpool", (image,), Geometry(5, 6, (3, 3), (2, 2), (1, 1, 1, 1))),
+        Affine("affine", (tokens,), requantize(rng, 12, reach=1.5), rng.integers(-4000, 4000, (5, 12))),
+        Affine("rescale", (tokens,), ties(1), np.zeros((1, 12), np.int64)),
+        Affine("clamp", (tokens,), Requantize(one(1), 0, 0, 100), np.zeros((1, 12), np.int64)),
+        Lookup("lookup", (tokens,), rng.integers(-128, 128, 256)),
+        Add("add", (tokens, other), (5, 3), 3, -128, 127),
+        Add("add_relu", (tokens, other), (217, 301), 9, 0, 255),
+        Multiply("multiply", (tokens, other), Requantize(one(37), 12, -128, 127)),
+        Concat("concat", (tokens, Stream.of("third", 5, 9, UINT8))),
+        Prepend("prepend", (tokens,), rng.integers(-100, 100, (1, 12))),
+        Select("select", (tokens,), (1, 4), (6, 9)),
+        Transpose("transpose", (tokens,)),
+        TokenSum("token_sum", (image,), Requantize.from_scale(one(1) / 30, -128, 127)),
+        MatMul("scores", (two_heads_q, two_heads_k), 2, True, Requantize.from_scale(one(1) * 0.003, -128, 127)),
+        MatMul("values", (codes, two_heads_k), 2, False, Requantize.from_scale(one(1) * 2e-5, -128, 127), 15),
+        Softmax("softmax", (logits,), exp_table(0.05, INT8), 2),
+        Normalize("layer_norm", (tokens,), 3),
+        Normalize("rms_norm", (Stream.of("odd", 4, 9, UINT8),), 1, centred=False),
+    ]
+    return {node.name: node for node in found}
+
+
+def vectors(node, rng, count):
+    """Frames for every input of ``node``: all lowest, all highest, all zero, then random."""
+    frames = []
+    for stream in node.inputs:
+        x = rng.integers(stream.low, stream.high + 1, (count, *stream.shape))
+        x[0], x[1] = stream.low, stream.high
+        if count > 3:
+            x[2] = np.clip(0, stream.low, stream.high)
+            x[3] = np.where(np.arange(stream.tokens)[:, None] % 2, stream.low, stream.high)
+        frames.append(x)
+    return frames

@@ -138,7 +138,8 @@ class Actor:
         """
         if overwritten is not None:
             mask = overwritten.reshape(tuple(array.shape))
-            array = self.xp.where(mask if self.xp is np else self.xp.as_tensor(mask), self.xp.ones_like(array), array)
+            mask = mask if self.xp is np else self.xp.as_tensor(mask, device=array.device)
+            array = self.xp.where(mask, self.xp.ones_like(array), array)
         maps = [m for m in maps if self.touches(m)]
         where = [m.table for m in maps]
         for i, m in enumerate(maps):

@@ -23,7 +23,7 @@ from tvm import relax, tirx
 
 from qcompile.codegen.cexport.extents import c_expression
 from qcompile.codegen.cexport.kernels import Kernel, build_object
-from qcompile.codegen.cexport.plan import ALIGNMENT, Call, Compare, Copy, Plan, Storage, Tensor, make_plan
+from qcompile.codegen.cexport.plan import ALIGNMENT, Call, Compare, Copy, Plan, Storage, make_plan
 from qcompile.codegen.relax.initialization import initialize_empty_reductions
 from qcompile.codegen.relax.pipeline import lower
 from qcompile.codegen.relax.program import RelaxProgram
@@ -123,10 +123,10 @@ class _Writer:
 
     def __init__(self, plan: Plan, name: str, offsets: dict[str, int]) -> None:
         self.plan, self.name, self.offsets = plan, name, offsets
-        self.names = {var: field for var, field in zip(plan.extents, _fields([v.name for v in plan.extents]))}
+        self.names = {var: field for var, field in zip(plan.extents, c_fields([v.name for v in plan.extents]))}
         self.fields: dict[int, str] = {}
         for storages in (plan.inputs, plan.outputs):
-            for storage, field in zip(storages, _fields([s.name for s in storages])):
+            for storage, field in zip(storages, c_fields([s.name for s in storages])):
                 self.fields[id(storage)] = field
         self.messages = ["ok", "an extent is negative"]
 
@@ -216,7 +216,7 @@ class _Writer:
         return len(self.messages) - len(messages)
 
 
-def _fields(names: Sequence[str]) -> list[str]:
+def c_fields(names: Sequence[str]) -> list[str]:
     """C identifiers for names, all different."""
     found: list[str] = []
     for name in names:
@@ -235,4 +235,4 @@ def _quoted(text: str) -> str:
     return f'"{escaped}"'
 
 
-__all__ = ["Tensor", "build_kernels", "write_library"]
+__all__ = ["build_kernels", "c_fields", "write_library"]

@@ -134,6 +134,8 @@ def _with_pointers(name: str, function: tirx.PrimFunc) -> tuple[tirx.PrimFunc, K
             continue
         pointer = tirx.Var(f"{param.name}_p", tirx.buffer_data_pointer_type(param))
         pointers.append(pointer)
+        if isinstance(param.ty.elem_offset, tirx.Var):
+            declared.append(tirx.Bind(param.ty.elem_offset, tirx.const(0, str(param.ty.elem_offset.ty.dtype))))
         declared.append(tirx.DeclBuffer(param, data=pointer))
         kernel.buffers.append(Buffer(param.name, str(param.ty.dtype), tuple(param.ty.shape)))
     scratch: list[Any] = []

@@ -125,7 +125,9 @@ class Rope:
                     else:
                         even = v.let(v.load(x, [b, s, first + i], n))
                         odd = v.let(v.load(x, [b, s, first + half + i], n))
-                    real, imaginary = v.let(even * cos - odd * sin), v.let(odd * cos + even * sin)
+                    # Explicit, so that every compiler fuses the same product.
+                    real = v.let(v.fma(even, cos, v.const(0, n) - odd * sin))
+                    imaginary = v.let(v.fma(odd, cos, even * sin))
                     if self.interleaved:
                         order = [lane + part * n for lane in range(n) for part in (0, 1)]
                         v.store(y, [b, s, first + i * 2], T.Shuffle([real, imaginary], order), 2 * n)

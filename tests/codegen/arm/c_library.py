@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from qcompile.backends.emulate import read_tensors, write_tensors
+from qcompile.codegen.cexport.emit import c_fields
 from qcompile.targets import arm
 
 MAIN = """
@@ -57,17 +58,25 @@ class CLibrary:
     def __init__(self, artifact: Path, name: str, work: Path, target=None) -> None:
         program = json.loads((artifact / "program.json").read_text())
         self.inputs, self.outputs = program["inputs"], program["outputs"]
+        fields = {s["name"]: field for s, field in zip(self.inputs, c_fields([s["name"] for s in self.inputs]))}
+        fields |= {s["name"]: field for s, field in zip(self.outputs, c_fields([s["name"] for s in self.outputs]))}
         folder, self.work = artifact / "c", work
         axes = {}
         for i, spec in enumerate(self.inputs):
             for j, extent in enumerate(spec["shape"]):
                 if isinstance(extent, str):
                     axes.setdefault(extent, f"shape[{i}][{j}]")
-        write = "".join(f"fwrite(out.{s['name']}, 1, NAME_{s['name']}_bytes(&e), r);" for s in self.outputs)
+        write = "".join(
+            f"fwrite(out.{fields[s['name']]}, 1, NAME_{fields[s['name']]}_bytes(&e), r);" for s in self.outputs
+        )
         text = MAIN.replace("INPUTS", str(len(self.inputs))).replace("WRITE;", write).replace("WRITE\n", write + "\n")
         text = text.replace("EXTENTS", ", ".join(f".{n} = {at}" for n, at in axes.items()) or "0")
-        text = text.replace("INPUT_FIELDS", ", ".join(f".{s['name']} = data[{i}]" for i, s in enumerate(self.inputs)))
-        made = ", ".join(f".{s['name']} = (void *)memory(NAME_{s['name']}_bytes(&e))" for s in self.outputs)
+        text = text.replace(
+            "INPUT_FIELDS", ", ".join(f".{fields[s['name']]} = data[{i}]" for i, s in enumerate(self.inputs))
+        )
+        made = ", ".join(
+            f".{fields[s['name']]} = (void *)memory(NAME_{fields[s['name']]}_bytes(&e))" for s in self.outputs
+        )
         text = text.replace("OUTPUT_FIELDS", made).replace(f"NAME_{len(self.inputs)}", "NAME_INPUTS")
         (work / "main.c").write_text(text.replace("NAME", name))
         self.program, self.weights = work / "main", folder / "weights.bin"

@@ -1,16 +1,16 @@
-"""Integer GEMM by byte dot products: weights unpacked to signed bytes in registers, times uint8 activations.
+"""Integer GEMM by byte dot products: weights unpacked to bytes in registers.
 
-The activations are ``a + 128``, so every accumulator starts from ``-128 sum_k q[k, n]`` instead of 0 and the integer sum
-is exact. Two micro-kernels over the same panels:
-
-* `VnniGemm`: ``vpdpbusd`` (4 products into an int32 lane). A symmetric code of b bits is brought to the top of its byte,
+* `VnniGemm`: ``vpdpbusd`` (4 products into an int32 lane) of activations ``a + 128`` with signed codes; every accumulator
+  starts from ``-128 sum_k q[k, n]`` instead of 0, so that the integer sum is exact. A symmetric code of b bits is brought to the top of its byte,
   which multiplies it by 2^(8-b) and makes its sign bit that of the byte: a mask and at most one shift unpack it.
-* `MaddubsGemm`: ``vpmaddubsw`` (2 products into an int16 lane) for codes narrow enough that several products fit in
-  int16, then ``vpmaddwd`` by ones into int32.
+* `MaddubsGemm`: ``vpmaddubsw`` (2 products into an int16 lane) of unsigned codes with signed activations (`signed`), for
+  codes narrow enough that several products fit in int16, then ``vpmaddwd`` by ones into int32.
 """
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -19,13 +19,18 @@ from tvm.script import tirx as T
 from qcompile.codegen.kernels.base import LinearProblem
 from qcompile.codegen.kernels.cpu import vector as v
 from qcompile.codegen.kernels.cpu.gemm import Emission, Register, Tile, TiledGemm
-from qcompile.codegen.kernels.cpu.panels import Panels, largest
+from qcompile.codegen.kernels.cpu.panels import Panels
 from qcompile.codegen.kernels.cpu.unpack import as_bytes, field, repeat_byte
+from qcompile.codegen.kernels.x86.signed import PaddedPanels, signed_rows
 from qcompile.formats import IntFormat
 from qcompile.targets.target import Target
 
 MADDUBS = {8: "llvm.x86.avx2.pmadd.ub.sw", 16: "llvm.x86.avx512.pmaddubs.w.512"}
 MADDWD = {8: "llvm.x86.avx2.pmadd.wd", 16: "llvm.x86.avx512.pmaddw.d.512"}
+
+
+UNROLLED = 4
+"""Panel rows times tile rows a micro-kernel writes out instead of looping."""
 
 
 class DotGemm(TiledGemm):
@@ -140,11 +145,11 @@ def byte_refusal(name: str, problem: LinearProblem) -> str:
 
 
 def products(fmt: IntFormat) -> int:
-    """How many sums of two products with uint8 activations fit in int16."""
-    return 32767 // (2 * 255 * largest(fmt))
+    """How many sums of two products of unsigned codes with int8 activations fit in int16."""
+    return 32767 // (2 * 128 * ((1 << fmt.bits) - 1))
 
 
-class MaddubsGemm(DotGemm):
+class MaddubsGemm(TiledGemm):
     """``vpmaddubsw`` on 256- or 512-bit registers for codes of at most 7 bits."""
 
     name = "x86-maddubs"
@@ -163,6 +168,18 @@ class MaddubsGemm(DotGemm):
             return f"{self.name}: two products with {problem.weight} codes may overflow int16"
         return ""
 
+    def activation_offset(self, problem: LinearProblem) -> int:
+        return 0
+
+    def unit(self, panels: Panels) -> int:
+        return 1
+
+    def panels(self, problem: LinearProblem, config: dict[str, Any]) -> PaddedPanels:
+        return PaddedPanels(problem.k, problem.n, problem.weight, config["lanes"], config["vectors"])
+
+    def panels_per_item(self) -> int:
+        return 24
+
     def speed(self, problem: LinearProblem, target: Target) -> tuple[float, float]:
         bits = problem.weight.bits
         unpack = 0.6 * bits if 8 % bits else 0.9
@@ -173,45 +190,85 @@ class MaddubsGemm(DotGemm):
             return [(6, 3), (8, 2), (12, 1)]
         return [(4, 2), (6, 2), (3, 3), (12, 1)]
 
-    def reduce(self, e: Emission, panel: Any, first: Any, sums: Tile, group: Any) -> None:
+    def configs(self, problem: LinearProblem, target: Target) -> list[dict[str, Any]]:
+        found = super().configs(problem, target)
+        return [{**config, "prefetch": ahead} for ahead in (2048, 1024, 0) for config in found]
+
+    def prologue(self, e: Emission, first: Any, rows: Any) -> None:
+        e.extra["rows"] = signed_rows(e, e.panels, first, rows, 4 * e.panels.lanes)
+
+    def micro(self, e: Emission, panel: Any, first: Any, rows: int) -> None:
+        self.by_group(e, panel, "int32", rows, lambda group, sums: self._reduce(e, panel, sums, group))
+
+    def _reduce(self, e: Emission, panel: Any, sums: Tile, group: Any) -> None:
+        """Emit the sum over one group into ``sums[row][vector]``."""
         p = e.panels
-        zeros = self.zero_vectors(e, panel, group)
+        self._offset(e, panel, sums, group)
         limit = products(p.fmt)
         partial = [[Register("int16", 2 * p.lanes) for _ in line] for line in sums]
         together = max(1, min(limit // p.per_byte, p.rows_per_group))  # panel rows between two widenings
+        whole = together * p.per_byte <= limit  # otherwise a row is widened within
 
         def rows(begin: Any, count: int) -> None:
-            if together * p.per_byte <= limit:
-                for line in partial:
-                    for register in line:
-                        register.set(v.const(0, 2 * p.lanes, "int16"))
-            with T.serial(e.rolled(count)) as i:
-                row = begin + i
-                for index, weights in self.codes(e, panel, group * p.rows_per_group + row, zeros):
-                    k = self.position(e, group, row, index)
-                    fresh = together * p.per_byte > limit and index % limit == 0
-                    for r, line in enumerate(partial):
-                        a = v.let(self.activations(e, first + r, k))
-                        for acc, w in zip(line, weights):
-                            pair = T.call_llvm_pure_intrin(f"int16x{2 * p.lanes}", MADDUBS[p.lanes], a, w)
-                            acc.set(pair if fresh else acc.get() + pair)
-                    if together * p.per_byte > limit and (index % limit == limit - 1 or index == p.per_byte - 1):
-                        widen()
-            if together * p.per_byte <= limit:
-                widen()
-
-        def widen() -> None:
-            ones = v.const(1, 2 * p.lanes, "int16")
-            for line, narrow in zip(sums, partial):
-                for acc, short in zip(line, narrow):
-                    wide = T.call_llvm_pure_intrin(f"int32x{p.lanes}", MADDWD[p.lanes], short.get(), ones)
-                    acc.set(acc.get() + wide)
+            if whole:
+                for register in itertools.chain(*partial):
+                    register.set(v.const(0, 2 * p.lanes, "int16"))
+            unroll = count if count * len(sums) <= UNROLLED else 1
+            with T.serial(e.rolled(count // unroll)) if unroll < count else contextlib.nullcontext(0) as i:
+                for j in range(unroll):
+                    self._row(e, panel, group, begin + i * unroll + j, partial, sums, 0 if whole else limit)
+            if whole:
+                widen(p.lanes, partial, sums)
 
         chunks, rest = divmod(p.rows_per_group, together)
         if chunks == 1:
             rows(0, together)
         elif chunks:
-            with T.serial(chunks) as chunk:
+            with T.serial(e.rolled(chunks)) as chunk:
                 rows(chunk * together, together)
         if rest:
             rows(chunks * together, rest)
+
+    def _offset(self, e: Emission, panel: Any, sums: Tile, group: Any) -> None:
+        """Take the zero point times the sum of the activations off the accumulators."""
+        p, zeros = e.panels, None if e.panels.fmt.symmetric else self.zero_codes(e, panel, group)
+        for r, line in enumerate(sums):
+            total = v.let(e.extra["rows"].total[r, group])
+            for vec, acc in enumerate(line):
+                zero = v.splat(total * p.bias, p.lanes) if zeros is None else zeros[vec] * v.splat(total, p.lanes)
+                acc.set(acc.get() - zero)
+
+    def _row(self, e: Emission, panel: Any, group: Any, row: Any, partial: Tile, sums: Tile, limit: int) -> None:
+        """Add the products with one panel row; after every ``limit`` positions, if not 0, widen."""
+        p = e.panels
+        line = v.let(group * p.rows_per_group + row)
+        if e.config["prefetch"]:
+            for offset in range(0, p.row_bytes, 64):
+                prefetch(e.names["weight"], [panel, line, offset + e.config["prefetch"]])
+        raw = self.load_row(e, panel, line)
+        for index in range(p.per_byte):
+            weights = [v.let(as_bytes(field(planes, index, p, p.bits), p.lanes)) for planes in raw]
+            fresh = bool(limit) and index % limit == 0
+            for r, registers in enumerate(partial):
+                word = e.extra["rows"].word(r, line * p.step + index * p.depth)
+                a = v.let(as_bytes(v.splat(word, p.lanes), p.lanes))
+                for register, w in zip(registers, weights):
+                    pair = T.call_llvm_pure_intrin(f"int16x{2 * p.lanes}", MADDUBS[p.lanes], w, a)
+                    register.set(pair if fresh else register.get() + pair)
+            if limit and (index % limit == limit - 1 or index == p.per_byte - 1):
+                widen(p.lanes, partial, sums)
+
+
+def widen(lanes: int, partial: Tile, sums: Tile) -> None:
+    """Add int16 accumulators to those in int32."""
+    ones = v.const(1, 2 * lanes, "int16")
+    for line, narrow in zip(sums, partial):
+        for acc, short in zip(line, narrow):
+            wide = T.call_llvm_pure_intrin(f"int32x{lanes}", MADDWD[lanes], short.get(), ones)
+            acc.set(acc.get() + wide)
+
+
+def prefetch(buffer: Any, at: list[Any]) -> None:
+    """Ask for a line of the first cache; the address may lie past the end of the buffer."""
+    address = T.address_of(buffer[tuple(at)])
+    T.evaluate(T.call_intrin("void", "tirx.prefetch", address, T.int32(0), T.int32(3), T.int32(1)))

@@ -220,11 +220,17 @@ class Context:
         return result
 
     def weight_rows(self, reader: Reader) -> np.ndarray:
-        """The reader's weight, float64, ``(channels read, everything else)``."""
+        """The reader's weight, float64, ``(channels read, everything else)``; of a grouped kernel, within the group."""
         tensor = self.model.graph.initializers[reader.weight].const_value
         assert tensor is not None
         array = tensor.numpy().astype(np.float64)
-        return np.moveaxis(array, reader.axis, 0).reshape(array.shape[reader.axis], -1)
+        count, axis = len(reader.channels), reader.axis
+        if array.shape[axis] != count:
+            # (out, in / groups, taps): group by group, inputs first.
+            groups = count // array.shape[axis]
+            array = array.reshape(groups, -1, *array.shape[1:]).swapaxes(1, 2).reshape(count, -1)
+            axis = 0
+        return np.moveaxis(array, axis, 0).reshape(count, -1)
 
 
 def _inside(reader: Reader, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -203,13 +203,13 @@ def _compensated(weight: ir.Value, what: OnlineMap) -> ir.LazyTensor:
     return ir.LazyTensor(evaluate, dtype=old.dtype, shape=shape, name=old.name, cache=old.nbytes <= 1 << 24)
 
 
-def append_node(x: ir.Value, node: ir.Node, label: str, width: int = 0) -> ir.Value:
-    """Insert ``node`` behind ``x`` and describe its output."""
+def append_node(x: ir.Value, node: ir.Node, label: str, width: int = 0, after: ir.Value | None = None) -> ir.Value:
+    """Insert ``node`` behind ``x`` (or behind ``after``); its output is described like ``x``, with another width if given."""
     out = node.outputs[0]
     node.name, out.name, out.type, out.shape = f"{x.name}.{label}.node", f"{x.name}.{label}", x.type, x.shape
     if width and x.shape is not None:
-        out.shape = ir.Shape([*list(x.shape)[:-1], width])
-    insert_after_producer(x, node)
+        out.shape = ir.Shape([*list(x.shape)[:-1], width])  # type: ignore[list-item]
+    insert_after_producer(after or x, node)
     return out
 
 

@@ -90,16 +90,19 @@ def key_range(space: Space, context: Context, side: int) -> np.ndarray:
     if context.data.measure is None:
         raise Refusal("no calibration data")
     spaces = context.spaces
-    result = np.zeros(space.size)
-    for name, axes in space.values:
-        m = next(m for m in spaces.layouts[name] if m.axes == axes)
-        place = spaces.index_in_space(m.flat, space)
-        at = (spaces.solution.parity[m.flat] == side) & (place >= 0)
-        if axes != (m.rank - 1,) or not at.any():
-            continue
-        found = context.data.measure(context.model, [name], False).get(name)
-        if found is not None and len(found.absmax) == m.size:
-            np.maximum.at(result, place[at], np.asarray(found.absmax, np.float64)[at])
-    if not result.any():
-        raise Refusal("keys are not found as channels of a last axis")
-    return result
+    # Values that tell heads apart say more than those that show all heads along another axis.
+    for apart in (True, False):
+        result = np.zeros(space.size)
+        for name, axes in space.values:
+            m = next(m for m in spaces.layouts[name] if m.axes == axes)
+            place = spaces.index_in_space(m.flat, space)
+            at = (spaces.solution.parity[m.flat] == side) & (place >= 0)
+            if axes[-1] != m.rank - 1 or (len(axes) == 1) != apart or not at.any():
+                continue
+            found = context.data.measure(context.model, [name], False).get(name)
+            if found is not None and len(found.absmax) == m.table.shape[-1]:
+                ranges = np.broadcast_to(np.asarray(found.absmax, np.float64), m.table.shape).reshape(-1)
+                np.maximum.at(result, place[at], ranges[at])
+        if result.any():
+            return result
+    raise Refusal("keys are not found as channels of a last axis")

@@ -66,19 +66,18 @@ class Split(OnlineMap):
 
     def insert(self, graph: ir.Graph, x: ir.Value) -> ir.Value:
         """Gather, add what is merged, multiply."""
-        y = self._gather(graph, x, self.source, "split")
+        y = self._gather(graph, x, self.source, "split", x)
         if (self.second >= 0).any():
-            merged = np.flatnonzero(self.second >= 0)
-            other = self._gather(graph, x, np.maximum(self.second, 0), "merged")
-            mask = np.zeros(self.rows)
-            mask[merged] = 1
-            chosen = append_node(other, ir.node("Mul", [other, self._vector(graph, x, mask, "mask")]), "masked")
+            other = self._gather(graph, x, np.maximum(self.second, 0), "merged", y)
+            mask = self._vector(graph, x, self.second >= 0, "mask")
+            chosen = append_node(other, ir.node("Mul", [other, mask]), "masked")
             y = append_node(chosen, ir.node("Add", [y, chosen]), "sum")
         return append_node(y, ir.node("Mul", [y, self._vector(graph, x, self.factor, "share")]), "shared")
 
-    def _gather(self, graph: ir.Graph, x: ir.Value, index: np.ndarray, label: str) -> ir.Value:
+    def _gather(self, graph: ir.Graph, x: ir.Value, index: np.ndarray, label: str, after: ir.Value) -> ir.Value:
         where = add_initializer(graph, f"{x.name}.{label}", index.astype(np.int64))
-        return append_node(x, ir.node("Gather", [x, where], attributes={"axis": -1}), label, width=self.rows)
+        node = ir.node("Gather", [x, where], attributes={"axis": -1})
+        return append_node(x, node, label, width=self.rows, after=after)
 
     def _vector(self, graph: ir.Graph, x: ir.Value, array: np.ndarray, label: str) -> ir.Value:
         return add_initializer(graph, f"{x.name}.{label}", array.astype(float_type(x)))
@@ -117,7 +116,7 @@ class SplitChannels(Rewrite):
             if not readers:
                 continue
             try:
-                copies = split_counts(context.activation_range(space), self.threshold, self.extra)
+                copies = split_counts(context.activation_range(space), self.threshold, self.extra, self.merge)
                 if copies.max() == 1:
                     continue
                 text = f"{int((copies > 1).sum())} channels split, {copies.sum() - space.size} more"
@@ -162,12 +161,16 @@ class SplitChannels(Rewrite):
         return text
 
 
-def split_counts(ranges: np.ndarray, threshold: float, extra: float) -> np.ndarray:
-    """Number of channels that each channel becomes; the threshold rises until the new ones fit into ``extra``."""
+def split_counts(ranges: np.ndarray, threshold: float, extra: float, merge: bool = False) -> np.ndarray:
+    """Number of channels that each channel becomes; the threshold rises until the new ones fit into ``extra``.
+
+    With ``merge`` there must be a pair of other channels for each new one.
+    """
     limit = threshold * float(np.median(ranges[ranges > 0])) if (ranges > 0).any() else np.inf
     while True:
         copies = np.maximum(1, np.ceil(ranges / limit)).astype(int)
-        if copies.sum() - len(copies) <= extra * len(copies):
+        new = copies.sum() - len(copies)
+        if new <= extra * len(copies) and (not merge or new <= (copies == 1).sum() // 2):
             return copies
         limit *= 1.1
 

@@ -258,8 +258,8 @@ def _summed_axes(node: ir.Node) -> tuple[int, int] | None:
     if node.op_type == "Gemm":
         transposed = node.attributes["transB"].value if "transB" in node.attributes else 0
         return (-2 if "transA" in node.attributes and node.attributes["transA"].value else -1), int(bool(transposed))
-    if node.op_type == "Conv":
-        return 1, 1
+    if node.op_type in ("Conv", "ConvTranspose"):
+        return 1, int(node.op_type == "Conv")
     return None
 
 

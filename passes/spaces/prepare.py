@@ -37,12 +37,21 @@ def prepare(model: ir.Model) -> ir.Model:
     _separate_vectors(graph)
     remove_unused_initializers(graph)
     _name_nodes(graph)
-    if any(o.shape is None for n in graph for o in n.outputs if o.name):
+    return _with_shapes(model)
+
+
+def _with_shapes(model: ir.Model) -> ir.Model:
+    """Infer missing shapes, again as long as operators without an inference of their own hold it up."""
+    while any(o.shape is None for n in model.graph for o in n.outputs if o.name):
         model = ShapeInferencePass()(model).model
+        filled = False
         for node in model.graph:
-            # Operators that ONNX defines by a function body have no inference of their own.
-            if node.op_type in SAME_SHAPE and node.outputs[0].shape is None and node.inputs[0] is not None:
-                node.outputs[0].shape = node.inputs[0].shape
+            # Operators that ONNX defines by a function body.
+            x, out = node.inputs[0] if node.inputs else None, node.outputs[0]
+            if node.op_type in SAME_SHAPE and out.shape is None and x is not None and x.shape is not None:
+                out.shape, out.type, filled = x.shape, out.type or x.type, True
+        if not filled:
+            break
     return model
 
 

@@ -286,6 +286,10 @@ def _withdraw(views: Views, peeled: list[bool | None]) -> bool:
             continue
         x, y = class_of[scaling.x], class_of[scaling.y]
         leader, follower = (x, y) if peeled[i] else (y, x)
+        if not _one_to_one(x, y):
+            # Copies of a channel on one side only: no matrix of one determines that of the other.
+            peeled[i], changed = None, True
+            continue
         if (views.limit[follower] != 0).any() or not (views.size[follower] > 1).any():
             # The output cannot follow; the input may, if it is not normalised and nothing restricts it.
             peeled[i] = False if peeled[i] and not scaling.normalised and scaling.gamma is not None else None
@@ -316,6 +320,11 @@ def _withdraw(views: Views, peeled: list[bool | None]) -> bool:
     for component in nx.strongly_connected_components(graph):
         give_up([i for *_, i in graph.subgraph(component).edges(data="scaling")])
     return changed
+
+
+def _one_to_one(x: np.ndarray, y: np.ndarray) -> bool:
+    pairs = len(np.unique(np.stack([x, y]), axis=1).T)
+    return pairs == len(np.unique(x)) == len(np.unique(y))
 
 
 def _cells(views: Views, leader: np.ndarray) -> dict[int, np.ndarray]:

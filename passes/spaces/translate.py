@@ -25,7 +25,7 @@ from qcompile.passes.spaces.index_map import IndexMap
 from qcompile.passes.spaces.walk import dims
 
 _PASS = {"Identity", "Dropout", "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Expand", "Flatten", "Split", "Slice"}
-_PASS |= {"GlobalAveragePool"}
+_PASS |= {"GlobalAveragePool", "Gather"}
 
 
 class Untranslatable(Exception):
@@ -83,6 +83,8 @@ class Translator:
         source, node = value, value.producer()
         while is_op(node, *_PASS) and node is not None and node.inputs[0] is not None:
             source, node = node.inputs[0], node.inputs[0].producer()
+            if node is None:
+                return None
         vectors: list[ir.Value | None] = []
         if is_op(node, "Add") and node is not None:
             vectors = list(node.inputs)
@@ -101,10 +103,10 @@ class Translator:
         node = value.producer()
         while node is not None and (is_op(node, *_PASS) or (is_op(node, "Attention") and not _visible_rows(node))):
             source = node.inputs[2 if is_op(node, "Attention") else 0]
-            if source is None:
+            if source is None or source.producer() is None:
                 break
             # What a split or slice leaves out is not translated.
-            t = self._carry(value.name or "", source.name or "", t, others=is_op(node, "Split", "Slice"))
+            t = self._carry(value.name or "", source.name or "", t, others=is_op(node, "Split", "Slice", "Gather"))
             value, node = source, source.producer()
         return value, t
 

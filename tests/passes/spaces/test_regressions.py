@@ -186,3 +186,12 @@ def test_kv_cache_inputs_pin_what_they_are_joined_with():
     model = parse(body, {"w": matrix(N, N), "v": matrix(N, N)}, {"x": (3, N), "past": (2, N)}, (5, N))
     spaces = analyse(model)
     assert spaces.of("k").pinned and any("past" in r for r in spaces.of("k").reasons)
+
+
+def test_a_scale_on_copies_of_channels_is_not_peeled():
+    """Channel 0 is read twice, and each copy has a factor of its own: a matrix on the originals fixes none on the copies."""
+    body = "a = MatMul(x, w) c = Gather<axis=1>(a, i) s = Mul(c, g) y = MatMul(s, v)"
+    constants = {"w": matrix(N, N), "v": matrix(N + 1, N, seed=1), "g": np.abs(matrix(N + 1, seed=2)) + 0.5}
+    spaces = analyse(parse(body, constants | {"i": np.array([0, 1, 2, 3, 0])}))
+    assert not any(s.mixes for s in spaces.spaces_of("a")) and all(s.scalable for s in spaces.spaces_of("s"))
+    assert prove(spaces).holds

@@ -1,0 +1,64 @@
+"""Steps of recipes and the asks they name."""
+
+import dataclasses
+
+import pytest
+
+from qcompile.errors import RecipeError
+from qcompile.passes.asks import Ask, Permute, Rotate, RotateOnline, Smooth, register_ask, registered_asks
+from qcompile.recipes import Recipe, Step
+from qcompile.transforms import list_transforms, resolve, step_of
+
+
+def test_every_registered_ask_is_a_dataclass_with_a_description_and_options_a_recipe_can_hold():
+    for name, text in list_transforms().items():
+        cls = registered_asks()[name]
+        assert text.endswith(".") and len(text) > 20, name
+        for field in dataclasses.fields(cls):
+            assert isinstance(field.default, (bool, int, float, str)), f"{name}.{field.name}"
+        assert resolve(Step(name)) == cls() and step_of(cls()) == Step(name)
+
+
+@pytest.mark.parametrize(
+    "ask", [Smooth(0.3, 5), Rotate("klt"), RotateOnline(64, everywhere=True), Permute("zigzag", 64)]
+)
+def test_an_ask_becomes_a_step_and_comes_back(ask):
+    assert resolve(step_of(ask)) == ask
+
+
+def test_recipes_take_names_steps_and_asks():
+    recipe = Recipe("r", transforms=("rotate", Step("smooth", {"alpha": 0.4}), RotateOnline(32)))
+    assert recipe.transforms == (Step("rotate"), Step("smooth", {"alpha": 0.4}), Step("rotate-online", {"block": 32}))
+
+
+def test_a_class_of_ones_own_is_found_by_file_or_module(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "from dataclasses import dataclass\nfrom qcompile.passes.asks import Ask\n"
+        "@dataclass(frozen=True)\nclass Mine(Ask):\n    strength: float = 1.0\nclass Other: pass\n"
+    )
+    ask = resolve(Step(f"{file}:Mine", {"strength": 2.0}))
+    assert isinstance(ask, Ask) and ask.strength == 2.0 and type(resolve(Step(f"{file}:Mine"))) is type(ask)
+    assert resolve(Step("qcompile.passes.asks:Smooth")) == Smooth()
+    with pytest.raises(RecipeError, match="not a dataclass derived from"):
+        resolve(Step(f"{file}:Other"))
+
+
+@pytest.mark.parametrize(
+    ("step", "text"),
+    [
+        (Step("smoth"), "unknown transform 'smoth'; known: "),
+        (Step("smooth", {"alhpa": 1}), "no option 'alhpa'; its options: alpha, search, limit"),
+        (Step("nowhere.py:A"), "cannot be loaded"),
+        (Step("qcompile.passes.asks:Nothing"), "cannot be loaded"),
+        (Step("permute", {"order": "x"}), "choose sort"),
+    ],
+)
+def test_mistakes_are_explained(step, text):
+    with pytest.raises(RecipeError, match=text):
+        resolve(step)
+
+
+def test_names_are_taken_once():
+    with pytest.raises(RecipeError, match="exists already"):
+        register_ask("smooth")(Smooth)

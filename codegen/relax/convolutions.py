@@ -2,7 +2,7 @@
 
 A convolution without groups is the matrix product of its unfolded input ``(batch x positions, taps x channels)`` with a
 ``(K, N)`` weight, by any kernel for linear operators; one with a single tap and no stride needs no unfolding at all. Padding
-is the code of zero. A convolution with groups (depthwise ones among them) is summed in int32 by generated loops:
+is the code of zero. Depthwise convolutions of codes have a kernel; others with groups are summed by generated loops:
 
     y[n, o, m] = (sum over t, c of (x[n, o s + t d - p, c] - 128) (w[t, c, m] - z[m])) x_scale[n] w_scale[m] + b[m]
 """
@@ -16,10 +16,12 @@ import numpy as np
 import onnx_ir as ir
 from tvm import relax, te, tirx
 
+from qcompile.codegen.kernels import CPUS
+from qcompile.codegen.kernels.cpu.convolution import Depthwise, Geometry, Unfold
 from qcompile.codegen.relax.attributes import attr
 from qcompile.codegen.relax.context import Context
 from qcompile.codegen.relax.dims import as_expr
-from qcompile.codegen.relax.kernels import DOMAIN, calls, product
+from qcompile.codegen.relax.kernels import DOMAIN, call, calls, product
 from qcompile.codegen.relax.ops import _kernels as kernels
 from qcompile.codegen.relax.ops._windows import Windows, windows
 from qcompile.codegen.relax.registry import converter
@@ -80,13 +82,16 @@ def convolution(
     """A convolution by a quantized weight, of codes or of floats."""
     win = windows(ctx, node, x, attr(node, "kernel_shape"), ctx.shape(x)[1:-1])
     if attr(node, "group", 1) != 1:
+        if (out := _depthwise(ctx, node, x, scale, win, bias)) is not None:
+            return out
         return _grouped(ctx, node, x, scale, win, bias)
     lead = [ctx.shape(x)[0], *win.out]
     m = ctx.dims.product(lead)
     if math.prod(win.kernel) == 1 and not win.padded() and all(s == 1 for s in win.strides):
         unfolded = ctx.reshape(x, [m, attr(node, "k")])
     else:
-        unfolded = ctx.reshape(unfold(ctx, x, win), [m, attr(node, "k")])
+        taken = unfold_kernel(ctx, x, win)
+        unfolded = ctx.reshape(unfold(ctx, x, win) if taken is None else taken, [m, attr(node, "k")])
     row_scale = None if scale is None else _per_row(ctx, scale, lead, m)
     out = product(ctx, node, unfolded, row_scale, bias)
     calls(ctx).uses["convolution as a matrix product"] += 1
@@ -126,6 +131,62 @@ def unfold(ctx: Context, x: relax.Expr, win: Windows) -> relax.Expr:
         return te.compute(extents, element, name="unfold")
 
     return ctx.te(build, x, name="unfold")
+
+
+def _geometry(ctx: Context, win: Windows) -> Geometry | None:
+    """The windows as the kernels of all processors take them, if they do: two axes at most, padding known."""
+    known = [*win.kernel, *win.before]
+    if ctx.target is None or ctx.target.kind not in CPUS or win.rank > 2 or not all(isinstance(d, int) for d in known):
+        return None
+    one, none = (1,) * (2 - win.rank), (0,) * (2 - win.rank)
+    return Geometry(
+        (*one, *map(int, win.kernel)), (*one, *win.strides), (*one, *win.dilations), (*none, *map(int, win.before))
+    )
+
+
+def _image(ctx: Context, x: relax.Expr) -> relax.Expr:
+    """``x (batch, *spatial, channels)`` with two spatial axes."""
+    batch, *spatial, channels = ctx.shape(x)
+    return x if len(spatial) == 2 else ctx.reshape(x, [batch, 1, *spatial, channels])
+
+
+def unfold_kernel(ctx: Context, x: relax.Expr, win: Windows) -> relax.Expr | None:
+    """The same as `unfold`, by a kernel; None if it does not take these windows."""
+    geometry, dtype = _geometry(ctx, win), ctx.storage(x)
+    if geometry is None or dtype not in ("uint8", "float32"):
+        return None
+    channels = int(ctx.shape(x)[-1])
+    kernel = Unfold(channels, geometry, dtype)
+    shape = [ctx.shape(x)[0], *[1] * (2 - win.rank), *win.out, math.prod(geometry.kernel) * channels]
+    (out,) = call(ctx, kernel, lambda: kernel.build(ctx.target), "unfold", [_image(ctx, x)], [(shape, dtype)])
+    return out
+
+
+def _depthwise(ctx: Context, node: ir.Node, x: Any, scale: Any, win: Windows, bias: Any) -> relax.Expr | None:
+    """A depthwise convolution of codes by its kernel; None if it does not take it."""
+    geometry, n = _geometry(ctx, win), attr(node, "n")
+    weight_format = parse_format(attr(node, "weight_format"))
+    depthwise = attr(node, "group", 1) == n == int(ctx.shape(x)[-1])
+    if (
+        geometry is None
+        or not depthwise
+        or scale is None
+        or weight_format.group
+        or attr(node, "k") * 255 * 256 >= 1 << 31
+    ):
+        return None
+    matrix, factor = _weight(ctx, node, weight_format, True)
+    weight = matrix.reshape(-1, n).astype(np.int16)
+    kernel = Depthwise(n, geometry, bias is not None, attr(node, "epilogue"))
+    name = node.inputs[2].name
+    operands = [_image(ctx, x), ctx.reshape(scale, [ctx.shape(x)[0]])]
+    operands += [ctx.const(weight, name=f"{name}.depthwise"), ctx.const(Depthwise.starts(weight)), ctx.const(factor)]
+    if bias is not None:
+        operands.append(ctx.reshape(bias, [n]))
+    shape = [ctx.shape(x)[0], *[1] * (2 - win.rank), *win.out, n]
+    (out,) = call(ctx, kernel, lambda: kernel.build(ctx.target), f"depthwise_{n}", operands, [(shape, "float32")])
+    calls(ctx).uses["depthwise convolution"] += 1
+    return ctx.reshape(out, [ctx.shape(x)[0], *win.out, n])
 
 
 def _grouped(ctx: Context, node: ir.Node, x: Any, scale: Any, win: Windows, bias: Any) -> relax.Expr:

@@ -10,6 +10,7 @@ import contextlib
 from abc import abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -41,6 +42,7 @@ class Learned(Ask):
         round_weights: simulate the rounding of weights too, not of activations alone.
         adaptive: Cayley Adam instead of Cayley SGD.
         seed: of starts and of the order of samples.
+        store: a .safetensors file for what is learned: read instead of training if it is there, else written.
         device: torch's name of where to train: "cpu", "cuda".
     """
 
@@ -59,6 +61,7 @@ class Learned(Ask):
     adaptive: bool = True
     seed: int = 0
     device: str = "cpu"
+    store: str = ""
 
     def __post_init__(self) -> None:
         for option in ("steps", "samples", "batch", "span"):
@@ -88,7 +91,11 @@ class Learned(Ask):
             context.report.entries.append(Entry(self.name, -1, False, "no linear operator is quantized"))
             return context.spaces
         chosen = np.linspace(0, len(feeds) - 1, min(self.samples, len(feeds))).astype(int)
-        text = self._train(program, context, [feeds[i] for i in chosen])
+        if self.store and Path(self.store).exists():
+            text = self._read(program)
+        else:
+            text = self._train(program, context, [feeds[i] for i in chosen])
+            self._write(program)
         parts = [f"{len(program.freedoms)} spaces", f"{len(program.mixings)} operators at run time"]
         parts += [f"{len(program.shifts)} shifts"] if program.shifts else []
         context.report.entries.append(Entry(self.name, -1, True, f"{', '.join(parts)}; {text}"))
@@ -114,6 +121,34 @@ class Learned(Ask):
         if self.clip_weights and self.round_weights:
             program.clip_weights(0.98)
         return program
+
+    def _write(self, program: Program) -> None:
+        from safetensors.torch import save_file
+
+        if self.store:
+            save_file({k: t.detach().cpu().contiguous() for k, t in program.parameters().items()}, self.store)
+
+    def _read(self, program: Program) -> str:
+        """Take the parameters from the file.
+
+        Raises:
+            RecipeError: it cannot be read, or is of another model or method.
+        """
+        import torch
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        try:
+            known = load_file(self.store)
+        except (SafetensorError, OSError) as error:
+            raise RecipeError(f"{self.name}: {self.store} cannot be read: {error}") from None
+        wanted = program.parameters()
+        if {k: t.shape for k, t in known.items()} != {k: t.shape for k, t in wanted.items()}:
+            raise RecipeError(f"{self.name}: {self.store} was learned by another method or on another model; remove it")
+        with torch.no_grad():
+            for name, tensor in wanted.items():
+                tensor.copy_(known[name])
+        return f"read from {self.store}"
 
     def _train(self, program: Program, context: Context, feeds: list) -> str:
         from qcompile.passes.blocks import blocks

@@ -192,6 +192,14 @@ class Program:
             x = round_tokens(x, site.precision.activation, clip)
         return x
 
+    def parameters(self) -> dict[str, Tensor]:
+        """Everything that is learned, by a name that does not depend on the training."""
+        parts = {f"{type(f).__name__} {f.space.index}": f.parameters for f in self.freedoms}
+        parts |= {f"mixing {name}": m.parameters for name, m in self.mixings.items()}
+        found = {f"{name} {i}": t for name, p in parts.items() for i, t in enumerate(p.all())}
+        found |= {f"shift {name}": t for name, t in self.shifts.items()}
+        return found | {f"clip {name}": t for name, t in self.clips.items()}
+
     # -- the end -----------------------------------------------------------------------------------------------------
 
     def element(self) -> Element:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 import torch
 
 from qcompile.errors import CalibrationError
@@ -142,14 +143,14 @@ def train(program: Program, feeds: Sequence[Feed], schedule: Schedule, loss: str
     }
     descent = Descent(program, program.freedoms, {s.activation for s in program.sites.values()}, schedule)
 
-    def sample_loss(step: Any, index: int) -> Tensor:
+    def sample_loss(step: Any, feed: Feed) -> Tensor:
         with torch.no_grad():
-            exact = program.run(None, feeds[index], list(outputs))
-        rounded = program.run(step, feeds[index], list(outputs))
+            exact = program.run(None, feed, list(outputs))
+        rounded = program.run(step, feed, list(outputs))
         return sum((f(exact[n], rounded[n]) for n, f in outputs.items()), torch.zeros((), device=program.like.device))
 
     with stage(title, schedule.steps) as advance:
-        return _loop(program, descent, schedule, len(feeds), sample_loss, advance, 1.0, None, None)
+        return _loop(program, descent, schedule, feeds, sample_loss, advance, 1.0, None, None)
 
 
 def train_blocks(
@@ -194,13 +195,15 @@ def train_blocks(
             inside = [f for f in program.freedoms if touched(f) <= part.constants]
             descent = Descent(program, inside, activations, schedule)
 
-            def sample_loss(step: Any, index: int, part=part, seen=seen, target=target) -> Tensor:
-                feed = _entering(feeds[index], part.source, seen[index])
-                return mse(target[index], program.run(step, feed, [part.target])[part.target])
+            def sample_loss(step: Any, feed: Feed, part=part) -> Tensor:
+                return mse(
+                    feed[part.target], program.run(step, _without(feed, part.target), [part.target])[part.target]
+                )
 
+            samples = [{**_entering(f, part.source, x), part.target: y} for f, x, y in zip(feeds, seen, target)]
             share = 1 / len(parts)
             outcomes.append(
-                _loop(program, descent, schedule, len(feeds), sample_loss, advance, share, part.constants, nodes)
+                _loop(program, descent, schedule, samples, sample_loss, advance, share, part.constants, nodes)
             )
             if through_rounded:
                 with torch.no_grad():
@@ -218,6 +221,31 @@ def _entering(feed: Feed, name: str, value: Tensor | None) -> dict[str, Any]:
     return {**feed, name: value} if name else dict(feed)
 
 
+def _without(feed: Feed, name: str) -> dict[str, Any]:
+    return {k: v for k, v in feed.items() if k != name}
+
+
+def stacked(model: ir.Model, feeds: Sequence[Feed]) -> list[dict[str, Any]]:
+    """Join samples along the first axis where that is a batch axis of every value in them, else leave them alone.
+
+    It is one if the model calls the first dimension of all of them by one name, and the samples agree in shape.
+    """
+    names = set(feeds[0])
+    values = [v for v in (*model.graph.inputs, *(o for n in model.graph for o in n.outputs)) if v.name in names]
+    first = {v.shape[0] if v.shape is not None and len(v.shape) else None for v in values}
+    (batch,) = first if len(first) == 1 else (None,)
+    alike = all(
+        {k: tuple(v.shape) for k, v in f.items()} == {k: tuple(v.shape) for k, v in feeds[0].items()} for f in feeds
+    )
+    if not isinstance(batch, ir.SymbolicDim) or batch.value is None or not alike or len(values) != len(names):
+        return [dict(f) for f in feeds]
+    joined: dict[str, Any] = {}
+    for name in feeds[0]:
+        parts = [f[name] for f in feeds]
+        joined[name] = torch.cat(parts) if isinstance(parts[0], torch.Tensor) else np.concatenate(parts)
+    return [joined]
+
+
 def touched(freedom: Freedom) -> set[str]:
     """Constants that a freedom changes: the members of its family and of those that follow it."""
     spaces = freedom.spaces
@@ -233,14 +261,15 @@ def _loop(
     program: Program,
     descent: Descent,
     schedule: Schedule,
-    count: int,
-    sample_loss: Callable[[Any, int], Tensor],
+    feeds: Sequence[Feed],
+    sample_loss: Callable[[Any, Feed], Tensor],
     advance: Callable[..., None],
     share: float,
     names: Any,
     nodes: Any,
 ) -> Outcome:
     rng = np.random.default_rng(schedule.seed)
+    count = len(feeds)
     batch = min(schedule.batch, count)
     order: list[int] = []
     clock = Clock(schedule, share)
@@ -253,8 +282,9 @@ def _loop(
         made = program.step(names, nodes)
         leaves = made.detached()
         total = 0.0
-        for index in chosen:
-            value = sample_loss(leaves, index) / batch
+        joined = stacked(program.model, [feeds[i] for i in chosen])
+        for feed in joined:
+            value = sample_loss(leaves, feed) / len(joined)
             value.backward()
             total += float(value.detach())
         made.backward(leaves)

@@ -78,9 +78,9 @@ def unpack(panels: Panels, raw: list[Any], index: int, parts: list[Part]) -> Ite
         yield 0, moved if top else T.bitwise_and(moved, v.const((1 << bits) - 1, BYTES, "uint8"))
 
 
-def combine(parts: list[Part], sums: list[Any]) -> Any:
-    """The sum the accumulators stand for."""
-    total = None
+def combine(parts: list[Part], sums: list[Any], start: Any) -> Any:
+    """``start`` plus the sum the accumulators stand for."""
+    total = start
     for part, value in zip(parts, sums, strict=True):
         if part.shift:
             moved = T.shift_right(v.bits_of(value, "uint32", LANES), v.const(part.shift, LANES, "uint32"))
@@ -88,7 +88,7 @@ def combine(parts: list[Part], sums: list[Any]) -> Any:
         factor = part.factor % (1 << 32)
         if factor != 1:
             value = value * v.const(factor - (1 << 32) if factor >> 31 else factor, LANES, "int32")
-        total = value if total is None else total + value
+        total = total + value
     return total
 
 

@@ -27,7 +27,8 @@ from tvm.tirx.script.builder import ir as B
 from qcompile.codegen.kernels.arm import bits
 from qcompile.codegen.kernels.base import LinearProblem
 from qcompile.codegen.kernels.cpu import vector as v
-from qcompile.codegen.kernels.cpu.gemm import ON_STACK, Emission, Register, Tile, TiledGemm
+from qcompile.codegen.kernels.cpu import vmath
+from qcompile.codegen.kernels.cpu.gemm import ON_STACK, Emission, Register, TiledGemm
 from qcompile.codegen.kernels.cpu.panels import Panels, largest
 from qcompile.formats import Quantized
 from qcompile.targets.target import Target
@@ -150,26 +151,60 @@ class ArmGemm(TiledGemm):
     # Micro-kernel
 
     def micro(self, e: Emission, panel: Any, first: Any, rows: int) -> None:
-        def reduce(group: Any, sums: Tile) -> None:
-            self.reduce(e, panel, first, sums, group)
-            self.take_zeros_off(e, panel, sums, group)
+        """``tile = start + sum_g scale[g] (sum_k u a' - z[g] sum_k a')``, without scales if there is one group."""
+        p = e.panels
+        kind = "float32" if p.fmt.group else "int32"
+        tile = [[Register(kind, LANES) for _ in range(p.vectors)] for _ in range(rows)]
+        places = [(r, vec) for r in range(rows) for vec in range(p.vectors)]
+        for vec in range(p.vectors):
+            start = v.let(v.load(e.names["start"], [panel * p.width + vec * LANES], LANES))
+            for r in range(rows):
+                tile[r][vec].set(start)
+        if p.fmt.group:
+            with T.serial(p.groups) as group:
+                sums = self.group_sums(e, panel, first, rows, group)
+                for vec, scale in enumerate(self.scale_vectors(e, panel, group)):
+                    for r in range(rows):
+                        value = v.cast(sums[r][vec], "float32", LANES)
+                        tile[r][vec].set(vmath.fma(value, scale, tile[r][vec].get()))
+        else:
+            sums = self.group_sums(e, panel, first, rows, T.int32(0))
+            for r, vec in places:
+                tile[r][vec].set(tile[r][vec].get() + sums[r][vec])
+        for r, vec in places:
+            v.store(e.tile, [r, vec * LANES], tile[r][vec].get(), LANES)
 
-        self.by_group(e, panel, "int32", rows, reduce)
+    def group_sums(self, e: Emission, panel: Any, first: Any, rows: int, group: Any) -> list[list[Any]]:
+        """Emit ``sum_k (u - z) a'`` over one group, int32 ``[row][vector]``."""
+        p = e.panels
+        totals = [v.let(v.load(e.extra["sums"], [r, group], 1)) for r in range(rows)]
+        if p.fmt.symmetric:
+            start = [v.let(v.splat(total * (-p.bias), LANES)) for total in totals]
+            return self.products(e, panel, first, group, start)
+        sums = self.products(e, panel, first, group, [v.const(0, LANES, "int32")] * rows)
+        zeros = self.zero_codes(e, panel, group)
+        splats = [v.let(v.splat(total, LANES)) for total in totals]
+        return [[v.let(s - zero * splats[r]) for s, zero in zip(line, zeros)] for r, line in enumerate(sums)]
 
     @abstractmethod
-    def accumulator(self, panels: UnsignedPanels, part: bits.Part) -> Accumulator:
-        """A new accumulator for one column vector of one row, starting from 0."""
+    def accumulator(self, panels: UnsignedPanels, part: bits.Part, start: Any) -> Accumulator:
+        """A new accumulator for one column vector of one row, starting from ``start``."""
 
     @abstractmethod
     def chunks_between_flushes(self, panels: UnsignedPanels) -> int:
         """Chunks of `over_rows` after which accumulators must be flushed; 0 if never."""
 
-    def reduce(self, e: Emission, panel: Any, first: Any, sums: Tile, group: Any) -> None:
-        """Emit ``sums[row][vector] += sum_k u a'`` over one group."""
+    def products(self, e: Emission, panel: Any, first: Any, group: Any, start: list[Any]) -> list[list[Any]]:
+        """Emit ``start[row] + sum_k u a'`` over one group, int32 ``[row][vector]``."""
         p = e.panels
-        rows = len(sums)
+        rows = len(start)
         parts = bits.partial_sums(p, rows, self.wide)
-        tile = [[[self.accumulator(p, part) for part in parts] for _ in line] for line in sums]
+        zero = v.const(0, LANES, "int32")
+        begin = [[first if part == bits.PLAIN else zero for part in parts] for first in start]
+        tile = [
+            [[self.accumulator(p, part, at) for part, at in zip(parts, line)] for _ in range(p.vectors)]
+            for line in begin
+        ]
 
         def body(line: Any, count: int, activations: Callable[[int, int], Any]) -> None:
             for i in range(count):
@@ -189,21 +224,11 @@ class ArmGemm(TiledGemm):
                         accumulator.flush()
 
         self.over_rows(e, first, rows, group, body, flush, self.chunks_between_flushes(p))
-        for line, accumulators in zip(sums, tile, strict=True):
-            for acc, split in zip(line, accumulators, strict=True):
-                acc.set(acc.get() + bits.combine(parts, [part.total() for part in split]))
-
-    def take_zeros_off(self, e: Emission, panel: Any, sums: Tile, group: Any) -> None:
-        """Subtract zero points times the sum of the group's activations."""
-        p = e.panels
-        zeros = self.zero_codes(e, panel, group) if not p.fmt.symmetric else None
-        for r, line in enumerate(sums):
-            total = v.let(v.load(e.extra["sums"], [r, group], 1))
-            if zeros is None:
-                total = v.let(v.splat(total * p.bias, LANES))
-            for vec, acc in enumerate(line):
-                part = total if zeros is None else zeros[vec] * v.splat(total, LANES)
-                acc.set(acc.get() - part)
+        rest = [zero if bits.PLAIN in parts else first for first in start]
+        return [
+            [v.let(bits.combine(parts, [part.total() for part in split], rest[r])) for split in line]
+            for r, line in enumerate(tile)
+        ]
 
     def load_weights(self, e: Emission, panel: Any, row: Any) -> list[list[Any]]:
         """Load one panel row: uint8 registers ``[vector][plane]``."""
@@ -243,19 +268,23 @@ class ArmGemm(TiledGemm):
         chunks = v.let(T.min(T.truncdiv(p.k - group * p.group, whole), full)) if last < full else full
         base = v.let(group * p.rows_per_group)
 
-        def run(begin: Any, count: Any) -> None:
-            with T.serial(e.rolled(count) if isinstance(count, int) else count) as j:
-                i = begin + j
-                k = v.let(group * p.group + i * whole)
-                wide = [[self._sixteen(e, first + r, k + at * BYTES) for at in range(loads)] for r in range(rows)]
+        def one(i: Any) -> None:
+            k = v.let(group * p.group + i * whole)
+            wide = [[self._sixteen(e, first + r, k + at * BYTES) for at in range(loads)] for r in range(rows)]
 
-                def indexed(r: int, at: int) -> Any:
-                    return v.bits_of(v.shuffle(wide[r][at // LANES], [at % LANES] * LANES), "uint8", BYTES)
+            def indexed(r: int, at: int) -> Any:
+                return v.bits_of(v.shuffle(wide[r][at // LANES], [at % LANES] * LANES), "uint8", BYTES)
 
-                body(base + i * chunk, chunk, indexed)
+            body(base + i * chunk, chunk, indexed)
+
+        def run(begin: Any, count: Any, together: int = 1) -> None:
+            with T.serial(self._kept(e, count // together) if isinstance(count, int) else count) as j:
+                for i in range(together):
+                    one(begin + j * together + i)
 
         if full and (not every or full <= every):
-            run(0, chunks)
+            # One row leaves registers for two chunks at a time, which halves the cost of the loop.
+            run(0, chunks, 2 if rows == 1 and isinstance(chunks, int) and chunks % 2 == 0 else 1)
             flush()
         elif full:
             with T.serial(T.truncdiv(chunks + (every - 1), every)) as block:
@@ -270,6 +299,11 @@ class ArmGemm(TiledGemm):
 
                 body(base + row, 1, single)
                 flush()
+
+    @staticmethod
+    def _kept(e: Emission, count: int) -> Any:
+        """``count`` as a bound that LLVM takes for an open one; it would unroll the loop beyond the registers it has."""
+        return T.max(count, e.m - (1 << 30)) if count > 2 else count
 
     @staticmethod
     def _sixteen(e: Emission, row: Any, k: Any) -> Any:
@@ -295,9 +329,9 @@ def dot(acc: Any, a: Any, b: Any) -> Any:
 class DotSum:
     """UDOT into one register."""
 
-    def __init__(self) -> None:
+    def __init__(self, start: Any) -> None:
         self.sum = Register("int32", LANES)
-        self.sum.set(v.const(0, LANES, "int32"))
+        self.sum.set(start)
 
     def add(self, codes: Any, activations: Any) -> None:
         self.sum.set(dot(self.sum.get(), codes, activations))
@@ -324,8 +358,8 @@ class DotGemm(ArmGemm):
     def add_bytes(self, total: Any, x: Any) -> Any:
         return dot(total, x, v.const(1, BYTES, "uint8"))
 
-    def accumulator(self, panels: UnsignedPanels, part: bits.Part) -> DotSum:
-        return DotSum()
+    def accumulator(self, panels: UnsignedPanels, part: bits.Part, start: Any) -> DotSum:
+        return DotSum(start)
 
     def chunks_between_flushes(self, panels: UnsignedPanels) -> int:
         return 0
@@ -334,7 +368,8 @@ class DotGemm(ArmGemm):
 class ProductSum:
     """UMULL and UMLAL into 16-bit lanes, flushed into 32-bit ones: two per column until the end."""
 
-    def __init__(self, narrow: bool) -> None:
+    def __init__(self, narrow: bool, start: Any) -> None:
+        self.start = start
         zero = v.const(0, LANES, "int32")
         self.wide = [Register("int32", LANES) for _ in range(2)]
         self.narrow = [Register("uint16", 2 * LANES) for _ in range(2)] if narrow else []
@@ -358,7 +393,8 @@ class ProductSum:
             narrow.set(v.const(0, 2 * LANES, "uint16"))
 
     def total(self) -> Any:
-        return T.call_llvm_pure_intrin("int32x4", "llvm.aarch64.neon.addp", *(w.get() for w in self.wide))
+        pairs = T.call_llvm_pure_intrin("int32x4", "llvm.aarch64.neon.addp", *(w.get() for w in self.wide))
+        return self.start + pairs
 
 
 class MaskedSum:
@@ -403,8 +439,8 @@ class NeonGemm(ArmGemm):
     def add_bytes(self, total: Any, x: Any) -> Any:
         return total + _pairs(T.call_llvm_pure_intrin("uint16x8", "llvm.aarch64.neon.uaddlp", x))
 
-    def accumulator(self, panels: UnsignedPanels, part: bits.Part) -> ProductSum | MaskedSum:
-        return MaskedSum() if part.mask else ProductSum(panels.bits < 8)
+    def accumulator(self, panels: UnsignedPanels, part: bits.Part, start: Any) -> ProductSum | MaskedSum:
+        return MaskedSum() if part.mask else ProductSum(panels.bits < 8, start)
 
     def chunks_between_flushes(self, panels: UnsignedPanels) -> int:
         if panels.bits == 8:

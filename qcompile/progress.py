@@ -7,7 +7,8 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
-Advance = Callable[[], None]
+Advance = Callable[..., None]
+"""Advances a stage by one step; may be given a note to show beside its title."""
 
 
 class Progress:
@@ -43,15 +44,15 @@ class Progress:
     def stage(self, title: str, total: int | None = 1) -> Iterator[Advance]:
         """A stage of ``total`` steps; yields the function that advances it by one."""
         if self._display is None:
-            yield lambda: None
+            yield lambda note="": None
             return
         task = self._display.add_task(title, total=total)
         done = 0
 
-        def advance() -> None:
+        def advance(note: str = "") -> None:
             nonlocal done
             done += 1
-            self._display.advance(task)
+            self._display.update(task, advance=1, description=f"{title}  [dim]{note}" if note else title)
 
         yield advance
         self._display.update(task, total=total or max(done, 1), completed=total or max(done, 1))

@@ -57,11 +57,14 @@ class Data:
         measure: computes statistics of named values of a model; None without data.
         feeds: the samples themselves, for asks that learn.
         rows: picks sample rows of named values, for asks that search; None without data.
+        stage: ``(title, steps) -> context manager`` of a function that is called after every step, maybe with a note;
+            for asks that take long.
     """
 
     measure: Measure | None = None
     feeds: Sequence[Mapping[str, np.ndarray]] = ()
     rows: Rows | None = None
+    stage: Callable[[str, int], Any] | None = None
 
     @classmethod
     def of(cls, stats: Stats | Callable[[ir.Model], Stats] | Data | None) -> Data:

@@ -157,7 +157,7 @@ class Learned(Ask):
         schedule = Schedule(
             self.steps, self.seconds, self.batch, self.rotation_rate, self.rate, self.adaptive, self.seed
         )
-        stage = getattr(context.data, "stage", None) or silent
+        stage = context.data.stage or silent
         if not self.blockwise:
             return str(train(program, feeds, schedule, self.loss, stage, self.name))
         parts = blocks(context.model, program.sites.keys(), self.span)

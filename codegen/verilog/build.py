@@ -59,3 +59,23 @@ def requantize_parameters(
         HIGH=step.high,
     )
     return parameters, 2 * multiply + (step.shift > 0) + (low or high)
+
+
+def rounding_parameters(
+    step: Requantize, bounds: tuple[np.ndarray, np.ndarray], out: IntType
+) -> tuple[dict[str, int], int]:
+    """Like `requantize_parameters` for units that multiply on their own."""
+    parameters, cycles = requantize_parameters(step, bounds, out)
+    for name in ("MULTIPLY", "M_BITS"):
+        del parameters[name]
+    return parameters, cycles
+
+
+def every(steps: int) -> np.ndarray:
+    """All steps move a beat."""
+    return np.ones(steps, bool)
+
+
+def type_parameters(prefix: str, kind: IntType) -> dict[str, int]:
+    """``PREFIX_BITS`` and ``PREFIX_SIGNED``."""
+    return {f"{prefix}_BITS": kind.bits, f"{prefix}_SIGNED": int(kind.signed)}

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from qcompile.codegen.fixed.program import Program
-from qcompile.codegen.verilog import build, matvec, plumbing, timing
+from qcompile.codegen.verilog import attention, build, elementwise, matvec, movement, plumbing, timing, window
 from qcompile.codegen.verilog.netlist import Channel, Netlist
 
 __all__ = ["make_netlist"]
 
-_REGISTERED = (matvec,)
+_REGISTERED = (attention, elementwise, matvec, movement, window)
 
 
 def make_netlist(program: Program, *, input_lanes: int | None = None) -> Netlist:

@@ -43,19 +43,20 @@ class Channel:
 
 @dataclass(frozen=True)
 class Wait:
-    """Step ``i`` of a frame waits for ``process`` of the same unit to have begun ``count[i]`` of its steps.
+    """Step ``i`` of a frame waits for ``process`` of the same unit to have begun ``count[i]`` steps of this frame.
 
     Attributes:
         process: index of the other process.
-        count: int64 per step; steps of the other process in all frames before are counted from `offset`.
+        count: int64 per step; 0 and less reach back into frames before, `NEVER` does not wait.
         delay: cycles from that step to the earliest one that may follow.
-        offset: added to the other process's steps of earlier frames: -1 where a buffer of one frame must be free again.
     """
 
     process: int
     count: np.ndarray
     delay: int = 1
-    offset: int = 0
+
+
+NEVER = -(1 << 40)
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,7 @@ class Process:
         makes: for each output, whether a step makes one.
         latency: cycles from a step to the beat it makes.
         waits: on other processes of the unit.
+        looks: for some inputs, whether a step waits until a beat is offered and leaves it there.
     """
 
     steps: int
@@ -75,6 +77,7 @@ class Process:
     makes: dict[int, np.ndarray]
     latency: int = 1
     waits: tuple[Wait, ...] = ()
+    looks: dict[int, np.ndarray] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -121,6 +124,7 @@ class Unit:
         processes: its timing.
         memories: by parameter name.
         depths: entries of the FIFO behind each output, by port prefix.
+        literals: parameters that are not plain integers, as Verilog.
         node: the program's node it belongs to.
     """
 
@@ -132,6 +136,7 @@ class Unit:
     processes: tuple[Process, ...]
     memories: dict[str, Memory] = field(default_factory=dict)
     depths: dict[str, int] = field(default_factory=dict)
+    literals: dict[str, str] = field(default_factory=dict)
     node: str = ""
 
     def __post_init__(self) -> None:

@@ -149,7 +149,9 @@ def _verilator(folder: Path, top: str, sources: Sequence[str]) -> Path:
 
 
 def _cxxrtl(folder: Path, top: str, sources: Sequence[str]) -> Path:
-    script = f"read_verilog -defer {' '.join(sources)}; hierarchy -check -top {top}; write_cxxrtl -O6 -nohierarchy design.h"
+    script = (
+        f"read_verilog -defer {' '.join(sources)}; hierarchy -check -top {top}; write_cxxrtl -O6 -nohierarchy design.h"
+    )
     yosys, headers = tools.cxxrtl()
     tools.call([*yosys, "-q", "-p", script], folder)
     compiler = tools.require("c++")

@@ -72,12 +72,17 @@ class _Running:
         self.begun: list[int] = []
         self.peers: list[_Running] = []
         inputs, outputs = list(unit.inputs.values()), list(unit.outputs.items())
-        self.takes = [
-            (flags.tolist(), line.offered[inputs[i].name], line.taken[inputs[i].name])
-            for i, flags in process.takes.items()
-        ]
+        self.takes, self.looks = (
+            [(flags.tolist(), line.offered[inputs[i].name], line.taken[inputs[i].name]) for i, flags in which.items()]
+            for which in (process.takes, process.looks)
+        )
         self.makes = [
-            (flags.tolist(), line.offered[outputs[o][1].name], line.taken[outputs[o][1].name], unit.depths[outputs[o][0]])
+            (
+                flags.tolist(),
+                line.offered[outputs[o][1].name],
+                line.taken[outputs[o][1].name],
+                unit.depths[outputs[o][0]],
+            )
             for o, flags in process.makes.items()
         ]
 
@@ -86,13 +91,15 @@ class _Running:
         process, begun = self.process, self.begun
         start = len(begun)
         steps, latency = process.steps, process.latency
-        waits = [(self.peers[w.process].begun, w.count.tolist(), w.delay, w.offset, self.peers[w.process].process.steps)
-                 for w in process.waits]  # fmt: skip
+        waits = [
+            (self.peers[w.process].begun, w.count.tolist(), w.delay, self.peers[w.process].process.steps)
+            for w in process.waits
+        ]
         now = begun[-1] + 1 if begun else 0
         for i in range(start, self.total):
             frame, step = divmod(i, steps)
             blocked = False
-            for flags, offered, taken in self.takes:
+            for flags, offered, taken in self.takes + self.looks:
                 if flags[step]:
                     if len(taken) >= len(offered):
                         blocked = True
@@ -108,8 +115,8 @@ class _Running:
                     now = max(now, taken[len(offered) - depth] + 1)
             if blocked:
                 break
-            for other, count, delay, offset, period in waits:
-                needed = (frame + offset) * period + count[step] - 1
+            for other, count, delay, period in waits:
+                needed = frame * period + count[step] - 1
                 if needed >= 0:
                     if len(other) <= needed:
                         blocked = True

@@ -113,6 +113,7 @@ class MatMul(Node):
         requantize: one multiplier for all.
         exponent: if not None, ``a`` holds codes of powers of two: ``2^(exponent - a)`` is multiplied.
         scale: of the output stream.
+        products: ``lut`` or ``dsp``, see `MatVec`.
     """
 
     heads: int
@@ -120,6 +121,7 @@ class MatMul(Node):
     requantize: Requantize
     exponent: int | None = None
     scale: np.ndarray | float | None = None
+    products: str = "lut"
 
     kind = "matmul"
 

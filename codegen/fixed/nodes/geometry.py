@@ -29,7 +29,9 @@ class Geometry:
 
     def __post_init__(self) -> None:
         if min(*self.kernel, *self.stride, *self.dilation) < 1 or min(self.pads) < 0 or min(self.out_shape) < 1:
-            raise FormatError(f"no window of {self.kernel} fits an image of {(self.height, self.width)} with {self.pads}")
+            raise FormatError(
+                f"no window of {self.kernel} fits an image of {(self.height, self.width)} with {self.pads}"
+            )
 
     @property
     def out_shape(self) -> tuple[int, int]:

@@ -53,7 +53,9 @@ class Normalize(Node):
         if self.epsilon < 1:
             raise FormatError(f"{self.name}: epsilon must be a positive integer")
         if (self.square_bound << F).bit_length() > 62:
-            raise FormatError(f"{self.name}: squares of {self.inputs[0].type} over {self.inputs[0].channels} are too large")
+            raise FormatError(
+                f"{self.name}: squares of {self.inputs[0].type} over {self.inputs[0].channels} are too large"
+            )
 
     @property
     def reach(self) -> int:

@@ -120,9 +120,9 @@ def _normalize(node: Normalize, inputs: Tensors, constants: Named) -> te.Tensor:
     )
     root = te.compute(
         (tokens,),
-        lambda t: constants["roots"][
-            ((variance[t] << word(F)) >> (half_log[t] * word(2))) - word(1 << F)
-        ].astype("int64"),
+        lambda t: constants["roots"][((variance[t] << word(F)) >> (half_log[t] * word(2))) - word(1 << F)].astype(
+            "int64"
+        ),
         name="root",
     )
 

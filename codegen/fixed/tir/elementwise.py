@@ -55,9 +55,7 @@ def _add(node: Add, inputs: Tensors, constants: Named) -> te.Tensor:
     work = machine_int(node.locals["product"].bits + 2)
 
     def out(t: Any, c: Any) -> Any:
-        total = sum(
-            x[t, c].astype(work) * tirx.const(m, work) for x, m in zip(inputs, node.multipliers, strict=True)
-        )
+        total = sum(x[t, c].astype(work) * tirx.const(m, work) for x, m in zip(inputs, node.multipliers, strict=True))
         return put_out(total, None, node.rounding, node.total_bounds, node.output.type)
 
     return te.compute(node.output.shape, out, name=build.OUTPUT)

@@ -4,12 +4,14 @@
 // STYLE 1: radix-4 digits of w. A digit 0..3 selects 0, x, 2x or 3x, where 3x (`triple`) is shared by all that multiply the
 //          same x; the last digit of a signed w selects 0, x, -2x or -x. One digit is added per cycle: (W_BITS + 1) / 2
 //          cycles. Each bit is one selecting LUT per digit, the adders' own LUTs included.
+// STYLE 2: x is the code of a power of two: w * 2^(EXPONENT - x); 1 cycle.
 module product #(
     parameter X_BITS = 8,
     parameter W_BITS = 4,
     parameter W_SIGNED = 1,
     parameter P_BITS = 12,
-    parameter STYLE = 1
+    parameter STYLE = 1,
+    parameter EXPONENT = 0
 ) (
     input clk,
     input signed [X_BITS-1:0] x,
@@ -26,6 +28,12 @@ module product #(
       wire signed [W_BITS:0] w_signed = {W_SIGNED ? w[W_BITS-1] : 1'b0, w};
       reg signed [P_BITS-1:0] r;
       always @(posedge clk) r <= x * w_signed;
+      assign p = r;
+    end else if (STYLE == 2) begin : power
+      wire signed [W_BITS:0] w_signed = {W_SIGNED ? w[W_BITS-1] : 1'b0, w};
+      wire [X_BITS-1:0] places = EXPONENT[X_BITS-1:0] - x;
+      reg signed [P_BITS-1:0] r;
+      always @(posedge clk) r <= w_signed <<< places;
       assign p = r;
     end else begin : digits
       // Digit i is added to the upper part of the sum of the digits below it.

@@ -77,10 +77,16 @@ def nodes(rng):
         Window("window", (image,), pixels),
         Window("window_strided", (image,), strided),
         Window("window_dilated", (image,), dilated),
-        Depthwise("depthwise", (image,), pixels, rng.integers(-8, 8, (9, 6)), rng.integers(-99, 99, 6), requantize(rng, 6)),
+        Depthwise(
+            "depthwise", (image,), pixels, rng.integers(-8, 8, (9, 6)), rng.integers(-99, 99, 6), requantize(rng, 6)
+        ),
         Depthwise("depthwise_ties", (image,), strided, rng.integers(-8, 8, (6, 6)), rng.integers(-9, 9, 6), ties(6)),
         Depthwise(
-            "average", (image,), Geometry(5, 6, (2, 2), (2, 2)), np.ones((4, 6), np.int64), np.zeros(6, np.int64),
+            "average",
+            (image,),
+            Geometry(5, 6, (2, 2), (2, 2)),
+            np.ones((4, 6), np.int64),
+            np.zeros(6, np.int64),
             Requantize(one(1), 2, -128, 127),
         ),
         MaxPool("maxpool", (image,), Geometry(5, 6, (3, 3), (2, 2), (1, 1, 1, 1))),

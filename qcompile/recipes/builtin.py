@@ -1,5 +1,7 @@
 """The recipes that ship with qcompile."""
 
+from typing import Any
+
 from qcompile.recipes.recipe import Recipe, Step, register_recipe
 
 SMOOTH = Step("smooth", {"alpha": 0.5})
@@ -92,5 +94,59 @@ register_recipe(
         "w4a8-rtn",
         "Weights int4 in groups of 32 rounded to nearest, activations int8 per token; no data needed.",
         weight="int4/g32/asym",
+    )
+)
+
+W4A4: dict[str, Any] = {
+    "weight": "int4/g128/asym",
+    "activation": "int4/token",
+    "solver": "gptq",
+    "hessian": "corrected",
+}
+"""Four bits everywhere: weights by GPTQ, layer by layer behind the layers quantized before."""
+
+register_recipe(
+    Recipe(
+        "smoothquant",
+        "Weights and activations int8; activation outliers moved into the weights.",
+        "Xiao et al., SmoothQuant (2022)",
+        solver="mse",
+        transforms=(SMOOTH,),
+    )
+)
+register_recipe(
+    Recipe(
+        "quarot",
+        "W4A4: random Hadamard rotations, folded where possible, tokens clipped.",
+        "Ashkboos et al., QuaRot (2024)",
+        transforms=(Step("rotate"), Step("rotate-online"), Step("clip")),
+        **W4A4,
+    )
+)
+register_recipe(
+    Recipe(
+        "spinquant",
+        "W4A4: rotations learned on calibration samples.",
+        "Liu et al., SpinQuant (2024)",
+        transforms=(Step("spinquant"),),
+        **W4A4,
+    )
+)
+register_recipe(
+    Recipe(
+        "ostquant",
+        "W4A4: rotations and scales learned together on calibration samples.",
+        "Hu et al., OSTQuant (2025)",
+        transforms=(Step("ostquant"),),
+        **W4A4,
+    )
+)
+register_recipe(
+    Recipe(
+        "flatquant",
+        "W4A4: Kronecker products at run time, scales and matrices of heads, learned on calibration samples.",
+        "Sun et al., FlatQuant (2024)",
+        transforms=(Step("flatquant"),),
+        **W4A4,
     )
 )

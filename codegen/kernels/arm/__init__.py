@@ -1,9 +1,10 @@
-"""Kernels for 64-bit ARM processors: integer GEMM on UDOT or 16-bit multiply-adds, and weight-only GEMM."""
+"""Kernels for 64-bit ARM processors: integer GEMM on UDOT or 16-bit multiply-adds, bit planes, and weight-only GEMM."""
 
 from qcompile.codegen.kernels.arm.floats import FloatGemm
 from qcompile.codegen.kernels.arm.gemm import DotGemm, NeonGemm
+from qcompile.codegen.kernels.arm.planes import PlaneDotGemm, PlaneNeonGemm
 
-FAMILIES = (DotGemm, NeonGemm, FloatGemm)
+FAMILIES = (DotGemm, NeonGemm, PlaneDotGemm, PlaneNeonGemm, FloatGemm)
 """Families of linear kernels, the one to prefer among equals first."""
 
-__all__ = ["FAMILIES", "DotGemm", "FloatGemm", "NeonGemm"]
+__all__ = ["FAMILIES", "DotGemm", "FloatGemm", "NeonGemm", "PlaneDotGemm", "PlaneNeonGemm"]

@@ -78,6 +78,11 @@ def unpack(panels: Panels, raw: list[Any], index: int, parts: list[Part]) -> Ite
         yield 0, moved if top else T.bitwise_and(moved, v.const((1 << bits) - 1, BYTES, "uint8"))
 
 
+def plane(panels: Panels, raw: list[Any], index: int, bit: int) -> Any:
+    """One bit of the codes at position ``index`` of every byte, as 255 or 0."""
+    return _mask(raw[bit], index) if panels.planes else _mask(raw[0], index * panels.bits + bit)
+
+
 def combine(parts: list[Part], sums: list[Any], start: Any) -> Any:
     """``start`` plus the sum the accumulators stand for."""
     total = start

@@ -29,8 +29,9 @@ from qcompile.codegen.kernels.base import LinearProblem
 from qcompile.codegen.kernels.cpu import vector as v
 from qcompile.codegen.kernels.cpu import vmath
 from qcompile.codegen.kernels.cpu.gemm import ON_STACK, Emission, Register, TiledGemm
+from qcompile.codegen.kernels.cpu.lut import group_scales
 from qcompile.codegen.kernels.cpu.panels import Panels, largest
-from qcompile.formats import Quantized
+from qcompile.formats import DualInt4, FixedPoint, Format, IntFormat, Quantized, Ternary
 from qcompile.targets.target import Target
 
 LANES = 4
@@ -82,6 +83,17 @@ class Accumulator(Protocol):
         ...
 
 
+def integer_format(fmt: Format) -> IntFormat | None:
+    """The integer format whose codes and scales those of ``fmt`` are, up to where a scale is kept; None if there is none."""
+    if isinstance(fmt, IntFormat):
+        return fmt
+    if isinstance(fmt, Ternary):
+        return IntFormat(2, fmt.group)
+    if isinstance(fmt, DualInt4):
+        return IntFormat(4, fmt.group)
+    return IntFormat(fmt.bits) if isinstance(fmt, FixedPoint) else None
+
+
 class ArmGemm(TiledGemm):
     """What the integer families share. A subclass gives the dot product and the register tiles."""
 
@@ -105,14 +117,24 @@ class ArmGemm(TiledGemm):
         if not problem.activation.bits:
             return f"{self.name} multiplies integer activations; this operator has float ones"
         longest = min(problem.weight.group or problem.k, problem.k)
-        if longest * 255 * largest(problem.weight) >= 1 << 31:
+        fmt = self.integers(problem.weight)
+        if fmt is not None and longest * 255 * largest(fmt) >= 1 << 31:
             return f"{self.name}: {longest} products of 8-bit numbers may overflow an int32 accumulator"
         return ""
 
+    def integers(self, fmt: Format) -> IntFormat | None:
+        return integer_format(fmt)
+
+    def levels(
+        self, problem: LinearProblem, config: dict[str, Any], weight: Quantized
+    ) -> tuple[np.ndarray, np.ndarray]:
+        stored, column = group_scales(problem.weight, weight, config["scales"])
+        return stored[0], column
+
     def panels(self, problem: LinearProblem, config: dict[str, Any]) -> UnsignedPanels:
-        return UnsignedPanels(
-            problem.k, problem.n, problem.weight, config["lanes"], config["vectors"], depth=self.depth
-        )
+        fmt = self.integers(problem.weight)
+        assert fmt is not None
+        return UnsignedPanels(problem.k, problem.n, fmt, config["lanes"], config["vectors"], depth=self.depth)
 
     def unit(self, panels: Panels) -> int:
         return 1
@@ -303,7 +325,7 @@ class ArmGemm(TiledGemm):
     @staticmethod
     def _kept(e: Emission, count: int) -> Any:
         """``count`` as a bound that LLVM takes for an open one; it would unroll the loop beyond the registers it has."""
-        return T.max(count, e.m - (1 << 30)) if count > 2 else count
+        return T.max(count, e.m - (1 << 30)) if count > 4 else count
 
     @staticmethod
     def _sixteen(e: Emission, row: Any, k: Any) -> Any:

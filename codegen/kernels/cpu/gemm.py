@@ -26,7 +26,7 @@ from qcompile.codegen.kernels.base import LinearKernel, LinearProblem, Support
 from qcompile.codegen.kernels.cpu import vector as v
 from qcompile.codegen.kernels.cpu import vmath
 from qcompile.codegen.kernels.cpu.panels import Panels, half_scales
-from qcompile.formats import IntFormat, Quantized
+from qcompile.formats import Format, IntFormat, Quantized
 from qcompile.targets.target import Target
 
 CLOCK = 3e9
@@ -129,6 +129,17 @@ class TiledGemm(LinearKernel):
         """What the micro-kernel's activations exceed the true codes by."""
         return 128 if problem.activation.bits else 0
 
+    def integers(self, fmt: Format) -> IntFormat | None:
+        """The integer format that ``fmt`` is, or None if its codes are no integers with scales."""
+        return fmt if isinstance(fmt, IntFormat) else None
+
+    def levels(
+        self, problem: LinearProblem, config: dict[str, Any], weight: Quantized
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Scales of groups ``(G, N)`` as they are stored, and float32 factors per column ``(N,)``."""
+        scale = weight.scale.astype(np.float32)
+        return half_scales(scale) if config["scales"] == "float16" else (scale, np.ones(problem.n, np.float32))
+
     def refuse(self, problem: LinearProblem, target: Target) -> str:
         """A reason of the family's own not to take the problem, or an empty string."""
         return ""
@@ -137,7 +148,7 @@ class TiledGemm(LinearKernel):
         fmt = problem.weight
         if target.kind != self.kind:
             return Support(False, f"{self.name} needs an {self.kind} target, not {target.kind}")
-        if not isinstance(fmt, IntFormat):
+        if self.integers(fmt) is None:
             return Support(False, f"{self.name} takes integer weights, not {fmt}")
         if reason := self.refuse(problem, target):
             return Support(False, reason)
@@ -184,17 +195,13 @@ class TiledGemm(LinearKernel):
 
     def pack(self, problem: LinearProblem, config: dict[str, Any], weight: Quantized) -> dict[str, np.ndarray]:
         panels = self.panels(problem, config)
-        scale = weight.scale.astype(np.float32)
         unit = self.unit(panels)
         packed = {"weight": panels.pack_codes(weight)}
         offset = -self.activation_offset(problem) * unit * panels.integers(weight)
         if not panels.fmt.group:
-            column, total = scale[0], offset.sum(0)
+            column, total = np.broadcast_to(weight.scale[0].astype(np.float32), problem.n), offset.sum(0)
         else:
-            if config["scales"] == "float16":
-                stored, column = half_scales(scale)
-            else:
-                stored, column = scale, np.ones(problem.n, np.float32)
+            stored, column = self.levels(problem, config, weight)
             packed["group_scale"] = panels.by_panel(stored)
             total = (offset * panels.fmt.expand(stored.astype(np.float64), problem.k)).sum(0)
         if not panels.fmt.symmetric:

@@ -257,7 +257,8 @@ class Program:
     def _constant(self, name: str) -> Tensor:
         """A float constant of the model as it is, on the device."""
         if name not in self._base:
-            array = self._initializer(name).const_value.numpy().astype(np.float32)
+            array = self._initializer(name).const_value.numpy()
+            array = array.astype(np.float64 if self.like.dtype == torch.float64 else np.float32)
             self._base[name] = torch.as_tensor(array, dtype=self.like.dtype, device=self.like.device)
         return self._base[name]
 

@@ -69,7 +69,8 @@ class LinearKernel(ABC):
 
     The PrimFunc from `build` takes, in this order, float32 unless said:
 
-    * activation ``int8/token`` or ``int8/tensor``: ``codes (M, K)`` **uint8 = signed code + 128**, then ``scale (M,)``
+    * activation ``int8/token`` or ``int8/tensor``: ``codes (M, K)`` **uint8 = signed code + 128** (1 to 255 of a token,
+      whose grid is symmetric, 0 to 255 of a tensor), then ``scale (M,)``
       (for ``int8/tensor`` every row holds the same value; a zero point other than 0 is folded into the bias by the
       caller). Activation ``none``: ``x (M, K)``.
     * the packed weight arrays in the order `pack` returns them;

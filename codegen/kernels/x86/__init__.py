@@ -2,10 +2,11 @@
 
 from qcompile.codegen.kernels.x86.dot import MaddubsGemm, VnniGemm
 from qcompile.codegen.kernels.x86.floats import FloatGemm
+from qcompile.codegen.kernels.x86.lut import LutGemm
 from qcompile.codegen.kernels.x86.pairs import PairGemm
 from qcompile.codegen.kernels.x86.wide import WideGemm
 
-FAMILIES = (VnniGemm, MaddubsGemm, PairGemm, WideGemm, FloatGemm)
+FAMILIES = (VnniGemm, MaddubsGemm, LutGemm, PairGemm, WideGemm, FloatGemm)
 """Families of linear kernels, the one to prefer among equals first."""
 
-__all__ = ["FAMILIES", "FloatGemm", "MaddubsGemm", "PairGemm", "VnniGemm", "WideGemm"]
+__all__ = ["FAMILIES", "FloatGemm", "LutGemm", "MaddubsGemm", "PairGemm", "VnniGemm", "WideGemm"]

@@ -182,13 +182,13 @@ class MaddubsGemm(TiledGemm):
 
     def speed(self, problem: LinearProblem, target: Target) -> tuple[float, float]:
         bits = problem.weight.bits
-        unpack = 0.6 * bits if 8 % bits else 0.9
-        return (41.0, 2 * unpack) if target.has("avx512") else (44.0, unpack)
+        rate, unpack = (28.0, 0.7 * bits) if 8 % bits else (42.0, 0.5)
+        return (rate, 2 * unpack) if target.has("avx512") else (rate, unpack)
 
     def tiles(self, problem: LinearProblem, target: Target) -> list[tuple[int, int]]:
         if target.has("avx512"):
             return [(6, 3), (8, 2), (12, 1)]
-        return [(4, 2), (6, 2), (3, 3), (12, 1)]
+        return [(5, 2), (3, 3), (4, 2), (12, 1)]
 
     def configs(self, problem: LinearProblem, target: Target) -> list[dict[str, Any]]:
         found = super().configs(problem, target)

@@ -34,10 +34,10 @@ def compiled(kernel: Any, target: Target) -> Any:
 
 def run(kernel: Any, target: Target, extents: dict[str, int], *inputs: np.ndarray) -> dict[str, np.ndarray]:
     """Call a kernel on numpy arrays; outputs by name. Output buffers are filled with garbage first."""
-    outputs = {}
+    outputs: dict[str, np.ndarray] = {}
     for param in kernel.params:
         if param.output:
-            shape = tuple(extents.get(e, e) if isinstance(e, str) else e for e in param.shape)
+            shape = tuple(int(extents[e]) if isinstance(e, str) else e for e in param.shape)
             outputs[param.name] = np.full(shape, 77, param.dtype)
     arrays = [*inputs, *outputs.values()]
     # Numpy's strides of an array without elements are not those the callee checks for.

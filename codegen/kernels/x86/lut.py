@@ -28,7 +28,7 @@ from tvm.tirx.script.builder import ir as B
 from qcompile.codegen.kernels.base import LinearKernel, LinearProblem, Support
 from qcompile.codegen.kernels.cpu import vector as v
 from qcompile.codegen.kernels.cpu import vmath
-from qcompile.codegen.kernels.cpu.gemm import ON_STACK, Register, finish, opaque
+from qcompile.codegen.kernels.cpu.gemm import BANDWIDTH, CLOCK, ON_STACK, Register, finish, opaque
 from qcompile.codegen.kernels.cpu.lut import PAIR, PlanePanels, PlaneSum, group_scales, plane_sum
 from qcompile.codegen.kernels.x86.dot import MADDUBS, MADDWD
 from qcompile.codegen.kernels.x86.lut_tables import BYTES, TableBuffers
@@ -110,8 +110,8 @@ class LutGemm(LinearKernel):
         planes = plane_sum(problem.weight)
         if planes is None:
             return Support(False, f"{self.name}: {problem.weight} codes are no sums of scaled bit planes")
-        if planes.bits > 4:
-            return Support(False, f"{self.name}: {planes.bits} planes are slower than byte products")
+        if planes.bits > 7:
+            return Support(False, f"{self.name}: {planes.bits} look-ups are slower than one byte product")
         if problem.k * 128 * 15 >= 1 << 31:
             return Support(False, f"{self.name}: {problem.k} products may overflow an int32 accumulator")
         return Support(True)
@@ -209,7 +209,27 @@ class LutGemm(LinearKernel):
         ]
 
     def cost(self, problem: LinearProblem, config: dict[str, Any], target: Target, m: int) -> float:
-        raise NotImplementedError
+        """The slower of arithmetic and reading the weights, plus building tables and waking the threads.
+
+        Instructions per cycle as measured on Zen 3; registers of 64 bytes are taken to issue at half the rate, and nothing
+        is known of how they compare with VNNI, so that estimates for such a processor carry a margin.
+        """
+        panels = self.panels(problem, config)
+        threads = max(1, problem.threads)
+        wide = config["bytes"] == 64
+        registers = panels.count * panels.pairs * panels.pair_bytes / config["bytes"]
+        tiles = -(-m // config["rows"])
+        look_up = registers * (m * (6 if panels.adjacent else 8) + 3 * tiles)
+        kept = 1 if panels.planes.uniform else panels.planes.bits
+        scale = m * panels.count * panels.groups * panels.width / LANES * (5 + 5 * kept)
+        cycles = (look_up + scale) / (1.7 if wide else 3.3) * (1.5 if target.has("vnni") else 1.0)
+        tables = m * panels.pairs * 8
+        shared = min(threads, m)
+        balance = -(-panels.count // threads) / panels.count
+        width = 2 if config["scales"] == "float16" else 4
+        stored = panels.count * (panels.pairs * panels.pair_bytes + panels.groups * panels.width * width * kept)
+        work = max(cycles * balance / CLOCK, stored / BANDWIDTH)
+        return work + tables / shared / CLOCK + (2e-6 if threads > 1 else 0)
 
     # Code
 

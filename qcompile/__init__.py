@@ -10,9 +10,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["CompiledModel", "Recipe", "compile", "load"]
+__all__ = ["CompiledModel", "Recipe", "compile", "load", "spaces"]
 
 if TYPE_CHECKING:
+    from qcompile.analysis import spaces
     from qcompile.compiled import CompiledModel, load
     from qcompile.compiler import compile
     from qcompile.recipes import Recipe
@@ -22,6 +23,7 @@ _HOME = {
     "Recipe": "qcompile.recipes",
     "compile": "qcompile.compiler",
     "load": "qcompile.compiled",
+    "spaces": "qcompile.analysis",
 }
 
 

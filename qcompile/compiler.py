@@ -88,6 +88,7 @@ def compile(
     max_tokens: int = 512,
     max_samples: int = 256,
     capture_options: Mapping[str, Any] | None = None,
+    prove: bool = True,
     progress: bool | None = None,
     **changes: Any,
 ) -> CompiledModel:
@@ -108,6 +109,7 @@ def compile(
         options: what the target's backend takes, see `qcompile.backends`.
         max_tokens, max_samples: length and number of calibration samples used.
         capture_options: passed on to capture (``example_inputs``, ``dynamic``, ``task``, ``kv_cache`` ...).
+        prove: check the analysis of channel spaces and the transforms on one calibration sample, in float32.
         progress: show bars; by default on a terminal.
         **changes: fields of the recipe to change: ``weight="int4/g64"``, ``activation="none"``, ``solver="rtn"`` ...
 
@@ -152,7 +154,7 @@ def compile(
             graph = graph.clone()
             if chosen.transforms:
                 with bars.stage("transform", total=None) as advance:
-                    graph = apply_transforms(graph, TransformContext(chosen, feeds, report, advance, before))
+                    graph = apply_transforms(graph, TransformContext(chosen, feeds, report, advance, before, prove, bars.stage))
                 stages.save("transformed", graph)
                 after = _statistics(graph, chosen, feeds, bars, hessian=True)
             site_inputs = {s.name: s.x.name or "" for s in matrix_sites(graph)}

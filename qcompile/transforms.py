@@ -19,7 +19,9 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+import qcompile.passes.learn  # noqa: F401 (registers its transforms)
 from qcompile import ort
+from qcompile.analysis import check, difference, random_sample
 from qcompile.calibration import ChannelStatistics, Feed, collect
 from qcompile.errors import RecipeError
 from qcompile.passes.asks import Ask, Data, Precision, apply_asks, registered_asks
@@ -39,6 +41,8 @@ class TransformContext:
         report: receives what was refused.
         advance: called after every calibration sample that is run.
         known: statistics of the model as it came, by value name; they hold until a transform changes it.
+        prove: check the analysis, and what the transforms did, on one sample in float32.
+        stage: opens a line of the progress display for a transform that takes long.
     """
 
     recipe: Recipe
@@ -46,6 +50,8 @@ class TransformContext:
     report: Report
     advance: Callable[[], None] = field(default=lambda: None)
     known: Mapping[str, ChannelStatistics] = field(default_factory=dict)
+    prove: bool = False
+    stage: Callable[[str, int], Any] | None = None
 
     def quantized_sites(self, model: ir.Model) -> list[LinearSite]:
         """Linear sites the recipe quantizes."""
@@ -65,7 +71,7 @@ class TransformContext:
         """The calibration data, as asks use them."""
         if not self.feeds:
             return Data()
-        return Data(self.statistics, self.feeds, self.rows)
+        return Data(self.statistics, self.feeds, self.rows, self.stage)
 
     def statistics(
         self, model: ir.Model, values: Sequence[str], moments: bool = False
@@ -99,10 +105,16 @@ def apply_transforms(model: ir.Model, context: TransformContext) -> ir.Model:
         RecipeError: a transform or one of its options does not exist.
     """
     asks = [resolve(step) for step in context.recipe.transforms]
-    for step, ask in zip(context.recipe.transforms, asks):
+    if not asks:
+        return model
+    original, spaces = model, analyse(model)
+    sample = context.feeds[0] if context.feeds else random_sample(model)
+    if context.prove:
+        context.report.proof["analysis"] = check(spaces, sample)
+    for number, (step, ask) in enumerate(zip(context.recipe.transforms, asks)):
         # An ask is measured on the model that the ones before it made.
         precisions = context.precisions(model)
-        model, report = apply_asks(model, analyse(model), [ask], context.data(), precisions)
+        model, report = apply_asks(model, analyse(model) if number else spaces, [ask], context.data(), precisions)
         context.known = {}
         for entry in report.entries:
             if not entry.done:
@@ -113,6 +125,8 @@ def apply_transforms(model: ir.Model, context: TransformContext) -> ir.Model:
         count = sum(e.space >= 0 for e in done)
         line = "; ".join([*whole, *([f"{count} spaces changed"] if count or not whole else [])])
         context.report.transforms.append(f"{step}: {line}")
+    if context.prove:
+        context.report.proof["transforms"] = difference(original, model, sample)
     return model
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx_ir as ir
@@ -12,9 +13,12 @@ from qcompile.passes.spaces.element import Element
 from qcompile.passes.spaces.groups import BlockGroup, Limit
 from qcompile.passes.spaces.index_map import IndexMap
 from qcompile.passes.spaces.prepare import prepare
-from qcompile.passes.spaces.relations import Constraints
+from qcompile.passes.spaces.relations import Constraints, Use
 from qcompile.passes.spaces.solve import Solution, solve
 from qcompile.passes.spaces.walk import Walk
+
+if TYPE_CHECKING:
+    from qcompile.passes.spaces.prove import Proof
 
 
 @dataclass(frozen=True)
@@ -72,7 +76,8 @@ class Space:
         follows: name of that scaling's node.
         members: constants.
         values: activations, ``(name, axes)``.
-        reasons: what restricts it, in words.
+        reasons: what pins it, in words.
+        limits: what else restricts it, with the operators that do.
     """
 
     index: int
@@ -90,6 +95,7 @@ class Space:
     members: list[Member] = field(default_factory=list)
     values: list[tuple[str, tuple[int, ...]]] = field(default_factory=list)
     reasons: list[str] = field(default_factory=list)
+    limits: dict[str, list[str]] = field(default_factory=dict)
 
     @property
     def size(self) -> int:
@@ -237,6 +243,12 @@ class Spaces:
         """The element that changes nothing."""
         return Element.identity(self.solution)
 
+    def prove(self, seed: int = 0, *, each: bool = False) -> Proof:
+        """Fold a random element of all groups and compare outputs in float64; see `qcompile.passes.spaces.prove`."""
+        from qcompile.passes.spaces.prove import prove
+
+        return prove(self, seed, each=each)
+
     def __str__(self) -> str:
         from qcompile.passes.spaces.explain import table
 
@@ -342,9 +354,10 @@ def _describe(result: Spaces, constraints: Constraints) -> None:
     s, births = result.solution, constraints.births
     starts = np.array([b.start for b in births])
     for name, maps in result.constants.items():
+        shape = result.model.graph.initializers[name].shape or ()
+        vector = sum(d != 1 for d in shape) <= 1
         for m in maps:
             ids = np.unique(result.space_of_class[s.class_of[m.flat]])
-            vector = len(maps) == 1
             for i in ids:
                 summed = births[int(np.searchsorted(starts, m.flat[0], side="right")) - 1].reader
                 role = "parameter" if vector else "reader" if summed else "writer"
@@ -353,9 +366,49 @@ def _describe(result: Spaces, constraints: Constraints) -> None:
         for m in maps:
             for i in np.unique(result.space_of_class[s.class_of[m.flat]]):
                 result.spaces[i].values.append((name, m.axes))
+    _give_reasons(result, constraints)
+
+
+def _give_reasons(result: Spaces, constraints: Constraints) -> None:
+    """Say of every space what pins it and what limits it."""
+    s = result.solution
+
+    def touched(coordinates: np.ndarray) -> list[Space]:
+        return [result.spaces[i] for i in np.unique(result.space_of_class[s.class_of[coordinates]])]
+
     for use in constraints.uses:
-        if use.reason:
-            for i in np.unique(result.space_of_class[s.class_of[use.coordinates]]):
-                text = f"{use.op} {use.node!r}: {use.reason}" if use.op != "output" else use.reason
-                if text not in result.spaces[i].reasons:
-                    result.spaces[i].reasons.append(text)
+        text = _restriction(use)
+        for space in touched(use.coordinates) if text or use.reason else ():
+            if use.reason:
+                reason = f"{use.op} {use.node!r}: {use.reason}" if use.op != "output" else use.reason
+                if reason not in space.reasons:
+                    space.reasons.append(reason)
+            else:
+                space.limits.setdefault(text, []).append(f"{use.op} {use.node!r}")
+    for number, scaling in enumerate(constraints.scalings):
+        if number not in s.peels and scaling.gamma is not None:
+            for space in (*touched(scaling.x), *touched(scaling.y)):
+                names = space.limits.setdefault("channels stay apart: a scale per channel cannot move elsewhere", [])
+                names.append(repr(scaling.node))
+    # Spaces of one family are permuted together, so one that is pinned keeps the others in their order.
+    pinned: dict[int, Space] = {}
+    for space in result.spaces:
+        if space.reasons and space.pinned:
+            pinned.setdefault(space.family, space)
+    for space in result.spaces:
+        first = pinned.get(space.family)
+        if first is not None and not space.reasons:
+            space.reasons.append(f"its channels keep their order, as those of #{first.index} do ({first.reasons[0]})")
+
+
+def _restriction(use: Use) -> str:
+    """What an operator does not bear, in words."""
+    if use.limit & Limit.SCALAR:
+        return "permutations only" if use.limit & Limit.RIGID else "permutations and positive scales only"
+    if use.limit & Limit.PLANE:
+        return "pairs of channels turn and scale as a whole"
+    if use.limit & Limit.ORTHOGONAL:
+        return "rotations only" + (", and the mean stays" if use.limit & Limit.FIX_ONES else "")
+    if use.mix is not None and len(np.unique(use.mix)) == len(use.mix) > 1:
+        return "channels stay apart"
+    return ""

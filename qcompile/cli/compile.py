@@ -27,6 +27,7 @@ import click
 @click.option("--kv-cache", is_flag=True, help="Capture a decoder with past keys and values as inputs.")
 @click.option("--keep-stages", type=click.Path(), help="Write the model after every stage into this directory.")
 @click.option("--emit", multiple=True, help="Also write other forms: mlir (the stages), and what the target has.")
+@click.option("--no-proof", is_flag=True, help="Do not check the analysis of channel spaces on this model.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 @click.option("--quiet", is_flag=True, help="No progress bars.")
 def compile(
@@ -47,6 +48,7 @@ def compile(
     kv_cache: bool,
     keep_stages: str | None,
     emit: tuple[str, ...],
+    no_proof: bool,
     as_json: bool,
     quiet: bool,
 ) -> None:
@@ -69,6 +71,7 @@ def compile(
         max_samples=max_samples,
         max_tokens=max_tokens,
         capture_options={"kv_cache": True} if kv_cache else {},
+        prove=not no_proof,
         progress=False if quiet or as_json else None,
         weight=weight,
         activation=activation,

@@ -1,4 +1,4 @@
-"""``qcompile recipes``, ``formats`` and ``targets``: what there is to choose from."""
+"""``qcompile recipes``, ``transforms``, ``formats`` and ``targets``: what there is to choose from."""
 
 from __future__ import annotations
 
@@ -35,6 +35,21 @@ def recipes(as_json: bool) -> None:
         for r in list_recipes()
     ]
     show(("recipe", "weights", "activations", "solver", "transforms", "description"), rows, as_json)
+
+
+@click.command()
+@click.option("--json", "as_json", is_flag=True)
+def transforms(as_json: bool) -> None:
+    """List the transforms that a recipe may name, with their options and defaults."""
+    import dataclasses
+
+    from qcompile.passes.asks import registered_asks
+
+    rows = []
+    for name, cls in registered_asks().items():
+        options = [f"{f.name}={f.default}" for f in dataclasses.fields(cls) if f.init]  # type: ignore[arg-type]
+        rows.append((name, ", ".join(options) or "-", (cls.__doc__ or "").strip().splitlines()[0]))
+    show(("transform", "options", "description"), rows, as_json)
 
 
 @click.command()

@@ -58,6 +58,8 @@ class Report:
         target, recipe: names.
         layers: one record per quantized site.
         transforms: what each transform did.
+        proof: relative error, in float32 on one sample, of a random element of all channel spaces ("analysis") and of
+            the transforms that were applied ("transforms").
         refusals: what was left undone, with reasons.
         quality: measured error of the compiled program against the float model.
         size: bytes by file of the artifact.
@@ -71,6 +73,7 @@ class Report:
     recipe: str
     layers: list[LayerRecord] = field(default_factory=list)
     transforms: list[str] = field(default_factory=list)
+    proof: dict[str, float] = field(default_factory=dict)
     refusals: list[Refusal] = field(default_factory=list)
     quality: dict[str, float] = field(default_factory=dict)
     size: dict[str, int] = field(default_factory=dict)

@@ -58,6 +58,8 @@ def facts_of(report: Report, size: int) -> list[tuple[str, str]]:
         ("bits per weight", f"{report.bits_per_weight:.2f}"),
     ]
     rows += [("transform", line) for line in report.transforms]
+    if report.proof:
+        rows.append(("proof", ", ".join(f"{what} {error:.1e}" for what, error in report.proof.items())))
     quality = report.quality
     if "program_to_float_cosine" in quality:
         rows.append(

@@ -25,7 +25,7 @@ def constant_shape(value: ir.Value | None) -> tuple[int, ...] | None:
     """Return the shape of a constant without loading it, else None."""
     if value is None or value.const_value is None:
         return None
-    return tuple(int(d) for d in value.const_value.shape)
+    return tuple(value.const_value.shape.numpy())
 
 
 def add_initializer(
@@ -37,7 +37,7 @@ def add_initializer(
         i += 1
         free = f"{name}.{i}"
     tensor = ir.tensor(array, name=free) if isinstance(array, np.ndarray) else array
-    value = ir.Value(name=free, shape=ir.Shape(tensor.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
+    value = ir.Value(name=free, shape=ir.Shape(list(tensor.shape.numpy())), type=ir.TensorType(tensor.dtype), const_value=tensor)
     if like is not None:
         value.metadata_props.update(like.metadata_props)
     graph.register_initializer(value)
@@ -97,7 +97,9 @@ def insert_after_producer(value: ir.Value, node: ir.Node) -> None:
         assert producer.graph is not None
         producer.graph.insert_after(producer, [node])
         return
-    graph = next(iter(use.node.graph for use in value.uses() if use.node is not node and use.node.graph is not None), None)
+    graph = next(
+        iter(use.node.graph for use in value.uses() if use.node is not node and use.node.graph is not None), None
+    )
     assert graph is not None
     graph.insert_before(graph[0], [node])
 

@@ -14,8 +14,9 @@ import numpy as np
 import onnx_ir as ir
 
 from qcompile import ort
+from qcompile.backends import Runner
 from qcompile.errors import InputError
-from qcompile.runtime import Program, TensorSpec, set_threads
+from qcompile.runtime import TensorSpec, set_threads
 
 Run = Callable[[Mapping[str, np.ndarray]], Any]
 
@@ -134,7 +135,7 @@ class OrtPeers:
 
 
 def compare(
-    program: Program, peers: OrtPeers | None, points: Sequence[Point], *, label: str = "qcompile", seconds: float = 1.0
+    program: Runner, peers: OrtPeers | None, points: Sequence[Point], *, label: str = "qcompile", seconds: float = 1.0
 ) -> dict[str, dict[str, float]]:
     """Milliseconds by contender for every point."""
     table: dict[str, dict[str, float]] = {}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
+import math
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -78,6 +79,10 @@ def set_threads(count: int) -> None:
 
 def aligned(array: np.ndarray) -> np.ndarray:
     """``array`` itself if contiguous and aligned to 64 bytes, else such a copy."""
+    if array.size == 0:
+        # numpy gives an array without elements other strides than a compact one has, and programs check them.
+        strides = [array.itemsize * math.prod(array.shape[axis + 1 :]) for axis in range(array.ndim)]
+        return np.lib.stride_tricks.as_strided(np.empty(1, array.dtype), array.shape, strides)
     if array.flags.c_contiguous and array.flags.writeable and array.ctypes.data % ALIGNMENT == 0:
         return array
     raw = np.empty(array.nbytes + ALIGNMENT, np.uint8)
@@ -117,7 +122,8 @@ class Checked:
         if any(type(v).__module__.startswith("torch") for v in [*args, *kwargs.values()]):
             import torch
 
-            results = [torch.from_numpy(r) for r in results]
+            tensors = [torch.from_numpy(r) for r in results]
+            return tensors[0] if len(tensors) == 1 else tuple(tensors)
         return results[0] if len(results) == 1 else tuple(results)
 
     def _bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -14,13 +14,14 @@ from __future__ import annotations
 import ast
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 import tvm
 from tvm import relax, te, tirx
+from tvm.te import Tensor
 
 from qcompile.codegen.relax import dtypes
 from qcompile.codegen.relax.dims import Dim, DimArithmetic, as_expr
@@ -57,17 +58,12 @@ class Scope:
 
     opsets: dict[str, int]
     parent: Scope | None = None
-    values: dict[ir.Value, Known] | None = None
-
-    def __post_init__(self) -> None:
-        if self.values is None:
-            self.values = {}
+    values: dict[ir.Value, Known] = field(default_factory=dict)
 
     def find(self, value: ir.Value) -> Known | None:
         """What is known about a value here or in an enclosing scope."""
         scope: Scope | None = self
         while scope is not None:
-            assert scope.values is not None
             if value in scope.values:
                 return scope.values[value]
             scope = scope.parent
@@ -130,6 +126,7 @@ class Context:
             if known.tensor is not None and known.constant is None and known.tensor.size > SYMBOLIC_LIMIT:
                 return None
             constant = self.constant(value)
+            assert constant is not None
             if constant.size > SYMBOLIC_LIMIT:
                 return None
             known.symbolic = object_array(constant)
@@ -169,6 +166,7 @@ class Context:
                 array = known.constant if known.constant is not None else known.tensor.numpy()
                 known.expr = self.const(dtypes.to_storage(array, known.dtype), name=name)
             else:
+                assert known.symbolic is not None
                 known.expr = self.materialize(known.symbolic, dtypes.STORAGE[known.dtype])
             self._made_here.append(known)
         return known.expr
@@ -333,24 +331,25 @@ class Context:
         func = tvm.s_tir.renew_defs(func).without_attr("global_symbol")
         if attrs:
             func = func.with_attrs(attrs)
-        if self._uses_run_time(inputs, outputs, free):
-            # fusion may move a merged kernel to its first part, before such a variable is bound: keep this one apart
+        if self._uses_run_time(inputs, outputs, free) or (free and not args):
+            # Fusion may move a merged kernel to its first part, before such a variable is bound; and it makes a function
+            # that TVM 0.27 cannot fuse of a kernel that reads dimensions only. Keep this one apart.
             func = func.with_attr("op_pattern", OPAQUE_PATTERN)
-        specs = [(list(t.shape), str(t.dtype)) for t in outputs]
+        specs: list[tuple[Sequence[Dim], str]] = [(list(t.shape), str(t.dtype)) for t in outputs]
         made = self.call_tir(func, list(args), specs, free, name=name or function.__name__)
         return made[0] if isinstance(result, te.Tensor) else made
 
-    def _uses_run_time(self, inputs: list[te.Tensor], outputs: list[te.Tensor], free: list[tirx.Var]) -> bool:
+    def _uses_run_time(self, inputs: list[Tensor], outputs: list[Tensor], free: list[tirx.Var]) -> bool:
         if not self.dims.run_time:
             return False
         dims = [d for t in [*inputs, *outputs] for d in t.shape if not isinstance(d, tirx.IntImm)]
         return any(not self.dims.over_inputs(d) for d in [*dims, *free])
 
     @staticmethod
-    def _is_bound(var: tirx.Var, inputs: list[te.Tensor], outputs: list[te.Tensor]) -> bool:
+    def _is_bound(var: tirx.Var, inputs: list[Tensor], outputs: list[Tensor]) -> bool:
         return any(d.same_as(var) for t in [*inputs, *outputs] for d in t.shape if isinstance(d, tirx.Var))
 
-    def _free_vars(self, inputs: list[te.Tensor], outputs: list[te.Tensor]) -> list[tirx.Var]:
+    def _free_vars(self, inputs: list[Tensor], outputs: list[Tensor]) -> list[tirx.Var]:
         """Variables of the shapes that no dimension binds by itself, by name."""
         bound: set[Any] = set()
         used: dict[Any, None] = {}

@@ -64,7 +64,9 @@ def to_relax(model: ir.Model, *, target: Target | None = None, params_threshold:
     mod = relax.transform.ConvertToDataflow(min_size=1)(mod)
     mod = relax.transform.DeadCodeElimination(["main"])(mod)
     mod, params = _drop_unused_params(mod, ctx, len(variables))
-    input_specs = [_spec(v.name, v.dtype, ctx.shape(x)) for v, x in zip(inputs, variables)]
+    input_specs = [
+        _spec(v.name or f"input_{i}", ctx.dtype(v), ctx.shape(x)) for i, (v, x) in enumerate(zip(inputs, variables))
+    ]
     return RelaxProgram(mod, params, input_specs, specs, ctx.state)
 
 
@@ -84,7 +86,7 @@ def _input(ctx: Context, value: ir.Value) -> relax.Var:
             shape.append(ctx.dims.var(f"{value.name}_{i}", unique=True))
         else:
             shape.append(as_expr(ctx.dims.parse(str(d.value))))
-    variable = relax.Var(_identifier(value.name), relax.TensorType(shape, dtypes.STORAGE[value.dtype]))
+    variable = relax.Var(_identifier(value.name or "input"), relax.TensorType(shape, dtypes.STORAGE[value.dtype]))
     ctx.scope.values[value] = Known(value.dtype, expr=variable)
     return variable
 
@@ -272,7 +274,8 @@ def _resolve_attributes(function: ir.Function, call: ir.Node, formals: Any) -> N
         for name, attribute in list(node.attributes.items()):
             if not attribute.is_ref():
                 continue
-            actual = call.attributes.get(attribute.ref_attr_name) or formals.get(attribute.ref_attr_name)
+            formal = attribute.ref_attr_name or ""
+            actual = call.attributes.get(formal) or formals.get(formal)
             if actual is None or actual.value is None:
                 del node.attributes[name]
             else:

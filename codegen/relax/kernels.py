@@ -25,7 +25,7 @@ from qcompile.codegen.relax.attributes import attr
 from qcompile.codegen.relax.context import Context
 from qcompile.codegen.relax.dims import as_expr
 from qcompile.codegen.relax.registry import converter
-from qcompile.formats import Quantized, parse_activation, parse_format
+from qcompile.formats import IntFormat, Quantized, parse_activation, parse_format
 
 DOMAIN = "qcompile.kernel"
 
@@ -126,7 +126,13 @@ def linear(ctx: Context, node: ir.Node, x: Any, scale: Any, *operands: Any) -> r
 
 
 def product(
-    ctx: Context, node: ir.Node, x: relax.Expr, scale: relax.Expr | None, bias: Any = None, residual: Any = None
+    ctx: Context,
+    node: ir.Node,
+    x: relax.Expr,
+    scale: relax.Expr | None,
+    bias: Any = None,
+    residual: Any = None,
+    limits: Any = None,
 ) -> relax.Expr:
     """Rows ``(M, K)`` times the quantized weight in inputs 2 to 4 of ``node``, by the kernel chosen for it: ``(M, N)``.
 
@@ -137,15 +143,17 @@ def product(
         scale: ``(M,)`` of the codes.
         bias: N values.
         residual: ``(M, N)``.
+        limits: step, lowest and highest code, if codes are to be stored instead of floats.
     """
     k, n = attr(node, "k"), attr(node, "n")
     weight_format = parse_format(attr(node, "weight_format"))
+    assert isinstance(weight_format, IntFormat)
     activation = parse_activation(attr(node, "activation_format"))
-    epilogue = Epilogue(bias is not None, attr(node, "epilogue"), residual is not None)
+    epilogue = Epilogue(bias is not None, attr(node, "epilogue"), residual is not None, limits is not None)
     problem = LinearProblem(k, n, weight_format, activation, epilogue, threads=ctx.target.cores)
     choice = select(problem, ctx.target)
     codes, steps = ctx.constant(node.inputs[2]), ctx.constant(node.inputs[3])
-    zero = ctx.constant(node.inputs[4]) if len(node.inputs) > 4 else None
+    zero = ctx.constant(node.inputs[4]) if len(node.inputs) > 4 and node.inputs[4] is not None else None
     weight = Quantized(
         codes.astype(np.int16).astype(np.int8 if weight_format.symmetric else np.uint8),
         np.atleast_2d(steps),
@@ -174,13 +182,15 @@ def product(
         tensors.append(ctx.reshape(bias, [n]))
     if residual is not None:
         tensors.append(residual)
+    if limits is not None:
+        tensors.append(limits)
     (out,) = call(
         ctx,
         ("linear", choice.family.name, problem, repr(choice.config)),
         lambda: choice.family.build(problem, choice.config, ctx.target, choice.family.name),
         f"linear_{n}x{k}",
         tensors,
-        [([ctx.shape(x)[0], n], "float32")],
+        [([ctx.shape(x)[0], n], "float32" if limits is None else "uint8")],
     )
     return out
 
@@ -243,28 +253,32 @@ def rowwise(ctx: Context, node: ir.Node, x: Any, gamma: Any = None, beta: Any = 
 @converter(DOMAIN, "Attention")
 def attention(ctx: Context, node: ir.Node, *operands: Any) -> relax.Expr:
     """Softmax attention over rows of projections."""
-    merged = bool(attr(node, "merged"))
-    tensors, mask = list(operands[: 1 if merged else 3]), (*operands, None)[1 if merged else 3]
-    batch, length = ctx.shape(tensors[0])[:2]
+    layout = attr(node, "layout")
+    count = 1 if layout == "merged" else 3
+    tensors, mask = list(operands[:count]), (*operands, None)[count]
+    shape = ctx.shape(tensors[0])
+    batch, length = shape[0], shape[2 if layout == "heads" else 1]
     heads, kv_heads, head_dim = attr(node, "heads"), attr(node, "kv_heads"), attr(node, "head_dim")
     kind, axes = "", (True, False, False)
     if mask is not None:
         shape = ctx.shape(mask)
         mask = ctx.reshape(mask, [1] * (4 - len(shape)) + list(shape))
         kind = "bool" if ctx.storage(mask) == "bool" else "float"
-        axes = tuple(not ctx.dims.equal(d, 1) for d in ctx.shape(mask)[:3])
+        first, second, third = (not ctx.dims.equal(d, 1) for d in ctx.shape(mask)[:3])
+        axes = (first, second, third)
         tensors.append(mask)
     kernel = Attention(
         heads,
         head_dim,
         kv_heads,
+        attr(node, "value_dim"),
         scale=attr(node, "scale"),
-        layout="merged" if merged else "rows",
+        layout=layout,
         mask=kind,
         mask_axes=axes,
         causal="upper_left" if attr(node, "is_causal") else "",
     )
-    outputs = [([batch, length, heads * head_dim], "float32")]
+    outputs = [([batch, length, heads * attr(node, "value_dim")], "float32")]
     (out,) = call(ctx, kernel, lambda: kernel.build(ctx.target), f"attention_{heads}x{head_dim}", tensors, outputs)
     calls(ctx).uses["attention"] += 1
     return out

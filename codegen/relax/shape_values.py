@@ -9,7 +9,7 @@ chains act on those arrays element by element, so the end of the chain knows its
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -205,13 +205,19 @@ def _concat(ctx: Context, node: ir.Node, inputs: list[np.ndarray]) -> np.ndarray
 @_evaluates("Squeeze")
 def _squeeze(ctx: Context, node: ir.Node, inputs: list[np.ndarray | None]) -> np.ndarray | None:
     axes = _axes(node, inputs)
-    return _as_objects(np.squeeze(inputs[0], axis=None if axes is None else tuple(axes)))
+    return _as_objects(np.squeeze(_given(inputs[0]), axis=None if axes is None else tuple(axes)))
 
 
 @_evaluates("Unsqueeze")
 def _unsqueeze(ctx: Context, node: ir.Node, inputs: list[np.ndarray | None]) -> np.ndarray | None:
     axes = _axes(node, inputs)
-    return None if axes is None else _as_objects(np.expand_dims(inputs[0], tuple(axes)))
+    return None if axes is None else _as_objects(np.expand_dims(_given(inputs[0]), tuple(axes)))
+
+
+def _given(value: np.ndarray | None) -> np.ndarray:
+    """An input that the operator cannot do without."""
+    assert value is not None
+    return value
 
 
 def _axes(node: ir.Node, inputs: list[np.ndarray | None]) -> list[int] | None:
@@ -223,7 +229,8 @@ def _axes(node: ir.Node, inputs: list[np.ndarray | None]) -> list[int] | None:
 
 @_evaluates("Reshape")
 def _reshape(ctx: Context, node: ir.Node, inputs: list[np.ndarray | None]) -> np.ndarray | None:
-    data, shape = inputs[0], inputs[1] if len(inputs) > 1 else object_array(np.array(attr(node, "shape", ())))
+    data = _given(inputs[0])
+    shape = _given(inputs[1]) if len(inputs) > 1 else object_array(np.array(attr(node, "shape", ())))
     if any(not isinstance(d, int) for d in shape) or (0 in shape and not attr(node, "allowzero", 0)):
         return None
     return data.reshape([int(d) for d in shape])
@@ -231,12 +238,14 @@ def _reshape(ctx: Context, node: ir.Node, inputs: list[np.ndarray | None]) -> np
 
 @_evaluates("Slice")
 def _slice(ctx: Context, node: ir.Node, inputs: list[np.ndarray | None]) -> np.ndarray | None:
-    data = inputs[0]
+    data = _given(inputs[0])
+    axes: Iterable[Any]
+    steps: Iterable[Any]
     if len(inputs) == 1:
         starts, ends = attr(node, "starts"), attr(node, "ends")
         axes, steps = attr(node, "axes", range(len(starts))), [1] * len(starts)
     else:
-        starts, ends = inputs[1], inputs[2]
+        starts, ends = _given(inputs[1]), _given(inputs[2])
         axes = inputs[3] if len(inputs) > 3 and inputs[3] is not None else range(len(starts))
         steps = inputs[4] if len(inputs) > 4 and inputs[4] is not None else [1] * len(starts)
     if any(not isinstance(v, int) for vector in (starts, ends, axes, steps) for v in vector):
@@ -254,7 +263,7 @@ def _slice(ctx: Context, node: ir.Node, inputs: list[np.ndarray | None]) -> np.n
 
 @_evaluates("ReduceProd", "ReduceSum", "ReduceMax", "ReduceMin")
 def _reduce(ctx: Context, node: ir.Node, inputs: list[np.ndarray | None]) -> np.ndarray | None:
-    data, axes = inputs[0], _axes(node, inputs)
+    data, axes = _given(inputs[0]), _axes(node, inputs)
     if (axes is not None and len(axes) > 1) or data.ndim != 1 or data.size == 0:
         return None
     if not axes and attr(node, "noop_with_empty_axes", 0):

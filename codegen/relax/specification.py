@@ -59,13 +59,15 @@ def default_attributes(ctx: Context, node: ir.Node) -> dict[str, ir.Attr]:
     if spec is None:
         return {}
     found = {name: a.default_value for name, a in spec.attributes.items()}
-    return {name: ir.from_proto(proto) for name, proto in found.items() if proto is not None and proto.name}
+    return {
+        name: ir.serde.deserialize_attribute(proto) for name, proto in found.items() if proto is not None and proto.name
+    }
 
 
 def specified_function(ctx: Context, node: ir.Node) -> ir.Function | None:
     """The operator's body as the specification defines it, for the opset in use; ``None`` if it is not a function."""
     version = ctx.version(node)
-    spec = schema(node.domain, node.op_type, version)
+    spec: Any = schema(node.domain, node.op_type, version)  # onnx's stubs lack the functions of a schema
     if spec is None:
         return None
     proto = None
@@ -87,7 +89,7 @@ def specified_function(ctx: Context, node: ir.Node) -> ir.Function | None:
     outputs = [name for name in function_proto.output if name in made]  # bodies for fewer outputs still list them all
     del function_proto.output[:]
     function_proto.output.extend(outputs)
-    return ir.from_proto(function_proto)
+    return ir.serde.deserialize_function(function_proto)
 
 
 def _node_proto(node: ir.Node) -> onnx.NodeProto:

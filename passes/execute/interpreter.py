@@ -125,7 +125,7 @@ def _call(model: ir.Model, function: ir.Function, node: ir.Node, args: list, flo
     env = {formal.name: actual for formal, actual in zip(function.inputs, args)}
     values = {name: attr for name, attr in function.attributes.items() if attr.value is not None}
     values |= dict(node.attributes)
-    body = []
+    body: list[Any] = []
     for inner in function:
         if any(a.is_ref() for a in inner.attributes.values()):
             inner = copy.copy(inner)

@@ -30,7 +30,7 @@ def _simple(name: str, function: Callable) -> None:
     OPERATORS[name] = lambda node, ft, *a: function(*a)
 
 
-for _name, _function in {
+_SIMPLE: dict[str, Callable[..., Any]] = {
     "Add": torch.add,
     "Sub": torch.sub,
     "Mul": torch.mul,
@@ -70,7 +70,8 @@ for _name, _function in {
     "Where": lambda c, a, b: torch.where(c, a, b),
     "GlobalAveragePool": lambda x: x.mean(tuple(range(2, x.dim())), keepdim=True),
     "GlobalMaxPool": lambda x: x.amax(tuple(range(2, x.dim())), keepdim=True),
-}.items():
+}
+for _name, _function in _SIMPLE.items():
     _simple(_name, _function)
 
 
@@ -397,7 +398,7 @@ def _reduce(node, ft, x, axes=None):
             return x
         axes = range(x.dim())
     axes = tuple(int(a) for a in axes)
-    functions = {
+    functions: dict[str, Callable[..., Any]] = {
         "ReduceMean": torch.mean,
         "ReduceSum": torch.sum,
         "ReduceMax": torch.amax,

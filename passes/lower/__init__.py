@@ -11,7 +11,7 @@ are what kernels compute in one go:
 | `Attention` | q, k, v or one merged matrix, mask? | y (batch, sequence, heads x head_dim) |
 | `Embedding` | codes, scale, ids | y |
 | `Quantize` | x (batch, ..., channels), static scale? | codes, scale (batch) |
-| `Conv` | x or codes (batch, ..., channels), scale?, weight codes, weight scale, weight zero point?, bias? | y, channels last |
+| `Conv` | x or codes (batch, ..., channels), scale?, weight codes, weight scale, weight zero point?, bias?, limits? | y, channels last; with limits (step, lowest, highest code): codes, scale (batch) |
 
 Activation codes are uint8 here: the signed code plus 128.
 """
@@ -28,13 +28,19 @@ from qcompile.passes.lower.embedding import lower_embeddings
 from qcompile.passes.lower.kernel_ops import KERNEL_DOMAIN
 from qcompile.passes.lower.layout import sink_transposes
 from qcompile.passes.lower.linear import lower_linears
+from qcompile.passes.lower.requantize import store_codes
 from qcompile.passes.lower.rowwise import lower_rowwise
 
 __all__ = ["KERNEL_DOMAIN", "lower"]
 
 
-def lower(model: ir.Model) -> ir.Model:
-    """Return a lowered copy of ``model`` (weights shared)."""
+def lower(model: ir.Model, *, codes: bool = False) -> ir.Model:
+    """Return a lowered copy of ``model`` (weights shared).
+
+    Args:
+        model: the quantized stage.
+        codes: whether the target's convolutions can store codes instead of floats.
+    """
     lowered = model.clone()
     lower_linears(lowered)
     lower_convolutions(lowered)
@@ -43,6 +49,8 @@ def lower(model: ir.Model) -> ir.Model:
     lower_rowwise(lowered)
     lower_embeddings(lowered)
     sink_transposes(lowered)
+    if codes:
+        store_codes(lowered)
     common.RemoveUnusedNodesPass()(lowered)
     remove_unused_initializers(lowered.graph)
     lowered.opset_imports[KERNEL_DOMAIN] = 1

@@ -1,7 +1,8 @@
 """Attention with its head splits, rotary embeddings and head merges becomes kernel `Rope` and `Attention`.
 
 The kernels read rows of projections as the Linears wrote them, ``(batch, sequence, heads x head_dim)``; where query,
-key and value come from one activation, the three Linears are merged and the kernels read ``[q | k | v]`` in place.
+key and value come from one activation, the three Linears are merged and the kernels read ``[q | k | v]`` in place. What
+comes from elsewhere, such as a cache of keys and values, is read as ``(batch, heads, sequence, head_dim)``.
 """
 
 from __future__ import annotations
@@ -58,27 +59,48 @@ def _lower(graph: ir.Graph, node: ir.Node) -> None:
     q = _projection(query, attribute(node, "q_num_heads"))
     k = _projection(key, attribute(node, "kv_num_heads"))
     v = _projection(value, attribute(node, "kv_num_heads"))
-    if q is None or k is None or v is None or v.rotary is not None:
+    split = q is None or k is None or v is None or v.rotary is not None
+    if split:
+        q, k, v = _heads(query), _heads(_before_repeat(key)), _heads(_before_repeat(value))
+    if q is None or k is None or v is None:
         return
-    if q.head_dim != k.head_dim or k.head_dim != v.head_dim or k.heads != v.heads or q.heads % k.heads:
+    if q.head_dim != k.head_dim or k.heads != v.heads or q.heads % k.heads:
+        return
+    if v.head_dim != q.head_dim and not split:
         return
     merged_heads = query.shape is not None and len(query.shape) == 3
-    out, tail = (node.outputs[0], []) if merged_heads else _merge_of_heads(node.outputs[0], q.heads * q.head_dim)
+    out, tail = (node.outputs[0], []) if merged_heads else _merge_of_heads(node.outputs[0], q.heads * v.head_dim)
     if out is None:
         return
     attributes: dict[str, object] = {
         "heads": q.heads,
         "kv_heads": k.heads,
         "head_dim": q.head_dim,
+        "value_dim": v.head_dim,
         "is_causal": int(attribute(node, "is_causal", 0)),  # type: ignore[call-overload]
         "scale": float(attribute(node, "scale", q.head_dim**-0.5) or q.head_dim**-0.5),  # type: ignore[arg-type]
     }
-    operands = _merged(graph, q, k, v) or _separate(graph, node, q, k, v)
-    new = kernel_node("Attention", [*operands, mask], [out], {**attributes, "merged": int(len(operands) == 1)}, node)
+    if split:
+        layout, operands = "heads", [q.rows, k.rows, v.rows]
+    elif (merged := _merged(graph, q, k, v)) is not None:
+        layout, operands = "merged", merged
+    else:
+        layout, operands = "rows", _separate(graph, node, q, k, v)
+    new = kernel_node(
+        "Attention", [*operands, mask], [out], {**attributes, "layout": layout, "merged": int(layout == "merged")}, node
+    )
     graph.insert_before(node, [new])
     take_over(out, new.outputs[0])
     for old in [*reversed(tail), node]:
         graph.remove(old, safe=True)
+
+
+def _heads(value: ir.Value) -> Projection | None:
+    """An operand of an Attention as it is, ``(batch, heads, sequence, head_dim)``."""
+    if value.shape is None or len(value.shape) != 4:
+        return None
+    heads, head_dim = value.shape[1], value.shape[3]
+    return Projection(value, heads, head_dim, None) if isinstance(heads, int) and isinstance(head_dim, int) else None
 
 
 def _merged(graph: ir.Graph, q: Projection, k: Projection, v: Projection) -> list[ir.Value] | None:

@@ -103,7 +103,8 @@ def _lower(
     assert x is not None
     shape, kernel = constant_shape(weight.codes), conv.inputs[1].shape  # type: ignore[union-attr]
     y = conv.outputs[0]
-    if shape is None or kernel is None or x.shape is None or y.shape is None:
+    extents = y.shape
+    if shape is None or kernel is None or not kernel.is_static() or x.shape is None or extents is None:
         return
     found = _activation(x)
     if found is not None:
@@ -121,7 +122,7 @@ def _lower(
         [None],
         {
             **{key: attribute(conv, key) for key in GEOMETRY if key in conv.attributes},
-            "kernel_shape": [int(d) for d in kernel[2:]],
+            "kernel_shape": list(kernel.numpy()[2:]),
             "weight_format": weight.format,
             "activation_format": found[1] if found is not None else "none",
             "epilogue": epilogue,
@@ -133,13 +134,13 @@ def _lower(
         },
         like=conv,
     )
-    rank = len(y.shape)
+    rank = len(extents)
     perm = [0, rank - 1, *range(1, rank - 1)]
     back = ir.node("Transpose", [node.outputs[0]], attributes={"perm": perm})
     last = node.outputs[0]
     last.name, last.type = f"{y.name}.last", ir.TensorType(ir.DataType.FLOAT)
-    last.shape = ir.Shape([y.shape[0], *y.shape[2:], y.shape[1]])
-    back.outputs[0].shape, back.outputs[0].type = y.shape, y.type
+    last.shape = ir.Shape([extents[0], *extents[2:], extents[1]])
+    back.outputs[0].shape, back.outputs[0].type = extents, y.type
     graph.insert_after(fused[-1], [node, back])
     take_over(y, back.outputs[0])
     for old in reversed(fused):

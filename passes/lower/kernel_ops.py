@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import onnx_ir as ir
 
@@ -13,7 +14,7 @@ def kernel_node(
     op_type: str,
     inputs: Sequence[ir.Value | None],
     outputs: Sequence[ir.Value | None],
-    attributes: dict[str, object] | None = None,
+    attributes: Mapping[str, Any] | None = None,
     like: ir.Node | None = None,
 ) -> ir.Node:
     """Create a kernel node whose outputs take over name, type and shape of ``outputs`` (None: a new value)."""

@@ -208,16 +208,17 @@ def merge_linears(graph: ir.Graph, linears: list[ir.Node]) -> ir.Value | None:
         names = [v.name for v in values if v is not None]
         like = next(v for v in values if v is not None)
         assert like.dtype is not None
+        name = "+".join(str(n) for n in names)
         value = ir.Value(
-            name="+".join(str(n) for n in names),
-            const_value=ir.Tensor(whole, dtype=like.dtype, name="+".join(str(n) for n in names)),
+            name=name,
+            const_value=ir.Tensor(whole, dtype=like.dtype, name=name),
             shape=ir.Shape(whole.shape),
             type=ir.TensorType(like.dtype),
         )
         value.metadata_props.update(like.metadata_props)
-        if value.name not in graph.initializers:
+        if name not in graph.initializers:
             graph.register_initializer(value)
-        return graph.initializers[value.name]
+        return graph.initializers[name]
 
     merged = kernel_node(
         "Linear",

@@ -79,7 +79,9 @@ def _quantizer(graph: ir.Graph, quantize: ir.Node) -> None:
         return
     bits = attribute(quantize, "bits", 8)
     producer = x.producer()
-    kind, inputs, attributes = "identity", [x], {}
+    kind = "identity"
+    inputs: list[ir.Value | None] = [x]
+    attributes: dict[str, object] = {}
     consumed: list[ir.Node] = []
     reader = quantize
     order = _hadamard_order(producer) if sole_use(x) is quantize else 0
@@ -95,7 +97,7 @@ def _quantizer(graph: ir.Graph, quantize: ir.Node) -> None:
     elif producer is not None and sole_use(x) is reader and (gated := _gated(graph, producer)) is not None:
         kind, inputs, consumed = gated
     elif producer is not None and sole_use(x) is reader and (found := activation_name(producer)):
-        kind, inputs, consumed = found, [producer.inputs[0]], [producer]  # type: ignore[list-item]
+        kind, inputs, consumed = found, [producer.inputs[0]], [producer]
     attributes = {"bits": bits, "clip": attribute(quantize, "clip", 1.0), "hadamard": order, **attributes}
     row = kernel_node(
         "Rowwise",

@@ -21,7 +21,7 @@ class InputSpec:
     """Name, dtype and shape (ints, or None/str for dynamic extents) of a model input."""
 
     name: str
-    dtype: np.dtype
+    dtype: np.dtype | None
     shape: tuple[int | str | None, ...]
 
 

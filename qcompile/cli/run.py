@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import click
 
@@ -38,10 +39,10 @@ def run(artifact: str, inputs: str, output: str | None, threads: int | None, emu
         results = model.run(feeds)
     if output is not None:
         try:
-            np.savez(output, **results)
+            np.savez(output, allow_pickle=False, **results)
         except OSError as error:
             raise QcompileError(f"cannot write {output}: {error.strerror}") from None
-    summary = {
+    summary: dict[str, dict[str, Any]] = {
         name: {
             "shape": list(array.shape),
             "dtype": str(array.dtype),

@@ -124,7 +124,7 @@ class Attention:
 
     def reference(self, *inputs: np.ndarray) -> dict[str, np.ndarray]:
         """``{"o": ...}`` in float64 numpy."""
-        mask = inputs[-1] if self.mask else None
+        mask = inputs[-1]  # if there is one
         h, kh, d, dv = self.heads, self.kh, self.head_dim, self.dv
         if self.layout == "merged":
             q, k, val = np.split(inputs[0], [h * d, (h + kh) * d], axis=2)

@@ -60,9 +60,9 @@ FORMATS = {
 
 def decode(ctx: Context, x: relax.Expr, dtype: ir.DataType) -> relax.Expr:
     """The float32 values of a tensor of codes."""
-    codes = np.arange(256, dtype=np.uint8)
+    codes: np.ndarray = np.arange(256, dtype=np.uint8)
     if dtype == _D.FLOAT4E2M1:
-        codes = codes & 0xF
+        codes = codes & np.uint8(0xF)
     with np.errstate(all="ignore"):
         table = ctx.const(codes.view(dtype.numpy()).astype(np.float32))
     return ctx.te(

@@ -274,7 +274,7 @@ def _legacy_broadcast(ctx: Context, node: ir.Node, a: relax.Expr, b: relax.Expr)
     return ctx.reshape(b, [*ctx.shape(b), *[1] * (ctx.rank(a) - axis - ctx.rank(b))])
 
 
-for _name, _function in {
+_BINARY: dict[str, Callable[[Any, Any], Any]] = {
     "Add": lambda a, b: a + b,
     "Sub": lambda a, b: a - b,
     "Mul": lambda a, b: a * b,
@@ -290,8 +290,9 @@ for _name, _function in {
     "BitwiseAnd": lambda a, b: tirx.bitwise_and(a, b),
     "BitwiseOr": lambda a, b: tirx.bitwise_or(a, b),
     "BitwiseXor": lambda a, b: tirx.bitwise_xor(a, b),
-}.items():
-    _register_binary(_name, _function)
+}
+for _name, _binary in _BINARY.items():
+    _register_binary(_name, _binary)
 
 
 @converter("", "Pow")

@@ -96,9 +96,12 @@ def _resize(ctx: Context, node: ir.Node, x: relax.Expr, *inputs: Any) -> relax.E
         padded = [*node.inputs[1:], None, None, None][:3]
         roi, scales, sizes = (_nonempty(ctx, v) for v in padded)
         axes = [a % rank for a in attr(node, "axes", None) or range(rank)]
-    if scales is None and sizes is None:
+    if scales is not None:
+        plan = _plan_scales(ctx, x, axes, scales)
+    elif sizes is not None:
+        plan = _plan_sizes(ctx, node, x, axes, sizes)
+    else:
         raise ctx.unsupported(node, "neither scales nor sizes")
-    plan = _plan_sizes(ctx, node, x, axes, sizes) if scales is None else _plan_scales(ctx, x, axes, scales)
     regions = None
     if sampling.transform == "tf_crop_and_resize":
         regions = ctx.cast(ctx.expr(roi), _F64)
@@ -135,8 +138,8 @@ def _plan_scales(ctx: Context, x: relax.Expr, axes: list[int], scales: Any) -> l
 
             return te.compute((as_expr(count),), length, name="resized")
 
-        new = ctx.dims_from_tensor(ctx.te(lengths, f, name="resized_lengths"), "resized")
-        return [_Axis(a, shape[a], n, i, (i, count + i)) for i, (a, n) in enumerate(zip(axes, new))]
+        found = ctx.dims_from_tensor(ctx.te(lengths, f, name="resized_lengths"), "resized")
+        return [_Axis(a, shape[a], n, i, (i, count + i)) for i, (a, n) in enumerate(zip(axes, found))]
     plan = []
     for i, (axis, scale) in enumerate(zip(axes, known)):
         scale, old = float(scale), shape[axis]
@@ -199,6 +202,7 @@ def _coordinate(p: _Axis, s: _Sampling, o: Any, scale: Any, region: tuple[Any, A
         return offset + half
     if s.transform == "tf_half_pixel_for_nn":
         return (o + _f(0.5)) / scale
+    assert region is not None
     begin, end = region
     span = (end - begin) * (old - _f(1))
     return tirx.Select(one, span / _f(2), o * span / (safe - _f(1))) + begin * (old - _f(1))

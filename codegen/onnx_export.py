@@ -11,10 +11,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
+from qcompile.codegen.kernels.base import StoredCodes
 from qcompile.formats import BitLayout
 
 
@@ -23,33 +25,15 @@ class StoredWeight:
     """Where a quantized ``(K, N)`` weight lies in packed arrays.
 
     Attributes:
-        codes: name of the packed uint8 array.
-        layout: its bit permutation, from padded codes ``(K', N')``.
-        k_index: for every ``k`` its row in the padded matrix, int64 ``(K,)``.
-        k_padded: its number of rows ``K'``.
+        codes: how the array ``weight`` holds its codes.
+        names: of the packed arrays, by the packer's own names.
         start, stop: its columns, where several weights were merged or N was padded.
-        group: length of a scale group along K; 0 for one scale per column.
-        column_scale: name of the float32 ``(N',)`` array of column scales, which are to be multiplied by ``unit``.
-        unit: see there.
-        group_scale: name of the ``(panels, groups, width)`` array of group scales, or None.
-        zero: name of the uint8 ``(panels, groups, width)`` array of zero points, or None.
-        bias: what the unsigned codes of a symmetric format exceed the signed ones by.
-        twos_complement: whether they are stored in two's complement; ``bias`` is the weight of the sign bit then.
     """
 
-    codes: str
-    layout: BitLayout
-    k_index: np.ndarray
-    k_padded: int
+    codes: StoredCodes
+    names: Mapping[str, str]
     start: int
     stop: int
-    group: int
-    column_scale: str
-    unit: int
-    group_scale: str | None = None
-    zero: str | None = None
-    bias: int = 0
-    twos_complement: bool = False
 
 
 class Emitter:
@@ -80,7 +64,7 @@ class Emitter:
         self.constants[key] = value
         return value
 
-    def __call__(self, op: str, *inputs: ir.Value, **attributes: object) -> ir.Value:
+    def __call__(self, op: str, *inputs: ir.Value, **attributes: Any) -> ir.Value:
         node = ir.node(op, list(inputs), attributes=attributes, name=f"{self.prefix}.n{self.count}")
         node.outputs[0].name = f"{self.prefix}.v{self.count}"
         self.count += 1
@@ -174,14 +158,16 @@ def _strip_metadata(model: ir.Model) -> None:
 
 def _dequantize(emit: Emitter, node: ir.Node, place: StoredWeight, array: Callable[[str], ir.Value]) -> None:
     """Emit ``(codes - zero) * scale`` in place of a DequantizeLinear."""
-    packed = array(place.codes)
-    k = len(place.k_index)
-    k_padded = place.k_padded
-    stored_bits = 8 * math.prod(_dims(packed))
-    n_padded = stored_bits // (k_padded * place.layout.bits)
-    codes = unpack(emit, packed, place.layout, (k_padded, n_padded))
-    if not np.array_equal(place.k_index, np.arange(k_padded)):
-        codes = emit("Gather", codes, emit.constant(place.k_index.astype(np.int64)), axis=0)
+    stored, names = place.codes, place.names
+    packed = array(names["weight"])
+    k_padded = len(stored.source)
+    n_padded = 8 * math.prod(_dims(packed)) // (k_padded * stored.layout.bits)
+    codes = unpack(emit, packed, stored.layout, (k_padded, n_padded))
+    position = np.flatnonzero(stored.source >= 0)
+    position = position[np.argsort(stored.source[position], kind="stable")]
+    k = len(position)
+    if not np.array_equal(position, np.arange(k_padded)):
+        codes = emit("Gather", codes, emit.constant(position.astype(np.int64)), axis=0)
 
     def columns(value: ir.Value) -> ir.Value:
         """The weight's own columns of a value whose last axis is N'."""
@@ -196,17 +182,17 @@ def _dequantize(emit: Emitter, node: ir.Node, place: StoredWeight, array: Callab
         panels, groups, width = _dims(value)
         flat = emit("Transpose", emit("Cast", value, to=int(ir.DataType.FLOAT)), perm=[1, 0, 2])
         flat = emit("Reshape", flat, emit.constant(np.array([groups, panels * width], np.int64)))
-        index = np.minimum(np.arange(k, dtype=np.int64) // (place.group or k), groups - 1)
+        index = np.minimum(np.arange(k, dtype=np.int64) // (stored.group or k), groups - 1)
         return emit("Gather", columns(flat), emit.constant(index), axis=0)
 
-    if place.twos_complement:
+    if stored.twos_complement:
         # Inverting the sign bit adds its weight.
-        codes = emit("BitwiseXor", codes, emit.constant(np.array(place.bias, np.uint8)))
+        codes = emit("BitwiseXor", codes, emit.constant(np.array(stored.bias, np.uint8)))
     real = emit("Cast", columns(codes), to=int(ir.DataType.FLOAT))
-    zero = per_row(place.zero) if place.zero else emit.constant(np.array(place.bias, np.float32))
-    scale = columns(emit("Mul", array(place.column_scale), emit.constant(np.array(place.unit, np.float32))))
-    if place.group_scale:
-        scale = emit("Mul", per_row(place.group_scale), scale)
+    zero = per_row(names["zero"]) if "zero" in names else emit.constant(np.array(stored.bias, np.float32))
+    scale = columns(emit("Mul", array(names["scale"]), emit.constant(np.array(stored.unit, np.float32))))
+    if "group_scale" in names:
+        scale = emit("Mul", per_row(names["group_scale"]), scale)
     result = emit("Mul", emit("Sub", real, zero), scale)
     result.shape, result.type = node.outputs[0].shape, node.outputs[0].type
     ir.convenience.replace_all_uses_with(node.outputs[0], result)
@@ -214,4 +200,4 @@ def _dequantize(emit: Emitter, node: ir.Node, place: StoredWeight, array: Callab
 
 def _dims(value: ir.Value) -> list[int]:
     assert value.const_value is not None
-    return [int(d) for d in value.const_value.shape]
+    return list(value.const_value.shape.numpy())

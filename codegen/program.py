@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from qcompile.codegen.kernels.cpu.gemm import TiledGemm
 from qcompile.codegen.onnx_export import StoredWeight, share_weights
 from qcompile.codegen.relax import (
     compile_relax,
@@ -90,31 +89,11 @@ def build_program(lowered: ir.Model, target: Target) -> BuiltProgram:
 
 def _places(record: LinearRecord) -> list[tuple[str, StoredWeight]]:
     """Where each of the merged weights of a kernel lies."""
-    family, problem = record.family, record.problem
-    if not isinstance(family, TiledGemm):
+    codes = record.family.stored(record.problem, record.config)
+    if codes is None:
         return []
-    panels = family.panels(problem, record.config)
-    signed = panels.fmt.symmetric and panels.bias == 0
-    source = panels.source()
-    k_index = np.empty(problem.k, np.int64)
-    k_index[source[source >= 0]] = np.flatnonzero(source >= 0)
     found, start = [], 0
     for name, width in zip(record.weights, record.parts):
-        place = StoredWeight(
-            codes=record.packed["weight"],
-            layout=panels.layout,
-            k_index=k_index,
-            k_padded=len(source),
-            start=start,
-            stop=start + width,
-            group=panels.fmt.group,
-            column_scale=record.packed["scale"],
-            unit=family.unit(panels),
-            group_scale=record.packed.get("group_scale"),
-            zero=record.packed.get("zero"),
-            bias=1 << (panels.bits - 1) if signed else panels.bias,
-            twos_complement=signed,
-        )
-        found.append((name, place))
+        found.append((name, StoredWeight(codes, record.packed, start, start + width)))
         start += width
     return found

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from qcompile.formats import ActivationFormat, Format, Quantized
+from qcompile.formats import ActivationFormat, BitLayout, Format, Quantized
 from qcompile.targets.target import Target
 
 
@@ -24,11 +24,14 @@ class Epilogue:
         bias: add a float32 ``(N,)`` vector.
         activation: ``""``, ``relu``, ``gelu`` (erf), ``gelu_tanh`` or ``silu``.
         residual: add a float32 ``(M, N)`` matrix after the activation.
+        codes: store what a static quantizer makes of the result, uint8 ``clip(round_half_even(y / step)) + 128``, instead
+            of float32; step and limits are a parameter.
     """
 
     bias: bool = False
     activation: str = ""
     residual: bool = False
+    codes: bool = False
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,30 @@ class Support:
         return self.ok
 
 
+@dataclass(frozen=True)
+class StoredCodes:
+    """How the packed array ``weight`` of a kernel holds the codes of a matrix, so that others can read them too.
+
+    The other packed arrays then are ``scale`` ``(N',)`` in float32, to be multiplied by ``unit``, and where groups have scales
+    ``group_scale``, ``zero`` and ``offset``, ``(panels, groups, ..., width)``.
+
+    Attributes:
+        layout: the bit permutation, from padded codes ``(K', N')``.
+        source: for every padded row its k, or -1, int64 ``(K',)``.
+        group: length of a scale group along K; 0 for one scale per column.
+        unit: see above.
+        bias: what the unsigned codes of a symmetric format exceed the signed ones by.
+        twos_complement: whether they are stored in two's complement; ``bias`` is the weight of the sign bit then.
+    """
+
+    layout: BitLayout
+    source: np.ndarray
+    group: int
+    unit: int = 1
+    bias: int = 0
+    twos_complement: bool = False
+
+
 class LinearKernel(ABC):
     """A family of kernels for quantized linear operators.
 
@@ -74,11 +101,17 @@ class LinearKernel(ABC):
       (for ``int8/tensor`` every row holds the same value; a zero point other than 0 is folded into the bias by the
       caller). Activation ``none``: ``x (M, K)``.
     * the packed weight arrays in the order `pack` returns them;
-    * ``bias (N,)`` if the epilogue has one; ``residual (M, N)`` if it has one;
+    * ``bias (N,)`` if the epilogue has one; ``residual (M, N)`` if it has one; ``limits (3,)`` if it stores codes: the step
+      of the quantizer, the lowest and the highest code;
     * the output ``(M, N)``.
+
+    Attributes:
+        name: of the family.
+        stores_codes: whether it can store codes; `select` refuses it for operators that want them otherwise.
     """
 
     name: str
+    stores_codes = False
 
     @abstractmethod
     def supports(self, problem: LinearProblem, target: Target) -> Support:
@@ -99,6 +132,10 @@ class LinearKernel(ABC):
     @abstractmethod
     def cost(self, problem: LinearProblem, config: dict[str, Any], target: Target, m: int) -> float:
         """Estimated seconds for ``m`` rows."""
+
+    def stored(self, problem: LinearProblem, config: dict[str, Any]) -> StoredCodes | None:
+        """Where `pack` puts the codes; None if they cannot be read back as integers."""
+        return None
 
     def reference(
         self,

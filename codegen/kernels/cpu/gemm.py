@@ -22,7 +22,7 @@ import numpy as np
 from tvm.script import tirx as T
 from tvm.tirx.script.builder import ir as B
 
-from qcompile.codegen.kernels.base import LinearKernel, LinearProblem, Support
+from qcompile.codegen.kernels.base import LinearKernel, LinearProblem, StoredCodes, Support
 from qcompile.codegen.kernels.cpu import vector as v
 from qcompile.codegen.kernels.cpu import vmath
 from qcompile.codegen.kernels.cpu.panels import Panels, half_scales
@@ -34,6 +34,9 @@ CLOCK = 3e9
 
 BANDWIDTH = 40e9
 """Bytes per second of weights assumed by `TiledGemm.cost`."""
+
+MAGIC = 1.5 * 2.0**23
+"""Its bits are 0x4B400000; see `quantized`."""
 
 ITEMS_PER_THREAD = 4
 """Items each thread should get at least, where the rows alone do not make as many."""
@@ -99,6 +102,7 @@ class TiledGemm(LinearKernel):
     kind = "x86"
     """The kind of target."""
 
+    stores_codes = True
     float_tile = False
     """Whether the micro-kernel accumulates float32 even for per-channel scales."""
 
@@ -211,6 +215,12 @@ class TiledGemm(LinearKernel):
         packed["scale"] = panels.columns(column / np.float32(unit))
         return packed
 
+    def stored(self, problem: LinearProblem, config: dict[str, Any]) -> StoredCodes:
+        panels = self.panels(problem, config)
+        signed = panels.fmt.symmetric and panels.bias == 0
+        bias = 1 << (panels.bits - 1) if signed else panels.bias
+        return StoredCodes(panels.layout, panels.source(), panels.fmt.group, self.unit(panels), bias, signed)
+
     def tile_is_float(self, panels: Panels) -> bool:
         """Whether a tile holds float32: group scales are applied before groups are added."""
         return bool(panels.fmt.group) or self.float_tile
@@ -237,7 +247,9 @@ class TiledGemm(LinearKernel):
             params.append(v.Param("bias", (n,)))
         if problem.epilogue.residual:
             params.append(v.Param("residual", ("m", n)))
-        return [*params, v.Param("out", ("m", n), output=True)]
+        if problem.epilogue.codes:
+            params.append(v.Param("limits", (3,)))
+        return [*params, v.Param("out", ("m", n), "uint8" if problem.epilogue.codes else "float32", output=True)]
 
     # Code
 
@@ -407,7 +419,20 @@ def _finish(
             value = vmath.ACTIVATIONS[epilogue.activation](v.let(value))
             if epilogue.residual:
                 value = value + v.load(names["residual"], [at, n], here)
+            if epilogue.codes:
+                value = quantized(v.let(value), names["limits"], here)
             v.store(names["out"], [at, n], value, here)
+
+
+def quantized(value: Any, limits: Any, lanes: int) -> Any:
+    """``clip(round_half_even(value / step), lowest, highest) + 128`` as uint8; ``limits`` holds the three numbers.
+
+    Adding 1.5 * 2^23 leaves the rounded number in the low bits of the mantissa.
+    """
+    step, lowest, highest = (v.splat(v.let(limits[i]), lanes) for i in range(3))
+    within = v.let(T.max(T.min(value / step, highest), lowest))
+    bits = v.bits_of(v.add_exactly(within, v.const(MAGIC, lanes), lanes), "int32", lanes)
+    return v.cast(bits + v.const(128 - 0x4B400000, lanes, "int32"), "uint8", lanes)
 
 
 def opaque(value: Any) -> Any:

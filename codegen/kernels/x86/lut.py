@@ -25,7 +25,7 @@ import numpy as np
 from tvm.script import tirx as T
 from tvm.tirx.script.builder import ir as B
 
-from qcompile.codegen.kernels.base import LinearKernel, LinearProblem, Support
+from qcompile.codegen.kernels.base import LinearKernel, LinearProblem, StoredCodes, Support
 from qcompile.codegen.kernels.cpu import vector as v
 from qcompile.codegen.kernels.cpu import vmath
 from qcompile.codegen.kernels.cpu.gemm import BANDWIDTH, CLOCK, ON_STACK, Register, finish, opaque
@@ -157,7 +157,7 @@ class LutGemm(LinearKernel):
         if not self.grouped(panels):
             return {**packed, "scale": panels.columns(weight.scale[0].astype(np.float32))}
         scale, column = group_scales(problem.weight, weight, config["scales"])
-        packed["group_scale"] = panels.by_panel(scale)
+        packed["group_scale"] = panels.by_panel(scale[0] if panels.planes.uniform else scale)
         if panels.planes.offset == "zero":
             assert weight.zero_point is not None
             packed["zero"] = panels.by_panel(weight.zero_point.astype(np.uint8))
@@ -165,14 +165,19 @@ class LutGemm(LinearKernel):
             packed["offset"] = panels.by_panel((weight.aux["offset"] / column).astype(config["scales"]))
         return {**packed, "scale": panels.columns(column)}
 
+    def stored(self, problem: LinearProblem, config: dict[str, Any]) -> StoredCodes:
+        panels = self.panels(problem, config)
+        bias = panels.planes.bias if panels.planes.offset == "constant" else 0
+        return StoredCodes(panels.layout, panels.source(), panels.planes.group, bias=bias)
+
     def params(self, problem: LinearProblem, config: dict[str, Any], panels: PlanePanels) -> list[v.Param]:
         """The parameters of the PrimFunc in the order of `LinearKernel`."""
         groups = (panels.count, panels.groups)
-        planes = 1 if panels.planes.uniform else panels.planes.bits
+        planes = () if panels.planes.uniform else (panels.planes.bits,)
         params = [v.Param("x", ("m", problem.k), "uint8"), v.Param("x_scale", ("m",))]
         params.append(v.Param("weight", (panels.count, panels.pairs, panels.pair_bytes), "uint8"))
         if self.grouped(panels):
-            params.append(v.Param("group_scale", (*groups, planes, panels.width), config["scales"]))
+            params.append(v.Param("group_scale", (*groups, *planes, panels.width), config["scales"]))
             if panels.planes.offset == "zero":
                 params.append(v.Param("zero", (*groups, panels.width), "uint8"))
             if panels.planes.offset == "free":
@@ -387,7 +392,7 @@ class LutGemm(LinearKernel):
                     zero = v.cast(v.load(e.names["zero"], [panel, group, column], LANES), "int32", LANES)
                     centred = v.cast(zero - v.const(planes.centre, LANES, "int32"), "float32", LANES)
                     real = v.let(vmath.fma(centred, v.splat(-base.real_total, LANES), real))
-                value = v.let(vmath.fma(real, self._scale(e, "group_scale", [panel, group, 0, column]), value))
+                value = v.let(vmath.fma(real, self._scale(e, "group_scale", [panel, group, column]), value))
             else:
                 for plane, part in enumerate(here):
                     part = part if e.signed else part + v.splat(base.negative, LANES)

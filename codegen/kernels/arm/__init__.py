@@ -2,9 +2,10 @@
 
 from qcompile.codegen.kernels.arm.floats import FloatGemm
 from qcompile.codegen.kernels.arm.gemm import DotGemm, NeonGemm
+from qcompile.codegen.kernels.arm.mmla import MmlaGemm
 from qcompile.codegen.kernels.arm.planes import PlaneDotGemm, PlaneNeonGemm
 
-FAMILIES = (DotGemm, NeonGemm, PlaneDotGemm, PlaneNeonGemm, FloatGemm)
+FAMILIES = (MmlaGemm, DotGemm, NeonGemm, PlaneDotGemm, PlaneNeonGemm, FloatGemm)
 """Families of linear kernels, the one to prefer among equals first."""
 
-__all__ = ["FAMILIES", "DotGemm", "FloatGemm", "NeonGemm", "PlaneDotGemm", "PlaneNeonGemm"]
+__all__ = ["FAMILIES", "DotGemm", "FloatGemm", "MmlaGemm", "NeonGemm", "PlaneDotGemm", "PlaneNeonGemm"]

@@ -21,6 +21,7 @@ from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
+from tvm import tirx
 from tvm.script import tirx as T
 from tvm.tirx.script.builder import ir as B
 
@@ -176,9 +177,10 @@ class ArmGemm(TiledGemm):
         """``tile = start + sum_g scale[g] (sum_k u a' - z[g] sum_k a')``, without scales if there is one group."""
         p = e.panels
         kind = "float32" if p.fmt.group else "int32"
-        tile = [[Register(kind, LANES) for _ in range(p.vectors)] for _ in range(rows)]
-        places = [(r, vec) for r in range(rows) for vec in range(p.vectors)]
-        for vec in range(p.vectors):
+        quads = p.width // LANES
+        tile = [[Register(kind, LANES) for _ in range(quads)] for _ in range(rows)]
+        places = [(r, vec) for r in range(rows) for vec in range(quads)]
+        for vec in range(quads):
             start = v.let(v.load(e.names["start"], [panel * p.width + vec * LANES], LANES))
             for r in range(rows):
                 tile[r][vec].set(start)
@@ -228,11 +230,11 @@ class ArmGemm(TiledGemm):
             for line in begin
         ]
 
-        def body(line: Any, count: int, activations: Callable[[int, int], Any]) -> None:
+        def body(line: Any, count: int, activations: Callable[[int, int], Word]) -> None:
             for i in range(count):
                 raw = self.load_weights(e, panel, line + i)
                 for index in range(p.per_byte):
-                    a = [v.let(activations(r, i * p.per_byte + index)) for r in range(rows)]
+                    a = [v.let(repeated(activations(r, i * p.per_byte + index))) for r in range(rows)]
                     for vec in range(p.vectors):
                         for part, codes in bits.unpack(p, raw[vec], index, parts):
                             codes = v.let(codes)
@@ -252,6 +254,17 @@ class ArmGemm(TiledGemm):
             for r, line in enumerate(tile)
         ]
 
+    def zero_codes(self, e: Emission, panel: Any, group: Any) -> list[Any]:
+        return self._by_quad(e, "zero", panel, group, "int32")
+
+    def scale_vectors(self, e: Emission, panel: Any, group: Any) -> list[Any]:
+        return self._by_quad(e, "group_scale", panel, group, "float32")
+
+    @staticmethod
+    def _by_quad(e: Emission, name: str, panel: Any, group: Any, dtype: str) -> list[Any]:
+        loads = [v.load(e.names[name], [panel, group, at], LANES) for at in range(0, e.panels.width, LANES)]
+        return [v.let(v.cast(load, dtype, LANES)) for load in loads]
+
     def load_weights(self, e: Emission, panel: Any, row: Any) -> list[list[Any]]:
         """Load one panel row: uint8 registers ``[vector][plane]``."""
         p = e.panels
@@ -270,20 +283,21 @@ class ArmGemm(TiledGemm):
         first: Any,
         rows: int,
         group: Any,
-        body: Callable[[Any, int, Callable[[int, int], Any]], None],
+        body: Callable[[Any, int, Callable[[int, int], Word]], None],
         flush: Callable[[], None],
         every: int,
     ) -> None:
         """Emit ``body(line, count, activations)`` over the panel rows of a group.
 
-        ``line`` is the first of ``count`` panel rows; ``activations(r, i)`` are 4 consecutive activations of row ``first +
-        r`` in every lane, uint8, those at ``4 i`` from the first k of ``line``. Rows go in chunks of 16 activations or more;
-        where a row of activations ends earlier, one by one with its last 4 activations read again (see `Panels`). ``flush()``
-        is emitted after every ``every`` chunks, and after the last.
+        ``line`` is the first of ``count`` panel rows; ``activations(r, i)`` are consecutive activations of row ``first + r``,
+        as many as a lane of weights has (``depth``), from ``depth * i`` after the first k of ``line`` on. Rows go in chunks of
+        16 activations or more; where a row of activations ends earlier, one by one with its last activations read again (see
+        `Panels`). ``flush()`` is emitted after every ``every`` chunks, and after the last.
         """
         p = e.panels
         chunk = max(1, BYTES // p.step)
         loads = max(1, p.step // BYTES)
+        words = BYTES // p.depth
         whole = chunk * p.step
         full = p.group // whole  # of a group that is not the last
         last = (p.k - (p.groups - 1) * p.group) // whole
@@ -292,10 +306,10 @@ class ArmGemm(TiledGemm):
 
         def one(i: Any) -> None:
             k = v.let(group * p.group + i * whole)
-            wide = [[self._sixteen(e, first + r, k + at * BYTES) for at in range(loads)] for r in range(rows)]
+            wide = [[self._load(e, first + r, k + at * BYTES, words) for at in range(loads)] for r in range(rows)]
 
-            def indexed(r: int, at: int) -> Any:
-                return v.bits_of(v.shuffle(wide[r][at // LANES], [at % LANES] * LANES), "uint8", BYTES)
+            def indexed(r: int, at: int) -> Word:
+                return Word(wide[r][at // words], words, at % words, p.depth)
 
             body(base + i * chunk, chunk, indexed)
 
@@ -316,8 +330,8 @@ class ArmGemm(TiledGemm):
             with T.serial(p.rows_per_group - chunks * chunk) as i:
                 row = v.let(chunks * chunk + i)
 
-                def single(r: int, at: int) -> Any:
-                    return self.four(e, first + r, self.position(e, group, row, at))
+                def single(r: int, at: int) -> Word:
+                    return Word(self._last(e, first + r, self.position(e, group, row, at)), 1, 0, p.depth)
 
                 body(base + row, 1, single)
                 flush()
@@ -328,19 +342,43 @@ class ArmGemm(TiledGemm):
         return T.max(count, e.m - (1 << 30)) if count > 4 else count
 
     @staticmethod
-    def _sixteen(e: Emission, row: Any, k: Any) -> Any:
-        return v.let(v.bits_of(v.load(e.names["x"], [row, k], BYTES), "int32", LANES))
+    def _load(e: Emission, row: Any, k: Any, words: int) -> Any:
+        """``words * depth`` consecutive activations, as integers of ``depth`` bytes."""
+        depth = e.panels.depth
+        return v.let(v.bits_of(v.load(e.names["x"], [row, k], words * depth), f"int{8 * depth}", words))
 
-    def four(self, e: Emission, row: Any, k: Any) -> Any:
-        """Four consecutive activations of a row in every lane."""
-        x, width = e.names["x"], e.problem.k
-        if width >= 4:
-            word = v.bits_of(v.load(x, [row, k], 4), "int32", 1)
-        else:
-            word = T.int32(0)
-            for i in range(width):
-                word = T.bitwise_or(word, T.shift_left(T.cast(x[row, i], "int32"), T.int32(8 * i)))
-        return v.bits_of(v.splat(word, LANES), "uint8", BYTES)
+    def _last(self, e: Emission, row: Any, k: Any) -> Any:
+        """``depth`` consecutive activations, or all there are, as one integer."""
+        depth, width = e.panels.depth, e.problem.k
+        if width >= depth:
+            return self._load(e, row, k, 1)
+        kind = f"int{8 * depth}"
+        word = tirx.const(0, kind)
+        for i in range(width):
+            byte = T.shift_left(T.cast(e.names["x"][row, i], kind), tirx.const(8 * i, kind))
+            word = T.bitwise_or(word, byte)
+        return v.let(word)
+
+
+@dataclass(frozen=True)
+class Word:
+    """Consecutive activations of a row: lane ``lane`` of ``value``, which has ``lanes`` integers of ``depth`` bytes."""
+
+    value: Any
+    lanes: int
+    lane: int
+    depth: int
+
+    def scalar(self) -> Any:
+        """The integer."""
+        return v.shuffle(self.value, [self.lane]) if self.lanes > 1 else self.value
+
+
+def repeated(word: Word) -> Any:
+    """A register of bytes that holds the word in every lane of its width."""
+    count = BYTES // word.depth
+    wide = v.shuffle(word.value, [word.lane] * count) if word.lanes > 1 else v.splat(word.value, count)
+    return v.bits_of(wide, "uint8", BYTES)
 
 
 def dot(acc: Any, a: Any, b: Any) -> Any:

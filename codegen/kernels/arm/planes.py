@@ -15,7 +15,7 @@ import numpy as np
 from tvm.script import tirx as T
 
 from qcompile.codegen.kernels.arm import bits
-from qcompile.codegen.kernels.arm.gemm import LANES, DotGemm, NeonGemm, UnsignedPanels
+from qcompile.codegen.kernels.arm.gemm import LANES, DotGemm, NeonGemm, UnsignedPanels, Word, repeated
 from qcompile.codegen.kernels.base import LinearProblem
 from qcompile.codegen.kernels.cpu import vector as v
 from qcompile.codegen.kernels.cpu import vmath
@@ -110,11 +110,11 @@ class PlaneDotGemm(DotGemm):
             [[self.accumulator(p, part, zero) for _ in range(p.bits)] for _ in range(p.vectors)] for _ in range(rows)
         ]
 
-        def body(line: Any, count: int, activations: Callable[[int, int], Any]) -> None:
+        def body(line: Any, count: int, activations: Callable[[int, int], Word]) -> None:
             for i in range(count):
                 raw = self.load_weights(e, panel, line + i)
                 for index in range(p.per_byte):
-                    a = [v.let(activations(r, i * p.per_byte + index)) for r in range(rows)]
+                    a = [v.let(repeated(activations(r, i * p.per_byte + index))) for r in range(rows)]
                     for vec in range(p.vectors):
                         for plane in range(p.bits):
                             mask = v.let(bits.plane(p, raw[vec], index, plane))

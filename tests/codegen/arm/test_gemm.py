@@ -13,7 +13,7 @@ from qcompile.errors import TargetError
 from qcompile.formats import IntFormat, Quantized, parse_activation, parse_format
 from qcompile.targets import get_target, x86
 
-CPUS = ["cortex-a53", "cortex-a76"]
+CPUS = ["cortex-a53", "cortex-a76", "neoverse-v1"]
 """Each is tested with the families that the ones before it do not have."""
 FORMATS = [
     "int8", "int8/g7/asym", "int4", "int4/g32", "int4/g20/asym", "int2", "int2/g64/asym", "int1/g32", "int1",

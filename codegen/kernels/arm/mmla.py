@@ -1,0 +1,100 @@
+"""Integer GEMM on matrix instructions (i8mm): UMMLA multiplies 2 rows x 8 k by 8 k x 2 columns into a 2 x 2 block of int32.
+
+A register of weights holds 2 columns x 8 consecutive k. Two rows of activations are interleaved by halves, and a pair of
+accumulators is brought back to rows of 4 columns when a group ends. A single row, as in text generation, would waste half of
+every instruction; it uses UDOT on the same weights, whose lanes then hold half a sum of a column each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from tvm.script import tirx as T
+
+from qcompile.codegen.kernels.arm import bits
+from qcompile.codegen.kernels.arm.gemm import BYTES, LANES, DotGemm, Word, dot, repeated
+from qcompile.codegen.kernels.base import LinearProblem
+from qcompile.codegen.kernels.cpu import vector as v
+from qcompile.codegen.kernels.cpu.gemm import Emission, Register
+from qcompile.targets.target import Target
+
+
+class MmlaGemm(DotGemm):
+    """UMMLA, 32 products per instruction."""
+
+    name = "arm-ummla"
+    needs = ("neon", "dotprod", "i8mm")
+    depth = 8
+
+    def lanes(self, target: Target) -> int:
+        return 2
+
+    def tiles(self, problem: LinearProblem, target: Target) -> list[tuple[int, int]]:
+        return [(4, 8), (8, 4), (6, 6)]
+
+    def speed(self, problem: LinearProblem, target: Target) -> tuple[float, float]:
+        return 60.0, 1.5 if 8 % problem.weight.bits else 0.0 if problem.weight.bits == 8 else 0.5
+
+    def products(self, e: Emission, panel: Any, first: Any, group: Any, start: list[Any]) -> list[list[Any]]:
+        p = e.panels
+        rows = len(start)
+        parts = bits.partial_sums(p, rows, self.wide)
+        pairs = [(r, min(r + 1, rows - 1)) for r in range(0, rows, 2)]
+        zero = v.const(0, LANES, "int32")
+        tile = [[[Register("int32", LANES) for _ in parts] for _ in range(p.vectors)] for _ in pairs]
+        for line in tile:
+            for registers in line:
+                for register in registers:
+                    register.set(zero)
+
+        def body(line: Any, count: int, activations: Callable[[int, int], Word]) -> None:
+            for i in range(count):
+                raw = self.load_weights(e, panel, line + i)
+                for index in range(p.per_byte):
+                    at = i * p.per_byte + index
+                    if rows == 1:
+                        a = [v.let(repeated(activations(0, at)))]
+                    else:
+                        a = [v.let(_interleaved(activations(r, at), activations(s, at))) for r, s in pairs]
+                    for vec in range(p.vectors):
+                        for part, codes in bits.unpack(p, raw[vec], index, parts):
+                            codes = v.let(codes)
+                            for pair, activation in enumerate(a):
+                                register = tile[pair][vec][part]
+                                multiply = dot if rows == 1 else matrix
+                                register.set(multiply(register.get(), *self._order(codes, activation, rows)))
+
+        self.over_rows(e, first, rows, group, body, lambda: None, 0)
+        sums: list[list[Any]] = [[] for _ in start]
+        for pair, line in zip(pairs, tile):
+            whole = [v.let(bits.combine(parts, [register.get() for register in part], zero)) for part in line]
+            for a, b in zip(whole[::2], whole[1::2]):
+                if rows == 1:
+                    both = T.call_llvm_pure_intrin("int32x4", "llvm.aarch64.neon.addp", a, b)
+                    sums[0].append(v.let(start[0] + both))
+                    continue
+                for which, row in enumerate(dict.fromkeys(pair)):
+                    low = [2 * which, 2 * which + 1]
+                    quad = T.Shuffle([a, b], [*low, *(LANES + i for i in low)])
+                    sums[row].append(v.let(start[row] + quad))
+        return sums
+
+    @staticmethod
+    def _order(codes: Any, activation: Any, rows: int) -> tuple[Any, Any]:
+        """UMMLA takes rows first."""
+        return (codes, activation) if rows == 1 else (activation, codes)
+
+
+def matrix(acc: Any, a: Any, b: Any) -> Any:
+    """``acc`` (2 x 2) plus ``a`` (2 x 8) times the transpose of ``b`` (2 x 8)."""
+    return T.call_llvm_pure_intrin("int32x4", "llvm.aarch64.neon.ummla", acc, a, b)
+
+
+def _interleaved(a: Word, b: Word) -> Any:
+    """Eight activations of one row, then eight of another."""
+    if a.lanes > 1:
+        both = T.Shuffle([a.value, b.value], [a.lane, a.lanes + b.lane])
+    else:
+        both = T.Shuffle([a.value, b.value], [0, 1])
+    return v.bits_of(both, "uint8", BYTES)

@@ -271,23 +271,22 @@ def test_centring_leaves_no_layer_norm_and_frees_the_rotation():
     ("body", "reason"),
     [
         ("n = RMSNormalization(s, g) y = MatMul(n, v)", "RMSNormalization"),
-        ("n = LayerNormalization(s, g) t = Add(n, s) y = MatMul(t, v)", "mean"),
         ("n = LayerNormalization(s, g) a = MatMul(n, v) c = MatMul(s, w3) y = Add(a, c)", "summed"),
     ],
 )
 def test_a_stream_whose_mean_is_seen_keeps_it(body, reason):
     body = (
-        "a0 = MatMul(x, w1) b0 = MatMul(x, w2) s = Add(a0, b0) n0 = LayerNormalization(s, g0) z = MatMul(n0, v) " + body
+        "a0 = MatMul(x, w1) b0 = MatMul(x, w2) s = Add(a0, b0) n0 = LayerNormalization(s, g0) z = MatMul(n0, v0) " + body
     )
     random = np.random.default_rng(0)
     body = body.replace("y =", "y0 =") + " y = Add(y0, z)"
-    constants = {n: random.standard_normal((N, N)) for n in ("w1", "w2", "w3", "v") if n in body}
+    constants = {n: random.standard_normal((N, N)) for n in ("w1", "w2", "w3", "v", "v0") if n in body}
     constants |= {n: np.abs(random.standard_normal(N)) + 0.5 for n in ("g", "g0")}
     model = exact.widen(oracle.parse(body, {"x": (3, N)}, constants, (3, N)))
     case = exact.Case(model, {"x": random.standard_normal((3, N))})
     rewritten, report = case.apply(Centre())
     assert "LayerNormalization" in {n.op_type for n in rewritten.graph}
-    assert not report.applied and (not report.entries or reason in str(report))
+    assert not report.applied and reason in str(report)
 
 
 def test_a_promoted_silu_lets_scales_pass():

@@ -31,7 +31,7 @@ class MmlaGemm(DotGemm):
         return 2
 
     def tiles(self, problem: LinearProblem, target: Target) -> list[tuple[int, int]]:
-        return [(4, 8), (8, 4), (6, 6)]
+        return [(6, 6), (4, 8), (8, 4)]
 
     def speed(self, problem: LinearProblem, target: Target) -> tuple[float, float]:
         return 60.0, 1.5 if 8 % problem.weight.bits else 0.0 if problem.weight.bits == 8 else 0.5

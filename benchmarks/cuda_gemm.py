@@ -22,7 +22,8 @@ import torch
 from cuda_peers import CACHE, PEERS
 
 from qcompile.codegen.kernels.cuda import build
-from qcompile.kernels import ROWS, Plan, family, plan
+from qcompile.codegen.kernels.cuda.plan import ROWS, Plan, family
+from qcompile.kernels import plan
 from qcompile.targets.cuda import TARGETS
 
 SHAPES = [(4096, 4096), (11008, 4096), (4096, 11008), (8192, 8192), (28672, 8192), (8192, 28672)]

@@ -20,7 +20,7 @@ from typing import Any
 from cuda_gemm import LAYERS, SHAPES, calls, layer_plan, measure, weight_sets
 
 from qcompile.codegen.kernels.cuda import FAMILIES, build, tuned
-from qcompile.kernels import ROWS, Entry, Plan, family
+from qcompile.codegen.kernels.cuda.plan import ROWS, Entry, Plan, family
 from qcompile.targets.cuda import TARGETS
 
 MEASURED = {1: 1, 8: 8, 16: 16, 32: 32, 64: 64, 128: 128, 256: 256, 512: 1024}

@@ -15,85 +15,19 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
 from qcompile.codegen.kernels.base import Epilogue, LinearProblem
-from qcompile.codegen.kernels.cuda import FAMILIES, build, tuned
-from qcompile.codegen.kernels.cuda.linear import CudaLinear
+from qcompile.codegen.kernels.cuda import build
+from qcompile.codegen.kernels.cuda.plan import ROWS, Entry, Plan, family, make_plan
 from qcompile.errors import FormatError, InputError, TargetError
 from qcompile.formats import ActivationFormat, Format, IntFormat, Quantized, parse_activation, parse_format
 from qcompile.targets.cuda import TARGETS, CudaTarget, for_capability
 
-__all__ = ["QuantizedLinear", "linear", "plan", "quantize_rows"]
-
-ROWS = (1, 8, 16, 32, 64, 128, 256, 512)
-"""Rows the kernels of a layer are written for; the last one takes any number."""
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One kernel of a layer: the rows it is meant for, and what to build."""
-
-    rows: int
-    family: str
-    config: dict[str, Any]
-
-    @property
-    def symbol(self) -> str:
-        """Its function in the library."""
-        return f"rows{self.rows}"
-
-
-@dataclass(frozen=True)
-class Plan:
-    """The kernels of a layer, in one library."""
-
-    problem: LinearProblem
-    entries: tuple[Entry, ...]
-    target: CudaTarget
-
-    def describe(self) -> dict[str, Any]:
-        """Everything the generated code depends on, JSON-serialisable."""
-        p = self.problem
-        return {
-            "target": self.target.cpu,
-            "k": p.k,
-            "n": p.n,
-            "weight": str(p.weight),
-            "activation": str(p.activation),
-            "epilogue": asdict(p.epilogue),
-            "entries": [asdict(entry) for entry in self.entries],
-        }
-
-    def source(self) -> Path:
-        """The CUDA source; generated with TVM unless it is in the cache."""
-
-        def make() -> dict[str, Any]:
-            return {
-                e.symbol: family(e.family).build(self.problem, e.config, self.target, e.symbol) for e in self.entries
-            }
-
-        return build.source(self.describe(), make, self.target)
-
-    def library(self) -> Path:
-        """The compiled library; see `build.compile_library` for errors."""
-        return build.compile_library(self.source(), self.target)
-
-    def pack(self, weight: Quantized) -> dict[str, np.ndarray]:
-        """The arrays all kernels of the layer read."""
-        first = self.entries[0]
-        return family(first.family).pack(self.problem, first.config, weight)
-
-
-@functools.cache
-def family(name: str) -> CudaLinear:
-    """The kernel family called ``name``."""
-    return next(cls() for cls in FAMILIES if cls.name == name)
+__all__ = ["ROWS", "Plan", "QuantizedLinear", "linear", "plan", "quantize_rows"]
 
 
 def plan(
@@ -107,11 +41,7 @@ def plan(
     rows: Sequence[int] = ROWS,
     configs: Mapping[int, Mapping[str, Any]] | None = None,
 ) -> Plan:
-    """Choose kernels for a ``(K, N)`` matrix; needs neither GPU nor TVM.
-
-    Args:
-        rows: numbers of rows to have a kernel for; more rows than the largest are several blocks.
-        configs: by rows, ``family`` and config entries to use instead of the tuned or expected best ones.
+    """Choose kernels for a ``(K, N)`` matrix; needs neither GPU nor TVM. See `make_plan`.
 
     Raises:
         TargetError: no family takes the format on this target.
@@ -122,24 +52,8 @@ def plan(
     if dtype not in (torch.float16, torch.bfloat16):
         raise TargetError(f"CUDA layers take float16 or bfloat16 activations, not {dtype}")
     problem = LinearProblem(k, n, fmt, act, Epilogue(bias=bias))
-    able, reasons = [], []
-    for candidate in (family(cls.name) for cls in FAMILIES):
-        support = candidate.supports(problem, chip)
-        able += [candidate] if support else []
-        reasons += [] if support else [support.reason]
-    if not able:
-        raise TargetError(
-            f"no CUDA kernel multiplies {fmt} weights ({k} x {n}) by {act} activations: {'; '.join(reasons)}"
-        )
     out = str(dtype).removeprefix("torch.")
-    kind = "int8" if act.bits else out
-    entries = []
-    for count in rows:
-        given = dict((configs or {}).get(count, {}))
-        wanted = [c for c in able if c.name == given.pop("family", c.name)]
-        name, config = tuned.choose(wanted, problem, chip, count, kind)
-        entries.append(Entry(count, name, {**config, **given, "out": out}))
-    return Plan(problem, tuple(entries), chip)
+    return make_plan(problem, chip, out, out, rows, configs)
 
 
 @functools.cache

@@ -13,6 +13,7 @@ the mma, cp.async and wgmma instructions.
 
 from __future__ import annotations
 
+import ctypes
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,19 +43,23 @@ class CudaTarget(Target):
     l2: int = 0
     bandwidth: float = 1e12
 
-    def tvm(self) -> Any:
+    def tvm(self, arch: str = "") -> Any:
         """The ``tvm.target.Target`` whose host code is C++ in the same translation unit as the kernels."""
         import tvm
 
         spec = {
             "kind": "cuda",
-            "arch": self.cpu,
+            "arch": arch or self.cpu,
             "max_shared_memory_per_block": self.shared,
             "max_threads_per_block": 1024,
             "thread_warp_size": 32,
             "registers_per_block": 65536,
         }
         return tvm.target.Target(spec, host={"kind": "cuda_host"})
+
+    def tvm_scheduling(self) -> Any:
+        """The same for schedule rules, which read the number after ``sm_`` and take letters for an older chip."""
+        return self.tvm(self.cpu.rstrip("a"))
 
     @property
     def gencode(self) -> str:
@@ -92,3 +97,24 @@ def for_capability(major: int, minor: int) -> CudaTarget:
             f"no CUDA target for compute capability {major}.{minor}; kernels are generated for {', '.join(TARGETS)}"
         )
     return TARGETS[_BY_CAPABILITY[major, minor]]
+
+
+def host() -> CudaTarget:
+    """The architecture of the first GPU of this machine, asked of the driver.
+
+    Raises:
+        TargetError: there is none, or none that kernels are generated for.
+    """
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        driver = None
+    value = ctypes.c_int()
+    found = []
+    if driver is not None and driver.cuInit(0) == 0:
+        for attribute in (75, 76):  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, _MINOR
+            if driver.cuDeviceGetAttribute(ctypes.byref(value), attribute, 0) == 0:
+                found.append(value.value)
+    if len(found) != 2:
+        raise TargetError(f"there is no CUDA device here to compile for; name an architecture: {', '.join(TARGETS)}")
+    return for_capability(*found)

@@ -29,6 +29,7 @@ __all__ = ["Backend", "Job", "Runner", "get_backend"]
 BACKENDS = {
     "x86": "qcompile.backends.cpu:Cpu",
     "arm": "qcompile.backends.arm:Arm",
+    "cuda": "qcompile.backends.cuda:Cuda",
 }
 """Where the backend of each kind of target is."""
 

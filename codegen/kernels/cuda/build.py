@@ -14,14 +14,14 @@ import os
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from qcompile.errors import TargetError
 from qcompile.targets.cuda import CudaTarget
 
-VERSION = 2
+VERSION = 3
 """Counted up whenever generated code changes for the same problem and config."""
 
 
@@ -46,7 +46,24 @@ def generate(functions: dict[str, Any], target: CudaTarget) -> str:
     spec = target.tvm()
     with spec, tvm.transform.PassContext(opt_level=3):
         executable = tvm.compile(tvm.IRModule(functions), target=spec, tir_pipeline="tirx")
-    return export_cuda_host(executable.mod)
+    return _weak(export_cuda_host(executable.mod))
+
+
+def generate_scheduled(functions: dict[str, Any], target: CudaTarget) -> str:
+    """Like `generate`, for PrimFuncs scheduled with loops bound to threads."""
+    import tvm
+    from tvm.backend.cuda import export_cuda_host
+
+    spec = target.tvm()
+    with spec, tvm.transform.PassContext(opt_level=3):
+        executable = tvm.compile(tvm.IRModule(functions), target=spec)
+    return _weak(export_cuda_host(executable.mod))
+
+
+def _weak(source: str) -> str:
+    """The source with its one global variable weak, so that several make one library."""
+    line = "void* __tvm_ffi__library_ctx = NULL;"
+    return source.replace(line, f"__attribute__((weak)) {line}")
 
 
 def _write(path: Path, text: str) -> None:
@@ -56,11 +73,23 @@ def _write(path: Path, text: str) -> None:
     os.replace(file.name, path)
 
 
-def source(description: dict[str, Any], make: Callable[[], dict[str, Any]], target: CudaTarget) -> Path:
-    """The cached source for ``description``; ``make()`` returns the PrimFuncs by name if it must be generated."""
+def source(description: dict[str, Any], make: Callable[[], dict[str, Any]], target: CudaTarget, tail: str = "") -> Path:
+    """The cached source for ``description``; ``make()`` returns the PrimFuncs by name if it must be generated.
+
+    Args:
+        tail: C++ that follows, and follows from the description.
+    """
     path = cache_directory() / f"{key(description, target)}.cu"
     if not path.exists():
-        _write(path, generate(make(), target))
+        _write(path, generate(make(), target) + tail)
+    return path
+
+
+def text_source(text: str, target: CudaTarget) -> Path:
+    """A source under a name made from its contents."""
+    path = cache_directory() / f"{key({'text': text}, target)}.cu"
+    if not path.exists():
+        _write(path, text)
     return path
 
 
@@ -80,31 +109,64 @@ def nvcc() -> str:
     return found
 
 
-def compile_library(path: Path, target: CudaTarget) -> Path:
-    """Compile a source next to itself, unless that was done before. Returns the shared library.
+def compile_object(path: Path, target: CudaTarget) -> Path:
+    """Compile a source next to itself, unless that was done before. Returns the object file.
 
     Raises:
         TargetError: nvcc is missing or refuses the source.
     """
     import tvm_ffi
 
-    library = path.with_suffix(f".{target.cpu}.so")
-    if library.exists():
-        return library
+    result = path.with_suffix(f".{target.cpu}.o")
+    if result.exists():
+        return result
     root = Path(tvm_ffi.__file__).parent
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        out = Path(folder) / "k.so"
-        command = [
-            nvcc(), "-shared", "-O3", "-std=c++17", "-w", "-Xcompiler", "-fPIC", "-gencode", target.gencode,
-            "-Xptxas", "-v", "-I", str(root / "include"), "-I", str(root / "3rdparty/dlpack/include"),
-            "-L", str(root / "lib"), "-ltvm_ffi", "-o", str(out), str(path),
-        ]  # fmt: skip
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            raise TargetError(f"nvcc failed on {path} for {target.cpu}:\n{(done.stderr or done.stdout)[-2000:]}")
-        _write(path.with_suffix(f".{target.cpu}.log"), done.stdout + done.stderr)
-        os.replace(out, library)
+        out = Path(folder) / "k.o"
+        log = _run(
+            [
+                nvcc(), "-c", "-O3", "-std=c++17", "-w", "-Xcompiler", "-fPIC", "-gencode", target.gencode,
+                "-Xptxas", "-v", "-I", str(root / "include"), "-I", str(root / "3rdparty/dlpack/include"),
+                "-o", str(out), str(path),
+            ]
+        )  # fmt: skip
+        _write(path.with_suffix(f".{target.cpu}.log"), log)
+        os.replace(out, result)
+    return result
+
+
+def link(objects: Sequence[Path], out: Path) -> None:
+    """Link objects into a shared library that needs tvm_ffi and the driver.
+
+    Raises:
+        TargetError: nvcc is missing or fails.
+    """
+    import tvm_ffi
+
+    library = Path(tvm_ffi.__file__).parent / "lib"
+    _run([nvcc(), "-shared", "-Xlinker", "-s", "-o", str(out), *map(str, objects), "-L", str(library), "-ltvm_ffi"])
+
+
+def compile_library(path: Path, target: CudaTarget) -> Path:
+    """Compile a source to a shared library next to it, unless that was done before.
+
+    Raises:
+        TargetError: nvcc is missing or refuses the source.
+    """
+    library = path.with_suffix(f".{target.cpu}.so")
+    if not library.exists():
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            out = Path(folder) / "k.so"
+            link([compile_object(path, target)], out)
+            os.replace(out, library)
     return library
+
+
+def _run(command: list[str]) -> str:
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise TargetError(f"nvcc failed on {command[-1]}:\n{(done.stderr or done.stdout)[-2000:]}")
+    return done.stdout + done.stderr
 
 
 @functools.cache

@@ -13,7 +13,7 @@ leaves through the scale, and zero points through ``sum (c - z) x = sum c x - z 
 a group. In fp16 one fused multiply-add takes the subnormal to ``2^-9 scale (code - zero)``, rounded once.
 
 `IntegerDequantizer`: the code goes to the top bits of its byte, which makes ``2^(8-bits) code`` of a two's-complement code
-without sign extension; the factor leaves through the column scale.
+without sign extension; the factor leaves through the column scale. Zero points are subtracted in all bytes at once.
 """
 
 from __future__ import annotations
@@ -254,12 +254,21 @@ class ScaledDequantizer:
 
 @dataclass
 class IntegerDequantizer:
-    """Emits the four int8 operand registers of a weight tile, each code times ``2^(8 - bits)``."""
+    """Emits the four int8 operand registers of a weight tile: codes times ``2^(8 - bits)``, or ``code - zero``.
+
+    Args:
+        bits: stored per code.
+        zero: registers of a zero point in every byte, per channel half, or None for two's complement codes.
+    """
 
     bits: int
+    zero: Registers | None = None
 
-    def begin(self) -> None:
-        """Nothing depends on the group."""
+    def begin(self, scale: Any = None, zero: Any = None) -> None:
+        """Take the zero points of a group, if they come with it: a register of one in both bytes of either half."""
+        if self.zero is not None and zero is not None:
+            for a in range(2):
+                ptx("prmt.b32", self.zero[a], zero, zero, u32(0x3232 if a else 0x1010))
 
     def tile(self, out: Any, low: list[Any], high: list[Any] | None, unit: int, tile: int) -> None:
         """See `ExactDequantizer.tile`."""
@@ -269,6 +278,12 @@ class IntegerDequantizer:
                 continue
             word = low[2 * tile + r // 2] if self.bits == 4 else low[2 * unit + tile]
             at = 4 * (r % 2) if self.bits == 4 else 2 * r
+            if self.zero is not None:
+                # 128 + code - zero does not borrow from the next byte; without the 128 it is two's complement.
+                mask = ((1 << self.bits) - 1) * 0x01010101
+                ptx("lop3.b32", out[r], word >> u32(at) if at else word, u32(mask), u32(0x80808080), AND_OR)
+                out[r] = T.bitwise_xor(out[r] - self.zero[r % 2], u32(0x80808080))
+                continue
             shift = 8 - self.bits - at
             mask = (0xFF << 8 - self.bits & 0xFF) * 0x01010101
             out[r] = (word << u32(shift) if shift else word) & u32(mask)

@@ -148,18 +148,21 @@ def split_scales(scale: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return (scale / column).astype(np.float16), column
 
 
-def pack_meta(scale: np.ndarray | None, zero: np.ndarray | None, groups: int, n: int, bf16: bool) -> np.ndarray:
+def pack_meta(scale: np.ndarray | None, zero: np.ndarray | None, groups: int, n: int, dtype: str) -> np.ndarray:
     """Scales and zero points of groups as uint8 bytes of 16-bit numbers, ``[channel tile, group, g, scale/zero, a]``.
 
     Args:
         scale: float16 ``(groups, n)``, or None where they are per column and applied at the end.
-        zero: integers ``(groups, n)`` or None; stored in the type of the activations.
+        zero: integers ``(groups, n)`` or None; stored in the type of the activations, as two equal bytes for int8.
+        dtype: of the activations.
     """
     parts = [p for p in (scale, zero) if p is not None]
     columns = -(-n // TILE) * TILE
     out = np.zeros((columns // TILE, groups, 8, len(parts), 2), np.uint16)
     for index, part in enumerate(parts):
-        if part is zero and bf16:
+        if part is zero and dtype == "int8":
+            words = part.astype(np.uint16) * np.uint16(0x0101)
+        elif part is zero and dtype == "bfloat16":
             words = (part.astype(np.float32).view(np.uint32) >> 16).astype(np.uint16)  # small integers: exact
         else:
             words = part.astype(np.float16).view(np.uint16)

@@ -45,9 +45,14 @@ class LinearShape:
         return self.dtype == "int8"
 
     @property
+    def stored_bits(self) -> int:
+        """Of a code: 3-bit codes take 4 bits where x is int8."""
+        return 4 if self.integer and self.weight.bits == 3 else self.weight.bits
+
+    @property
     def layout(self) -> FragmentLayout:
         """Of the packed codes."""
-        return _layout(self.weight.bits, self.integer)
+        return _layout(self.stored_bits, self.integer)
 
     @property
     def x_width(self) -> int:
@@ -118,20 +123,21 @@ class CudaLinear(LinearKernel):
 
     def supports(self, problem: LinearProblem, target: Target) -> Support:
         fmt = problem.weight
-        unit = 64 if self.integer else 32
         if target.kind != "cuda":
             return Support(False, f"{self.name} needs a CUDA target, not {target.kind}")
         if not isinstance(fmt, IntFormat) or fmt.bits not in self.bits:
             return Support(False, f"{self.name} takes integer weights of {self.bits} bits, not {fmt}")
-        if fmt.group and (fmt.group % unit or (BLOCK % fmt.group and fmt.group % BLOCK)):
+        if fmt.group and (fmt.group % 32 or (BLOCK % fmt.group and fmt.group % BLOCK)):
             return Support(False, f"{self.name} takes groups of 32, 64 or multiples of 128 along K, not {fmt.group}")
         if (problem.k + BLOCK) * (problem.n + TILE) * fmt.bits // 8 >= 1 << 31:
             return Support(False, f"{self.name} addresses at most 2 GiB of weights")
         if self.integer:
-            if problem.activation.bits != 8:
-                return Support(False, f"{self.name} takes int8 activations, not {problem.activation}")
-            if not fmt.symmetric:
-                return Support(False, f"{self.name} takes symmetric weights, not {fmt}")
+            if not 2 <= problem.activation.bits <= 8:
+                return Support(
+                    False, f"{self.name} takes integer activations of up to 8 bits, not {problem.activation}"
+                )
+            if fmt.bits == 8 and not fmt.symmetric:
+                return Support(False, f"{self.name} takes symmetric weights of 8 bits, not {fmt}")
         elif problem.activation.bits:
             return Support(False, f"{self.name} takes float activations, not {problem.activation}")
         return self._needs(target)
@@ -165,8 +171,8 @@ class CudaLinear(LinearKernel):
             stored, column = None, scale[0]
         if s.meta_bytes:
             zero = None if fmt.symmetric else weight.zero_point
-            packed["meta"] = pack_meta(stored, zero, s.meta_groups, s.n, s.dtype == "bfloat16")
-        if s.integer:
-            column = column / np.float32(1 << 8 - fmt.bits)
+            packed["meta"] = pack_meta(stored, zero, s.meta_groups, s.n, s.dtype)
+        if s.integer and fmt.symmetric:
+            column = column / np.float32(1 << 8 - s.stored_bits)
         packed["column"] = column.astype(np.float32)
         return packed

@@ -183,11 +183,11 @@ class StreamLinear(CudaLinear):
 
 
 class StreamLinearInt8(StreamLinear):
-    """Symmetric weights of 2, 4 or 8 bits by int8 activations with a scale per row; int32 sums are exact.
+    """Weights of 2, 3, 4 or 8 bits by int8 activations with a scale per row; int32 sums are exact.
 
     Unlike on x86, ``x`` holds signed codes.
     """
 
     name = "cuda-stream-int8"
-    bits = (2, 4, 8)
+    bits = (2, 3, 4, 8)
     dtypes = ("int8",)

@@ -83,7 +83,7 @@ class _Kernel:
         self.zero = None if s.weight.symmetric or s.raw else e.Registers((2,), "uint32")
         self.meta_words = e.Registers((s.tn, 2), "uint32")
         if s.integer:
-            self.dequantizer: Any = IntegerDequantizer(s.weight.bits)
+            self.dequantizer: Any = IntegerDequantizer(s.stored_bits, self.zero)
         elif s.raw:
             self.dequantizer = RawDequantizer(s.weight.bits)
         else:
@@ -214,7 +214,7 @@ class _Kernel:
     def _multiply(self, slot: Any) -> None:
         s = self.s
         units = s.layout.units
-        per_chunk = s.chunk // s.layout.unit
+        per_chunk = s.chunk * 2 // s.layout.unit  # tiles along K that share a scale
         # Zero points change what `begin` prepares, so that with them a channel tile is finished before the next.
         for chunk in range(BLOCK // s.chunk):
             for j in range(s.tn) if self.zero is not None else [None]:
@@ -223,14 +223,13 @@ class _Kernel:
                     for t in tiles:
                         self._read_meta(slot, chunk, t)
                 self.dequantizer.begin()
-                for inner in range(per_chunk):
-                    unit = chunk * per_chunk + inner
-                    if j is not None:
+                for step in range(chunk * per_chunk, (chunk + 1) * per_chunk):
+                    unit, tile = divmod(step, 2)
+                    if j is not None and (tile == 0 or per_chunk == 1):
                         self._read_x(slot, unit)
                     for t in tiles:
-                        for tile in range(2):
-                            self._tile(t, unit, tile, fresh=self.grouped and inner == 0 and tile == 0)
-                    if j is None and unit + self.ahead < units:
+                        self._tile(t, unit, tile, fresh=self.grouped and step == chunk * per_chunk)
+                    if j is None and tile == 1 and unit + self.ahead < units:
                         self._read_x(slot, unit + self.ahead)
                 if self.grouped:
                     for t in tiles:
@@ -240,7 +239,7 @@ class _Kernel:
         """Dequantize one weight tile and multiply it by all rows."""
         s = self.s
         plane = s.layout.planes[0]
-        if s.integer and s.weight.bits == 8:
+        if s.integer and s.stored_bits == 8:
             vector = 2 * unit + tile
         else:
             vector = unit * plane.vectors // s.layout.units

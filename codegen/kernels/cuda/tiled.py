@@ -223,5 +223,5 @@ class TiledLinearInt8(TiledLinear):
     """Symmetric weights of 2, 4 or 8 bits by int8 activations with a scale per row; int32 sums are exact."""
 
     name = "cuda-tiled-int8"
-    bits = (2, 4, 8)
+    bits = (2, 3, 4, 8)
     dtypes = ("int8",)

@@ -88,7 +88,8 @@ class _Kernel:
         self.codes = [e.Registers((s.mt, p.vector // 4), "uint32") for p in s.layout.planes]
         self.meta_words = e.Registers((s.mt, 2), "uint32")
         if s.integer:
-            self.dequantizers: list[Any] = [IntegerDequantizer(s.weight.bits)] * s.mt
+            zero = [None if s.weight.symmetric else e.Registers((2,), "uint32") for _ in range(s.mt)]
+            self.dequantizers: list[Any] = [IntegerDequantizer(s.stored_bits, z) for z in zero]
         else:
             kind = (s.weight.bits, s.dtype == "bfloat16", bool(s.weight.group), s.weight.symmetric)
             self.dequantizers = [ScaledDequantizer(*kind) for _ in range(s.mt)]
@@ -251,30 +252,37 @@ class _Kernel:
             address = T.cuda.cvta_generic_to_shared(self.arena.ptr_to([slot]))
             low = e.let(((address & e.u32(0x3FFFF)) >> e.u32(4)) | e.u32(1 << 16))
             self.descriptor = e.let(T.cast(low, "uint64") | T.uint64(DESCRIPTOR_HIGH << 32))
-        per_chunk = s.chunk // s.layout.unit
+        per_chunk = s.chunk * 2 // s.layout.unit  # tiles along K that share a scale
         for unit in range(s.layout.units):
             if s.wgmma:
                 # Operands are double buffered: those of the product before the last are free.
                 e.ptx("wgmma.wait_group.sync.aligned", 1)
                 if unit == 1:
                     release()
-            fresh = unit % per_chunk == 0
-            if fresh and s.meta_bytes:
-                for j in range(s.mt):
-                    self._read_meta(slot, unit // per_chunk, j)
-            elif fresh and not s.integer:
-                for dequantizer in self.dequantizers:
-                    dequantizer.begin(None, None)
             buffer = unit % 2 if s.wgmma else 0
-            for j in range(s.mt):
-                for tile in range(2):
-                    self._dequantize(slot, buffer, j, unit, tile)
-            if s.wgmma:
-                self._multiply_warpgroup(buffer, unit, fresh)
+            for tiles in [[0, 1]] if per_chunk > 1 else [[0], [1]]:
+                step = 2 * unit + tiles[0]
+                fresh = step % per_chunk == 0
+                if fresh:
+                    self._begin(slot, step // per_chunk)
+                for j in range(s.mt):
+                    for tile in tiles:
+                        self._dequantize(slot, buffer, j, unit, tile)
+                if s.wgmma:
+                    self._multiply_warpgroup(buffer, unit, tiles, fresh)
+                else:
+                    self._multiply_warp(slot, buffer, unit, tiles, fresh)
+                if s.grouped_integer and (step + len(tiles)) % per_chunk == 0:
+                    self._add_group()
+
+    def _begin(self, slot: Any, chunk: int) -> None:
+        """Prepare the dequantizers for a group."""
+        s = self.s
+        for j in range(s.mt):
+            if s.meta_bytes:
+                self._read_meta(slot, chunk, j)
             else:
-                self._multiply_warp(slot, buffer, unit, fresh)
-            if s.grouped_integer and unit % per_chunk == per_chunk - 1:
-                self._add_group()
+                self.dequantizers[j].begin(None, None)
 
     def _read_meta(self, slot: Any, chunk: int, j: int) -> None:
         """Scales and zero points of a group, prepared for the dequantizer."""
@@ -283,10 +291,9 @@ class _Kernel:
         place = (s.x_bytes + s.block_tiles * s.code_bytes) // 4
         at = slot + place + ((self.tile[j] * s.stage_chunks + chunk) * 8 + self.lane // 4) * words
         e.read_shared([self.meta_words[j, c] for c in range(words)], self.arena.ptr_to([at]))
-        if not s.integer:
-            scale = self.meta_words[j, 0] if s.weight.group else None
-            zero = None if s.weight.symmetric else self.meta_words[j, words - 1]
-            self.dequantizers[j].begin(scale, zero)
+        scale = self.meta_words[j, 0] if s.weight.group else None
+        zero = None if s.weight.symmetric else self.meta_words[j, words - 1]
+        self.dequantizers[j].begin(scale, zero)
 
     def _dequantize(self, slot: Any, buffer: int, j: int, unit: int, tile: int) -> None:
         """Operand of one channel tile and 16 (float) or 32 (int8) K."""
@@ -304,13 +311,13 @@ class _Kernel:
         high = [self.codes[1][j, c] for c in range(2)] if len(self.codes) > 1 else None
         self.dequantizers[j].tile(e.View(self.operand, buffer, j, tile), low, high, unit, tile)
 
-    def _multiply_warpgroup(self, buffer: int, unit: int, fresh: bool) -> None:
+    def _multiply_warpgroup(self, buffer: int, unit: int, tiles: list[int], fresh: bool) -> None:
         s = self.s
         e.ptx("wgmma.fence.sync.aligned")
-        for tile in range(2):
+        for tile in tiles:
             step = 2 * unit + tile
             offset = step // 4 * s.panel_bytes + step % 4 * 32
-            keep = T.bool(not (s.grouped_integer and fresh and tile == 0))
+            keep = T.bool(not (s.grouped_integer and fresh and tile == tiles[0]))
             for j in range(s.mt):
                 sums = [self.part[j, c] for c in range(s.rows // 2)]
                 weights = [self.operand[buffer, j, tile, r] for r in range(4)]
@@ -323,11 +330,11 @@ class _Kernel:
                 e.ptx(f"wgmma.mma_async.sync.aligned.{name}", *sums, *weights, descriptor, keep, *tail)
         e.ptx("wgmma.commit_group.sync.aligned")
 
-    def _multiply_warp(self, slot: Any, buffer: int, unit: int, fresh: bool) -> None:
+    def _multiply_warp(self, slot: Any, buffer: int, unit: int, tiles: list[int], fresh: bool) -> None:
         s = self.s
         x = e.Registers((4,), "uint32")
         zero = T.uint32(0)
-        for tile in range(2):
+        for tile in tiles:
             step = 2 * unit + tile
             for i in range(s.rows // 16):
                 place = (step // 4 * s.panel_bytes + i * 16 * 128) // 4
@@ -337,7 +344,7 @@ class _Kernel:
                     weights = [self.operand[buffer, j, tile, r] for r in range(4)]
                     for octet in range(2):
                         sums = [self.part[j, (2 * i + octet) * 4 + c] for c in range(4)]
-                        start = [zero] * 4 if s.grouped_integer and fresh and tile == 0 else sums
+                        start = [zero] * 4 if s.grouped_integer and fresh and tile == tiles[0] else sums
                         e.ptx(MMA[s.dtype], *sums, *weights, x[2 * octet], x[2 * octet + 1], *start)
 
     def _add_group(self) -> None:
@@ -394,15 +401,15 @@ class _Kernel:
             self._store()
 
     def _store(self) -> None:
-        """Scale, add, round; transpose through shared memory; store."""
+        """Scale, add, round; transpose 16-bit results through shared memory; store."""
         s = self.s
         T.evaluate(T.cuda.cta_sync())
-        first_channel = e.let(self.first_tile * 16)
+        self.first_channel = e.let(self.first_tile * 16)
         for j in range(s.mt):
             column = e.Registers((2,), "float32")
             bias = e.Registers((2,), "float32")
             for a in range(2):
-                n = T.min(first_channel + self.tile[j] * 16 + a * 8 + self.lane // 4, s.n - 1)
+                n = T.min(self._channel(j, a), s.n - 1)
                 column[a] = self.column[n] * T.float32(1 if s.integer else 2.0 ** self.dequantizers[j].exponent)
                 if self.bias is not None:
                     bias[a] = self.bias[n]
@@ -410,20 +417,41 @@ class _Kernel:
                 words = e.Registers((4,), "uint32")
                 for octet in range(2):
                     for a in range(2):
-                        values = [self._value(j, i, octet, a, h, column, bias, first_channel) for h in range(2)]
-                        words[2 * octet + a] = e.pair(*values, s.out)
-                self._transpose(j, i, words)
-        T.evaluate(T.cuda.cta_sync())
-        self._write(first_channel)
+                        values = [self._value(j, i, octet, a, h, column, bias) for h in range(2)]
+                        if s.out == "float32":
+                            self._store_pair(j, i, octet, a, values)
+                        else:
+                            words[2 * octet + a] = e.pair(*values, s.out)
+                if s.out != "float32":
+                    self._transpose(j, i, words)
+        if s.out != "float32":
+            T.evaluate(T.cuda.cta_sync())
+            self._write()
 
-    def _value(self, j: int, i: int, octet: int, a: int, h: int, column: Any, bias: Any, first_channel: Any) -> Any:
+    def _channel(self, j: int, a: int) -> Any:
+        """Of this thread's sums in channel tile j."""
+        return self.first_channel + self.tile[j] * 16 + a * 8 + self.lane // 4
+
+    def _row(self, i: int, octet: int, h: int) -> Any:
+        """Of this thread's sums, counted in the block."""
+        return (16 * i + 8 * octet + h) + self.lane % 4 * 2
+
+    def _store_pair(self, j: int, i: int, octet: int, a: int, values: list[Any]) -> None:
+        """Float32 results: eight lanes hold 32 neighbouring bytes, which memory takes as they are."""
+        n = self._channel(j, a)
+        for h in range(2):
+            row = self._row(i, octet, h)
+            with T.If(T.And(row < self.rows, n < self.s.n)), T.Then():
+                B.buffer_store(self.out, values[h], [self.first_row + row, n])
+
+    def _value(self, j: int, i: int, octet: int, a: int, h: int, column: Any, bias: Any) -> Any:
         """One finished element, float32."""
         s = self.s
         value = self.total[j, (2 * i + octet) * 4 + 2 * a + h]
         if self.sum_type == "uint32":
             value = T.cast(T.reinterpret("int32", value), "float32")
         value = value * column[a]
-        row = T.min(self.first_row + (16 * i + 8 * octet + h) + self.lane % 4 * 2, self.m - 1)
+        row = T.min(self.first_row + self._row(i, octet, h), self.m - 1)
         if self.x_scale is not None:
             value = value * self.x_scale[row]
         if self.bias is not None:
@@ -432,8 +460,7 @@ class _Kernel:
         y[0] = value
         y[0] = e.activate(y[0], self.epilogue)
         if self.residual is not None:
-            n = T.min(first_channel + self.tile[j] * 16 + a * 8 + self.lane // 4, s.n - 1)
-            y[0] = y[0] + T.cast(self.residual[row, n], "float32")
+            y[0] = y[0] + T.cast(self.residual[row, T.min(self._channel(j, a), s.n - 1)], "float32")
         return y[0]
 
     def _transpose(self, j: int, i: int, words: Any) -> None:
@@ -463,13 +490,13 @@ class _Kernel:
             at = self.base + row * (s.pitch // 4) + (channel + 8 * a) // 2 + self.lane // 8
             B.buffer_store(self.arena, word[0], [at])
 
-    def _write(self, first_channel: Any) -> None:
+    def _write(self) -> None:
         s = self.s
         if s.n % 8 == 0:
             per = s.columns // 8
             with T.serial(-(-s.rows * per // s.threads)) as p:
                 index = e.let(p * s.threads + self.tx)
-                row, n = e.let(index // per), e.let(first_channel + index % per * 8)
+                row, n = e.let(index // per), e.let(self.first_channel + index % per * 8)
                 with T.If(T.And(row < self.rows, n < s.n)), T.Then():
                     words = e.Registers((4,), "uint32")
                     at = self.base + row * (s.pitch // 4) + index % per * 4
@@ -480,8 +507,8 @@ class _Kernel:
         with T.serial(-(-s.rows * s.columns // s.threads)) as p:
             index = e.let(p * s.threads + self.tx)
             row, column = e.let(index // s.columns), e.let(index % s.columns)
-            with T.If(T.And(row < self.rows, first_channel + column < s.n)), T.Then():
+            with T.If(T.And(row < self.rows, self.first_channel + column < s.n)), T.Then():
                 word = self.arena[self.base + row * (s.pitch // 4) + column // 2]
                 half = T.cast(T.Select(column % 2 == 1, word >> e.u32(16), word), "uint16")
                 value = T.reinterpret(s.out, half)
-                B.buffer_store(self.out, value, [self.first_row + row, first_channel + column])
+                B.buffer_store(self.out, value, [self.first_row + row, self.first_channel + column])

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from qcompile.codegen.kernels.cuda.rowwise import CudaRowwise
 from qcompile.kernels import ROWS as BUCKETS
 from qcompile.kernels import Plan, plan
 
@@ -54,7 +55,7 @@ class Case:
                 64: {"rows": 48, "wg": 1, "mt": 2, "stages": 3},
                 128: {"rows": some, "wg": 4, "mt": 1, "stages": 3},
                 256: {"rows": 64, "wg": 1, "mt": 1, "stages": 6},
-                512: {"rows": most if self.weight != "int4/g64" else 96, "wg": 2, "mt": 1, "stages": 3},
+                512: {"rows": 96 if "/g" in self.weight and integer else most, "wg": 2, "mt": 1, "stages": 3},
             }
         for rows, tile in tiles.items():
             forced[rows] = {"split": 1, **forced[rows], **tiled, **tile}
@@ -106,8 +107,30 @@ CASES = [
     Case("int4/g128", 1536, 200, "int8", split=3),
     Case("int4/g64", 1000, 600, "int8", variant="wide"),
     Case("int2/g64", 512, 96, "int8"),
+    Case("int4/g32/asym", 700, 264, "int8"),
+    Case("int4/g128/asym", 1100, 328, "int8", dtype="bfloat16", variant="mma"),
+    Case("int4/g32", 400, 130, "int8", variant="mma", split=2),
+    Case("int3/g32/asym", 520, 72, "int8", variant="wide"),
+    Case("int3", 300, 80, "int8"),
+    Case("int2/asym", 640, 100, "int8"),
 ]
 """Odd and even extents, all bits, groups, both kinds of zero points, both float types, with and without split-k."""
+
+ROWWISE = {
+    "rms": CudaRowwise(512, norm="rms", gamma=True, quantize="token", out="float16"),
+    "layer": CudaRowwise(387, norm="layer", gamma=True, beta=True, quantize="token", out="float32"),
+    "wide": CudaRowwise(11008, norm="rms", gamma=True, out="float32", dtype="float16"),
+    "plain": CudaRowwise(1000, quantize="token", bits=4, dtype="bfloat16"),
+    "one": CudaRowwise(7, norm="layer", quantize="token", clip=0.9),
+    "static": CudaRowwise(384, activation="gelu", quantize="tensor", zero_point=5),
+    "swiglu": CudaRowwise(1376, gated=True, activation="silu", quantize="token", dtype="float16"),
+    "rotated": CudaRowwise(4096, norm="rms", gamma=True, quantize="token", hadamard=4096, dtype="float16"),
+    "blocks": CudaRowwise(1536, gated=True, activation="gelu_tanh", quantize="token", hadamard=128),
+    "core12": CudaRowwise(1536, quantize="token", hadamard=1536, dtype="float16", bits=4),
+    "core28": CudaRowwise(14336, gated=True, activation="silu", quantize="token", hadamard=14336, dtype="float16"),
+    "largest": CudaRowwise(16384, quantize="token", hadamard=16384, dtype="float16"),
+}
+"""Row kernels, by the name of the feature they add."""
 
 ROWS = [*range(1, 34), 64, 100, 128, 257, 4096]
 """Numbers of rows every case is executed with."""

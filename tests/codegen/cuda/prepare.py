@@ -12,26 +12,31 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from qcompile.codegen.kernels.cuda import build, rowwise
+from qcompile.targets.cuda import TARGETS
 
-def load_cases() -> list[Any]:
-    """The cases beside this file."""
+
+def load_cases() -> Any:
+    """The module with the cases beside this file."""
     spec = importlib.util.spec_from_file_location("cases", Path(__file__).with_name("cases.py"))
     cases = importlib.util.module_from_spec(spec)
     sys.modules["cases"] = cases
     spec.loader.exec_module(cases)
-    return cases.CASES
+    return cases
 
 
 def prepare(index: int, arch: str, libraries: bool) -> str:
-    """One case."""
-    plan = load_cases()[index].plan(arch)
-    return str(plan.library() if libraries else plan.source())
+    """One case; the last one is the row kernels."""
+    cases, target = load_cases(), TARGETS[arch]
+    whole = [case.plan(arch).source() for case in cases.CASES[index : index + 1]]
+    path = whole[0] if whole else rowwise.source(cases.ROWWISE, target)
+    return str(build.compile_library(path, target) if libraries else path)
 
 
 def main() -> None:
     args = [a for a in sys.argv[1:] if not a.startswith("-")]
     arch, libraries = args[0] if args else "sm_90a", "--libraries" in sys.argv
-    count = len(load_cases())
+    count = len(load_cases().CASES) + 1
     with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
         for name in pool.map(prepare, range(count), [arch] * count, [libraries] * count):
             print(name, flush=True)

@@ -99,7 +99,11 @@ def test_meta_places(groups: int, n: int, bf16: bool) -> None:
     scale = rng.random((groups, n)).astype(np.float16)
     zero = rng.integers(0, 256, (groups, n))
     tiles = -(-n // TILE)
-    meta = pack_meta(scale, zero, groups, n, bf16).view(np.uint16).reshape(tiles, groups, 8, 2, 2)
+    meta = (
+        pack_meta(scale, zero, groups, n, "bfloat16" if bf16 else "float16")
+        .view(np.uint16)
+        .reshape(tiles, groups, 8, 2, 2)
+    )
     for column in range(n):
         tile, a, g = column // 16, column % 16 // 8, column % 8
         assert np.array_equal(meta[tile, :, g, 0, a].view(np.float16), scale[:, column])
@@ -127,8 +131,8 @@ def test_refusals_name_the_reason() -> None:
     assert "groups of 32" in StreamLinear().supports(problem("int4/g48"), target).reason
     assert "bits" in StreamLinear().supports(problem("int5"), target).reason
     assert "float activations" in StreamLinear().supports(problem("int4", act), target).reason
-    assert "symmetric" in StreamLinearInt8().supports(problem("int4/asym", act), target).reason
-    assert "int8 activations" in StreamLinearInt8().supports(problem("int4"), target).reason
+    assert "symmetric" in StreamLinearInt8().supports(problem("int8/asym", act), target).reason
+    assert "integer activations" in StreamLinearInt8().supports(problem("int4"), target).reason
     assert "2 GiB" in StreamLinear().supports(problem("int8", k=1 << 16, n=1 << 15), target).reason
     assert not StreamLinear().supports(LinearProblem(64, 64, IntFormat(4), ActivationFormat()), parse_x86())
 

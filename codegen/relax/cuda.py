@@ -1,0 +1,255 @@
+"""CUDA's converters of the operators in ``qcompile.kernel``.
+
+Linear operators and row kernels are libraries of their own, called by name; attention is written as tensor expressions
+and scheduled with the rest of the program. Tensors between kernels are float32 matrices ``(rows, channels)``, except that
+what only linear operators read is written as they want it: float16, or int8 codes (signed, unlike on CPUs).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from tvm import relax, te, tirx
+
+from qcompile.codegen.kernels.base import Epilogue, LinearProblem
+from qcompile.codegen.kernels.cuda.plan import Plan, family, make_plan
+from qcompile.codegen.kernels.cuda.rowwise import CudaRowwise
+from qcompile.codegen.relax.attributes import attr
+from qcompile.codegen.relax.context import Context
+from qcompile.codegen.relax.dims import as_expr
+from qcompile.codegen.relax.kernels import DOMAIN, LinearRecord, calls, rows, shaped
+from qcompile.codegen.relax.ops.attention import Heads, _biased, attention_scores, attention_values
+from qcompile.codegen.relax.registry import converter
+from qcompile.formats import Quantized, parse_activation, parse_format
+
+BUCKETS = (1, 16, 64, 512)
+"""Numbers of rows a program has kernels for."""
+
+WORKSPACE = "workspace."
+"""Prefix of parameters that hold no weights: scratch, zero when the program is loaded."""
+
+
+@dataclass
+class CudaCalls:
+    """What this file keeps during one conversion.
+
+    Attributes:
+        plans: kernels of linear operators, by the name they are called by.
+        rowwise: row kernels, likewise.
+        workspaces: scratch parameters by graph.
+    """
+
+    plans: dict[str, Plan] = field(default_factory=dict)
+    rowwise: dict[str, CudaRowwise] = field(default_factory=dict)
+    workspaces: dict[int, tuple[relax.Var, relax.Var]] = field(default_factory=dict)
+    uses: Counter[str] = field(default_factory=Counter)
+
+
+def cuda_calls(ctx: Context) -> CudaCalls:
+    """The state of ``ctx``."""
+    return ctx.state.setdefault(CudaCalls, CudaCalls())
+
+
+def call(ctx: Context, name: str, tensors: list[Any], outputs: list[tuple[list[Any], str]]) -> list[Any]:
+    """Call the kernel ``name`` on tensors and fresh outputs."""
+    types = [relax.TensorType([as_expr(d) for d in shape], dtype) for shape, dtype in outputs]
+    made = ctx.bb.emit(relax.call_dps_packed(name, tensors, types[0] if len(types) == 1 else types))
+    if len(types) == 1:
+        return [made]
+    return [ctx.bb.emit(relax.TupleGetItem(made, i)) for i in range(len(types))]
+
+
+def plan_of(ctx: Context, node: ir.Node) -> Plan:
+    """The kernels of a `Linear`."""
+    activation = parse_activation(attr(node, "activation_format"))
+    inputs = [*node.inputs, *[None] * 7]
+    epilogue = Epilogue(inputs[5] is not None, attr(node, "epilogue"), inputs[6] is not None)
+    weight = parse_format(attr(node, "weight_format"))
+    problem = LinearProblem(attr(node, "k"), attr(node, "n"), weight, activation, epilogue)
+    return make_plan(problem, ctx.target, "float16", "float32", BUCKETS, {BUCKETS[-1]: {"split": 1}})
+
+
+@converter(DOMAIN, "Linear", kinds=("cuda",), priority=1)
+def linear(ctx: Context, node: ir.Node, x: Any, scale: Any, *operands: Any) -> relax.Expr:
+    """Pack the weight and call the kernels."""
+    bias, residual = (*operands, *[None] * 5)[3:5]
+    lead = ctx.shape(x)[:-1]
+    m = ctx.dims.product(lead)
+    plan = plan_of(ctx, node)
+    problem = plan.problem
+    codes, steps = ctx.constant(node.inputs[2]), ctx.constant(node.inputs[3])
+    zero = ctx.constant(node.inputs[4]) if len(node.inputs) > 4 else None
+    weight = Quantized(
+        codes.astype(np.int16).astype(np.int8 if problem.weight.symmetric else np.uint8),
+        np.atleast_2d(steps),
+        None if zero is None else np.atleast_2d(zero).astype(np.uint8),
+    )
+    first = plan.entries[0]
+    chosen = "; ".join(f"up to {e.rows} rows {e.family}" for e in plan.entries)
+    record = LinearRecord(
+        attr(node, "sites"), attr(node, "weights"), attr(node, "parts"), problem, family(first.family), first.config,
+        chosen, {},
+    )  # fmt: skip
+    calls(ctx).linears.append(record)
+    packed = [ctx.param(f"{node.inputs[2].name}.{part}", array) for part, array in plan.pack(weight).items()]
+    tensors = [_operand(ctx, rows(ctx, x), plan)]
+    if problem.activation.bits:
+        tensors.append(_row_scale(ctx, scale, m))
+    tensors += packed
+    if bias is not None:
+        tensors.append(ctx.reshape(bias, [problem.n]))
+    if residual is not None:
+        tensors.append(rows(ctx, residual))
+    cuda_calls(ctx).plans[plan.name] = plan
+    tensors += _workspace(ctx, node)
+    (out,) = call(ctx, plan.name, tensors, [([m, problem.n], "float32")])
+    return shaped(ctx, out, lead, problem.n)
+
+
+def _operand(ctx: Context, x: relax.Expr, plan: Plan) -> relax.Expr:
+    """Rows of x in the type and width the kernels take."""
+    shape = plan.shape()
+    dtype = "int8" if shape.integer else "float16"
+    if ctx.storage(x) == dtype and shape.k == shape.x_width:
+        return x
+
+    def build(x: te.Tensor) -> te.Tensor:
+        def element(i: Any, j: Any) -> Any:
+            value = x[i, j].astype(dtype)
+            return value if shape.k == shape.x_width else tirx.if_then_else(j < shape.k, value, tirx.const(0, dtype))
+
+        return te.compute([x.shape[0], shape.x_width], element, name="operand")
+
+    return ctx.te(build, x, name=f"to_{dtype}")
+
+
+def _workspace(ctx: Context, node: ir.Node) -> list[relax.Var]:
+    """Scratch all linear operators of a graph share: partial sums, and counters that are zero between calls."""
+    state = cuda_calls(ctx)
+    key = id(node.graph)
+    if key not in state.workspaces:
+        needs = [plan_of(ctx, n).scratch() for n in node.graph if n.domain == DOMAIN and n.op_type == "Linear"]
+        partial = np.zeros(max(n[0] for n in needs), np.float32)
+        arrived = np.zeros(max(n[1] for n in needs), np.int32)
+        state.workspaces[key] = (
+            ctx.param(f"{WORKSPACE}partial", partial),
+            ctx.param(f"{WORKSPACE}arrived", arrived),
+        )
+    return list(state.workspaces[key])
+
+
+def _row_scale(ctx: Context, scale: relax.Expr, m: Any) -> relax.Expr:
+    """Scales as a vector over rows; a static one is repeated."""
+    known = calls(ctx).matrices.get(scale)
+    if known is not None:
+        return known
+    if ctx.rank(scale) == 0:
+        return ctx.emit(relax.op.broadcast_to(ctx.reshape(scale, [1]), relax.ShapeExpr([m])))
+    return ctx.reshape(scale, [m])
+
+
+@converter(DOMAIN, "Rowwise", kinds=("cuda",), priority=1)
+def rowwise(ctx: Context, node: ir.Node, x: Any, gamma: Any = None, beta: Any = None, static: Any = None) -> list[Any]:
+    """Norm, activation or gated product, with the activation quantizer fused."""
+    producer = attr(node, "producer")
+    shape = ctx.shape(x)
+    gated = {"swiglu": "silu", "geglu": "gelu", "geglu_tanh": "gelu_tanh"}
+    norm = {"layernorm": "layer", "rmsnorm": "rms"}.get(producer, "")
+    width = int(shape[-1]) // (2 if producer in gated else 1)
+    wanted = [bool(v.uses()) or v.is_graph_output() for v in node.outputs]
+    quantize = wanted[1] or wanted[2]
+    kernel = CudaRowwise(
+        width,
+        norm=norm,
+        gamma=gamma is not None,
+        beta=beta is not None,
+        epsilon=attr(node, "epsilon", 1e-5),
+        activation=gated.get(producer, producer if not norm and producer != "identity" else ""),
+        gated=producer in gated,
+        hadamard=attr(node, "hadamard", 0) if quantize else 0,
+        quantize=("token" if static is None else "tensor") if quantize else "",
+        bits=attr(node, "bits", 8),
+        clip=attr(node, "clip", 1.0) if quantize else 1.0,
+        dtype=ctx.storage(x),
+        out=_float_output(node.outputs[0], width) if wanted[0] else "",
+    )
+    lead = shape[:-1]
+    m = ctx.dims.product(lead)
+    outputs = [([m, width], kernel.out)] if kernel.out else []
+    if quantize:
+        outputs += [([m, width], "int8"), ([m], "float32")]
+    if static is not None and quantize:
+        static = ctx.reshape(static, [1])
+    operands = [rows(ctx, x), *(v for v in (gamma, beta, static if quantize else None) if v is not None)]
+    state = cuda_calls(ctx)
+    known = {k: name for name, k in state.rowwise.items()}
+    name = known.get(kernel, f"rowwise_{len(known)}_{producer}_{width}")
+    state.rowwise[name] = kernel
+    made = call(ctx, name, operands, outputs)
+    calls(ctx).uses[f"row-wise {producer}"] += 1
+    y = shaped(ctx, made.pop(0), lead, width) if wanted[0] else None
+    if not quantize:
+        return [y, None, None]
+    codes, scale = made
+    view = ctx.reshape(scale, [*lead, 1])
+    calls(ctx).matrices[view] = scale
+    return [y, shaped(ctx, codes, lead, width), view]
+
+
+def _float_output(value: ir.Value, width: int) -> str:
+    """float16 if linear operators with float activations are all that read it."""
+    readers = [use.node for use in value.uses()]
+    only = all(
+        n.domain == DOMAIN and n.op_type == "Linear" and attr(n, "activation_format") == "none" and use.idx == 0
+        for n, use in zip(readers, value.uses())
+    )
+    return "float16" if only and not value.is_graph_output() and width % 8 == 0 else "float32"
+
+
+@converter(DOMAIN, "Attention", kinds=("cuda",), priority=1)
+def attention(ctx: Context, node: ir.Node, *operands: Any) -> relax.Expr:
+    """Softmax attention over rows of projections, as scores, softmax and product with the values."""
+    layout = attr(node, "layout")
+    count = 1 if layout == "merged" else 3
+    tensors, mask = list(operands[:count]), (*operands, None)[count]
+    heads, kv_heads, head_dim = attr(node, "heads"), attr(node, "kv_heads"), attr(node, "head_dim")
+    if layout == "merged":
+        tensors = _split(ctx, tensors[0], [heads * head_dim, kv_heads * head_dim, kv_heads * attr(node, "value_dim")])
+    query, key, value = (Heads.of(ctx, t, n) for t, n in zip(tensors, (heads, kv_heads, kv_heads)))
+    if mask is not None:
+        shape = ctx.shape(mask)
+        mask = ctx.reshape(mask, [1] * (4 - len(shape)) + list(shape))
+    scores = attention_scores(ctx, query, key, attr(node, "scale"), "float32")
+    scores = _biased(ctx, node, scores, query, key, mask, None, 0, "float32")
+    weights = ctx.te(_softmax, scores, name="attention_softmax")
+    calls(ctx).uses["attention"] += 1
+    return attention_values(ctx, weights, value, "float32", packed=True)
+
+
+def _softmax(s: te.Tensor) -> te.Tensor:
+    """Softmax over the last of four axes, by reductions the schedule rules know; a row of nothing but -inf gives zeros."""
+    lowest = tirx.const(-3.0e38, "float32")
+    j, k = (te.reduce_axis((0, s.shape[3]), name=n) for n in "jk")
+    peak = te.compute(s.shape[:3], lambda b, h, i: te.max(s[b, h, i, j], axis=j), name="peak")
+    powers = lambda b, h, i, j: tirx.exp(tirx.max(s[b, h, i, j], lowest) - tirx.max(peak[b, h, i], lowest))  # noqa: E731
+    masked = lambda b, h, i, j: tirx.Select(s[b, h, i, j] < lowest, tirx.const(0.0, "float32"), powers(b, h, i, j))  # noqa: E731
+    total = te.compute(s.shape[:3], lambda b, h, i: te.sum(masked(b, h, i, k), axis=k), name="total")
+    least = tirx.const(1e-37, "float32")
+    return te.compute(s.shape, lambda b, h, i, j: masked(b, h, i, j) / tirx.max(total[b, h, i], least), name="softmax")
+
+
+def _split(ctx: Context, matrix: relax.Expr, widths: list[int]) -> list[relax.Expr]:
+    """Columns of ``(batch, length, sum of widths)``."""
+    found, start = [], 0
+    for width in widths:
+
+        def build(x: te.Tensor, start: int = start, width: int = width) -> te.Tensor:
+            return te.compute([x.shape[0], x.shape[1], width], lambda b, i, c: x[b, i, c + start], name="columns")
+
+        found.append(ctx.te(build, matrix, name="columns"))
+        start += width
+    return found

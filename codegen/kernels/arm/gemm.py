@@ -31,8 +31,8 @@ from qcompile.codegen.kernels.cpu import vector as v
 from qcompile.codegen.kernels.cpu import vmath
 from qcompile.codegen.kernels.cpu.gemm import ON_STACK, Emission, Register, TiledGemm
 from qcompile.codegen.kernels.cpu.lut import group_scales
-from qcompile.codegen.kernels.cpu.panels import Panels, largest
-from qcompile.formats import DualInt4, FixedPoint, Format, IntFormat, Quantized, Ternary
+from qcompile.codegen.kernels.cpu.panels import Panels, integer_format, largest
+from qcompile.formats import Format, IntFormat, Quantized
 from qcompile.targets.target import Target
 
 LANES = 4
@@ -82,17 +82,6 @@ class Accumulator(Protocol):
     def total(self) -> Any:
         """The sum, int32x4."""
         ...
-
-
-def integer_format(fmt: Format) -> IntFormat | None:
-    """The integer format whose codes and scales those of ``fmt`` are, up to where a scale is kept; None if there is none."""
-    if isinstance(fmt, IntFormat):
-        return fmt
-    if isinstance(fmt, Ternary):
-        return IntFormat(2, fmt.group)
-    if isinstance(fmt, DualInt4):
-        return IntFormat(4, fmt.group)
-    return IntFormat(fmt.bits) if isinstance(fmt, FixedPoint) else None
 
 
 class ArmGemm(TiledGemm):

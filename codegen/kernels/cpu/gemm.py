@@ -227,7 +227,7 @@ class TiledGemm(LinearKernel):
 
     def params(self, problem: LinearProblem, config: dict[str, Any], panels: Panels) -> list[v.Param]:
         """The parameters of the PrimFunc in the order of `LinearKernel`."""
-        k, n = problem.k, problem.n
+        k = problem.k
         padded = panels.count * panels.width
         if problem.activation.bits:
             params = [v.Param("x", ("m", k), "uint8"), v.Param("x_scale", ("m",))]
@@ -242,14 +242,7 @@ class TiledGemm(LinearKernel):
             params.append(v.Param("zero", (panels.count, panels.groups, panels.width), "uint8"))
         if self.activation_offset(problem):
             params.append(v.Param("start", (padded,), "float32" if self.tile_is_float(panels) else "int32"))
-        params.append(v.Param("scale", (padded,)))
-        if problem.epilogue.bias:
-            params.append(v.Param("bias", (n,)))
-        if problem.epilogue.residual:
-            params.append(v.Param("residual", ("m", n)))
-        if problem.epilogue.codes:
-            params.append(v.Param("limits", (3,)))
-        return [*params, v.Param("out", ("m", n), "uint8" if problem.epilogue.codes else "float32", output=True)]
+        return [*params, *tail_params(problem, padded)]
 
     # Code
 
@@ -358,6 +351,18 @@ class TiledGemm(LinearKernel):
             with T.If(rows == height), T.Then():
                 self.micro(e, panel, first, height)
         finish(e.problem, e.names, e.tile, e.panels, e.panels.lanes, panel, first, rows)
+
+
+def tail_params(problem: LinearProblem, padded: int) -> list[v.Param]:
+    """The last parameters of a PrimFunc, those `finish` reads: scales of ``padded`` columns, epilogue, output."""
+    params = [v.Param("scale", (padded,))]
+    if problem.epilogue.bias:
+        params.append(v.Param("bias", (problem.n,)))
+    if problem.epilogue.residual:
+        params.append(v.Param("residual", ("m", problem.n)))
+    if problem.epilogue.codes:
+        params.append(v.Param("limits", (3,)))
+    return [*params, v.Param("out", ("m", problem.n), "uint8" if problem.epilogue.codes else "float32", output=True)]
 
 
 def finish(

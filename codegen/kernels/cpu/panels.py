@@ -22,7 +22,7 @@ from functools import cached_property
 
 import numpy as np
 
-from qcompile.formats import BitLayout, IntFormat, Quantized
+from qcompile.formats import BitLayout, DualInt4, FixedPoint, Format, IntFormat, Quantized, Ternary
 
 
 @dataclass(frozen=True)
@@ -158,6 +158,17 @@ class Panels:
         """``(groups, n)`` values as ``(count, groups, width)``, next to the panel they belong to."""
         padded = self.columns(values).reshape(values.shape[0], self.count, self.width)
         return np.ascontiguousarray(padded.transpose(1, 0, 2))
+
+
+def integer_format(fmt: Format) -> IntFormat | None:
+    """The integer format whose codes and scales those of ``fmt`` are, up to where a scale is kept; None if there is none."""
+    if isinstance(fmt, IntFormat):
+        return fmt
+    if isinstance(fmt, Ternary):
+        return IntFormat(2, fmt.group)
+    if isinstance(fmt, DualInt4):
+        return IntFormat(4, fmt.group)
+    return IntFormat(fmt.bits) if isinstance(fmt, FixedPoint) else None
 
 
 def largest(fmt: IntFormat) -> int:

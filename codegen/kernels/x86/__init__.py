@@ -1,9 +1,10 @@
 """Kernels for x86 processors with AVX2 or more: integer GEMM, weight-only GEMM, and the vector math they share."""
 
-from qcompile.codegen.kernels.x86.dot import MaddubsGemm, VnniGemm
 from qcompile.codegen.kernels.x86.floats import FloatGemm
 from qcompile.codegen.kernels.x86.lut import LutGemm
+from qcompile.codegen.kernels.x86.maddubs import MaddubsGemm
 from qcompile.codegen.kernels.x86.pairs import PairGemm
+from qcompile.codegen.kernels.x86.vnni import VnniGemm
 from qcompile.codegen.kernels.x86.wide import WideGemm
 
 FAMILIES = (VnniGemm, MaddubsGemm, LutGemm, PairGemm, WideGemm, FloatGemm)

@@ -28,14 +28,12 @@ from tvm.tirx.script.builder import ir as B
 from qcompile.codegen.kernels.base import LinearKernel, LinearProblem, StoredCodes, Support
 from qcompile.codegen.kernels.cpu import vector as v
 from qcompile.codegen.kernels.cpu import vmath
-from qcompile.codegen.kernels.cpu.gemm import BANDWIDTH, CLOCK, ON_STACK, Register, finish, opaque
+from qcompile.codegen.kernels.cpu.gemm import BANDWIDTH, CLOCK, ON_STACK, Register, finish, opaque, tail_params
 from qcompile.codegen.kernels.cpu.lut import PAIR, PlanePanels, PlaneSum, group_scales, plane_sum
-from qcompile.codegen.kernels.x86.dot import MADDUBS, MADDWD
+from qcompile.codegen.kernels.x86.instructions import MADDUBS, MADDWD, PSHUFB, prefetch
 from qcompile.codegen.kernels.x86.lut_tables import BYTES, TableBuffers
 from qcompile.formats import Quantized
 from qcompile.targets.target import Target
-
-PSHUFB = {32: "llvm.x86.avx2.pshuf.b", 64: "llvm.x86.avx512.pshuf.b.512"}
 
 CACHE = 256 << 10
 """Bytes the tables of a block of rows may take."""
@@ -99,6 +97,7 @@ class LutGemm(LinearKernel):
     """
 
     name = "x86-lut"
+    stores_codes = True
 
     def supports(self, problem: LinearProblem, target: Target) -> Support:
         if target.kind != "x86":
@@ -182,12 +181,7 @@ class LutGemm(LinearKernel):
                 params.append(v.Param("zero", (*groups, panels.width), "uint8"))
             if panels.planes.offset == "free":
                 params.append(v.Param("offset", (*groups, panels.width), config["scales"]))
-        params.append(v.Param("scale", (panels.count * panels.width,)))
-        if problem.epilogue.bias:
-            params.append(v.Param("bias", (problem.n,)))
-        if problem.epilogue.residual:
-            params.append(v.Param("residual", ("m", problem.n)))
-        return [*params, v.Param("out", ("m", problem.n), output=True)]
+        return [*params, *tail_params(problem, panels.count * panels.width)]
 
     # Configs and cost
 
@@ -320,8 +314,7 @@ class LutGemm(LinearKernel):
         if not e.config["prefetch"]:
             return
         for line in range(0, e.panels.pair_bytes, 64):
-            address = T.address_of(e.names["weight"][panel, pair, line + e.config["prefetch"]])
-            T.evaluate(T.call_intrin("void", "tirx.prefetch", address, T.int32(0), T.int32(3), T.int32(1)))
+            prefetch(e.names["weight"], [panel, pair, line + e.config["prefetch"]])
 
     def _look_up(
         self, e: LutEmission, panel: Any, pair: Any, blocks: range, sums: list[list[Sums]], tables: list[Any]
@@ -338,11 +331,11 @@ class LutGemm(LinearKernel):
                 nibbles.append((v.bits_of(low, "int8", size), v.bits_of(high, "int8", size)))
         for row, (buffer, at, index) in zip(sums, tables):
             halves = [v.let(self._table(buffer, at, index, half, size)) for half in (0, 1)]
-            for i, block in enumerate(row):
+            for i, total in enumerate(row):
                 for plane in range(e.stored_planes):
                     for table, index in zip(halves, nibbles[i * e.stored_planes + plane]):
-                        found = T.call_llvm_pure_intrin(f"int8x{size}", PSHUFB[size], table, index)
-                        block.add(plane, v.let(found))
+                        found = T.call_llvm_pure_intrin(f"int8x{size}", PSHUFB[size // 4], table, index)
+                        total.add(plane, v.let(found))
 
     @staticmethod
     def _table(buffer: Any, row: Any, index: Any, half: int, size: int) -> Any:

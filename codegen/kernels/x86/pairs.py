@@ -24,7 +24,7 @@ from qcompile.codegen.kernels.base import LinearProblem
 from qcompile.codegen.kernels.cpu import vector as v
 from qcompile.codegen.kernels.cpu.gemm import Emission, Register, Tile, TiledGemm
 from qcompile.codegen.kernels.cpu.panels import Panels
-from qcompile.codegen.kernels.x86.dot import MADDUBS, MADDWD
+from qcompile.codegen.kernels.x86.instructions import MADDUBS, MADDWD
 from qcompile.targets.target import Target
 
 BOUND = 128

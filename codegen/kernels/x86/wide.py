@@ -16,7 +16,8 @@ from qcompile.codegen.kernels.base import LinearProblem
 from qcompile.codegen.kernels.cpu import vector as v
 from qcompile.codegen.kernels.cpu.gemm import Emission, Tile, TiledGemm
 from qcompile.codegen.kernels.cpu.panels import Panels
-from qcompile.codegen.kernels.x86.dot import MADDWD, products
+from qcompile.codegen.kernels.x86.instructions import MADDWD
+from qcompile.codegen.kernels.x86.maddubs import products
 from qcompile.targets.target import Target
 
 
@@ -33,7 +34,7 @@ class WideGemm(TiledGemm):
             return f"{self.name} needs AVX2, FMA and F16C, which {target} does not have"
         if not problem.activation.bits:
             return f"{self.name} multiplies integer activations; this operator has float ones"
-        if products(problem.weight) >= 1:
+        if products((1 << problem.weight.bits) - 1) >= 1:
             return f"{self.name} would store {problem.weight} codes as bytes; other families keep them at their width"
         longest = min(problem.weight.group or problem.k, problem.k)
         if longest * 128 * 255 >= 1 << 31:

@@ -164,7 +164,7 @@ def compile(
             stages.save("quantized", quantized)
             for name, reason in stages.refused:
                 report.refuse("emit MLIR", name, reason)
-            backend.emit(Job(folder, quantized, machine, report, options, forms, stages.save, bars.stage))
+            backend.emit(Job(folder, quantized, machine, report, options, forms, stages.save, bars.stage, feeds))
             with bars.stage("check against float"):
                 samples = feeds[:MAX_CHECK_SAMPLES] or _example(captured.example_inputs)
                 _check(folder, reference, samples, report)

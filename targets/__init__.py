@@ -18,9 +18,9 @@ BOARD_CORES = 4
 
 def list_targets() -> dict[str, Target]:
     """All targets by name; ``native`` is the best one this machine executes, if it is known."""
-    from qcompile.targets import arm, cuda, x86
+    from qcompile.targets import arm, cuda, fpga, x86
 
-    found = {**x86.TARGETS, **arm.TARGETS, **cuda.TARGETS}
+    found = {**x86.TARGETS, **arm.TARGETS, **cuda.TARGETS, **fpga.TARGETS}
     for host in (x86.host, arm.host):
         with contextlib.suppress(TargetError):
             found = {"native": host(), **found}
@@ -32,14 +32,14 @@ def get_target(name: str, cores: int | None = None, variant: str | None = None) 
 
     Args:
         name: a name of `list_targets`, or a kind: ``x86`` is this machine where it is one, ``arm`` a Cortex-A76,
-            ``cuda`` the first GPU here.
+            ``cuda`` the first GPU here, ``fpga`` an ECP5.
         cores: cores to assume; by default those this process may use, or `BOARD_CORES` for another machine.
         variant: which machine of that kind (a processor, an architecture, a device).
 
     Raises:
         TargetError: the name or the variant is unknown, or this machine is none of the known targets.
     """
-    from qcompile.targets import arm, cuda, x86
+    from qcompile.targets import arm, cuda, fpga, x86
 
     here = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if name == "native" and variant is None:
@@ -50,8 +50,10 @@ def get_target(name: str, cores: int | None = None, variant: str | None = None) 
         variant = variant or arm.DEFAULT
     if name == "cuda":
         variant = variant or cuda.host().cpu
-    kinds = {"x86": x86.TARGETS, "arm": arm.TARGETS, "cuda": cuda.TARGETS}
-    everything = {**x86.TARGETS, **arm.TARGETS, **cuda.TARGETS}
+    if name == "fpga":
+        variant = variant or fpga.DEFAULT
+    kinds = {"x86": x86.TARGETS, "arm": arm.TARGETS, "cuda": cuda.TARGETS, "fpga": fpga.TARGETS}
+    everything = {**x86.TARGETS, **arm.TARGETS, **cuda.TARGETS, **fpga.TARGETS}
     known = kinds.get(name) if variant else everything
     wanted = variant or name
     if not known or wanted not in known:

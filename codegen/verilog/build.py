@@ -25,6 +25,11 @@ def input_lanes(node: Node) -> tuple[int, ...]:
     raise NotImplementedError(type(node))
 
 
+def output_lanes(node: Node) -> int:
+    """Lanes of the output of ``node``."""
+    return node.folding.pe
+
+
 def stream_channel(netlist: Netlist, stream: Stream, lanes: int) -> Channel:
     """A new channel for a whole stream."""
     return netlist.channel(stream.name, lanes, stream.type, stream.tokens * stream.channels // lanes)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,6 +30,7 @@ BACKENDS = {
     "x86": "qcompile.backends.cpu:Cpu",
     "arm": "qcompile.backends.arm:Arm",
     "cuda": "qcompile.backends.cuda:Cuda",
+    "fpga": "qcompile.backends.fpga:Fpga",
 }
 """Where the backend of each kind of target is."""
 
@@ -47,6 +48,7 @@ class Job:
         emit: other forms wanted (``c`` ...); the compiler itself handles ``mlir``.
         save: keeps a named stage, if the user wants stages.
         stage: shows progress of a named step.
+        feeds: calibration samples, for backends that measure once more.
     """
 
     folder: Path
@@ -57,6 +59,7 @@ class Job:
     emit: tuple[str, ...] = ()
     save: Callable[[str, ir.Model], None] = lambda name, model: None
     stage: Callable[[str], AbstractContextManager[Any]] = lambda name: nullcontext()
+    feeds: Sequence[Mapping[str, np.ndarray]] = ()
 
 
 class Runner(Protocol):

@@ -66,6 +66,7 @@ class Report:
         recognised: composites found in the graph, by operator.
         kernels: number of uses by kernel.
         tensors: packed bytes by tensor.
+        hardware: for hardware targets, every node with its widths, folding, cycles and area.
     """
 
     model: str
@@ -80,6 +81,7 @@ class Report:
     recognised: dict[str, int] = field(default_factory=dict)
     kernels: dict[str, int] = field(default_factory=dict)
     tensors: dict[str, int] = field(default_factory=dict)
+    hardware: dict[str, Any] = field(default_factory=dict)
 
     def refuse(self, what: str, where: str, reason: str) -> None:
         """Record something left undone; the same thing is recorded once."""

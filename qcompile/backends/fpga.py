@@ -1,0 +1,190 @@
+"""FPGAs: a fixed-point program as C99, HLS C++ and Verilog, all of which give the same integers.
+
+The model must be quantized statically; operands that the recipe does not reach (sums, activations, logits) get their scales
+here, from the calibration samples. The artifact holds sources, not binaries:
+
+    model.onnx        the program in integer operators, for ONNX Runtime
+    c/                C99: the program, and a main that runs vectors
+    hls/              C++ for Vitis HLS, headers to simulate it without the tool
+    verilog/          Verilog-2005 with AXI4-Stream ports, memory contents, a test bench with vectors
+    hardware.json     every node: shapes, ranges, widths, folding, cycles, area
+    program.json      inputs and outputs, their scales and order in the streams
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+
+from qcompile.backends import Backend, Job
+from qcompile.errors import CalibrationError, TargetError
+from qcompile.runtime import TensorSpec
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+    from qcompile.codegen.fixed.importer import Imported
+
+VECTORS = 16
+"""Frames that the test benches run."""
+
+
+class Fpga(Backend):
+    """Compiles for FPGAs."""
+
+    options: ClassVar[Mapping[str, str]] = {
+        "pe-budget": "products formed per cycle by all nodes together, at most",
+        "luts": "look-up tables, at most (estimated)",
+        "target-cycles": "cycles per frame, at most; the least area that reaches them",
+        "products": "how products are formed: lut (adders) or dsp (multipliers)",
+        "softmax-bits": "bits of attention's probabilities, as powers of two (4)",
+    }
+
+    def emit(self, job: Job) -> None:
+        """Write sources, ``model.onnx`` and the descriptions."""
+        from qcompile.codegen.fixed.importer import import_model
+        from qcompile.codegen.verilog import artifact
+
+        with job.stage("quantize what is left"):
+            model = static_model(job)
+            job.save("static", model)
+        with job.stage("fixed point"):
+            imported = import_model(model, "model")
+            imported = dataclasses.replace(imported, program=fold(imported, job.options))
+        with job.stage("generate code"):
+            vectors = _vectors(imported, job)
+            netlist = artifact.write(imported, vectors, job.folder)
+            summary = artifact.describe(imported, netlist, job.target)
+            write_json(job.folder / "hardware.json", summary)
+            write_json(job.folder / "program.json", program_json(imported, netlist, job.target))
+        for node in imported.program.nodes:
+            job.report.kernels[node.kind] = job.report.kernels.get(node.kind, 0) + 1
+        job.report.hardware = summary
+
+    def load(self, folder: Path, target: Mapping[str, Any]) -> Any:
+        """The program as a C library would run it: through `FixedRunner`."""
+        return FixedRunner(folder)
+
+
+def static_model(job: Job) -> ir.Model:
+    """The quantized stage with a static quantizer in front of every operand."""
+    from qcompile.calibration import collect
+    from qcompile.passes.decompose import decompose
+    from qcompile.passes.static import close, is_probability, open_values
+
+    model = decompose(job.quantized, {"Attention"})
+    missing = [v.name or "" for v in open_values(model) if not is_probability(v)]
+    scales: dict[str, float] = {}
+    if missing:
+        if not job.feeds:
+            raise CalibrationError("static activations need calibration data; pass --calibration")
+        statistics = collect(model, job.feeds, missing)
+        scales = {name: max(s.percentile(99.999), 1e-12) / 127 for name, s in statistics.items()}
+    return close(model, scales, log2_bits=int(job.options.get("softmax-bits", 4)))
+
+
+def fold(imported: Imported, options: Mapping[str, Any]) -> Any:
+    """The program, folded as the options say."""
+    from qcompile.codegen.verilog.folding import search
+
+    program = imported.program
+    products = str(options.get("products", "lut"))
+    if products not in ("lut", "dsp"):
+        raise TargetError(f"products are formed by lut or dsp, not {products!r}")
+    nodes = [dataclasses.replace(n, products=products) if hasattr(n, "products") else n for n in program.nodes]
+    program = dataclasses.replace(program, nodes=tuple(nodes))
+    limits = {
+        key: int(options[name])
+        for key, name in (("pe_budget", "pe-budget"), ("luts", "luts"), ("cycles", "target-cycles"))
+        if name in options
+    }
+    return search(program, **(limits or {"pe_budget": 64}))
+
+
+def _vectors(imported: Imported, job: Job) -> dict[str, np.ndarray]:
+    """Frames of integers for the test benches, from the calibration samples, with the outputs of the numpy definition."""
+    frames = {}
+    for port in imported.inputs:
+        samples = [feed[port.name] for feed in job.feeds[:VECTORS]]
+        real = np.concatenate(samples)[:VECTORS] if samples else np.zeros((1, *port.shape), np.float32)
+        frames[port.stream] = encode(real, port, imported.program.streams[port.stream])
+    return {**frames, **imported.program.reference(frames)}
+
+
+def encode(values: np.ndarray, port: Any, stream: Any) -> np.ndarray:
+    """Real inputs ``(V, *shape)`` as frames of a stream, int64; what ``QuantizeLinear`` does."""
+    codes = np.rint(np.asarray(values, np.float32) / np.float32(port.scale))
+    codes = np.clip(codes, stream.type.low, stream.type.high).astype(np.int64)
+    frames = np.empty((len(codes), stream.tokens * stream.channels), np.int64)
+    frames[:, port.index.reshape(-1)] = codes.reshape(len(codes), -1)
+    return frames.reshape(len(codes), *stream.shape)
+
+
+def program_json(imported: Imported, netlist: Any, target: Any) -> dict[str, Any]:
+    """What `FixedRunner` and the simulators need to know."""
+
+    def ports(which: Any, channels: Any) -> list[dict[str, Any]]:
+        found = []
+        for port, channel in zip(which, channels):
+            stream = imported.program.streams[port.stream]
+            found.append(
+                {
+                    "name": port.name,
+                    "dtype": "float32",
+                    "shape": ["batch", *port.shape],
+                    "stream": port.stream,
+                    "port": channel.name,
+                    "tokens": stream.tokens,
+                    "channels": stream.channels,
+                    "bits": stream.type.bits,
+                    "signed": stream.type.signed,
+                    "scale": port.scale,
+                    "index": port.index.reshape(-1).tolist(),
+                    "lanes": channel.lanes,
+                    "beats": channel.beats,
+                }
+            )
+        return found
+
+    return {
+        "name": imported.program.name,
+        "inputs": ports(imported.inputs, netlist.inputs),
+        "outputs": ports(imported.outputs, netlist.outputs),
+        "target": {"kind": target.kind, "cpu": target.cpu, "features": sorted(target.features)},
+    }
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write plain values."""
+    path.write_text(json.dumps(content, allow_nan=False, separators=(",", ":")) + "\n", encoding="utf-8")
+
+
+class FixedRunner:
+    """Runs the C99 sources of an artifact, compiled by the system's compiler into a temporary folder."""
+
+    def __init__(self, folder: Path) -> None:
+        from qcompile.codegen.verilog.artifact import compile_c
+
+        content = json.loads((folder / "program.json").read_text(encoding="utf-8"))
+        self._ports = content
+        self.inputs = tuple(TensorSpec(p["name"], p["dtype"], tuple(p["shape"])) for p in content["inputs"])
+        self.outputs = tuple(TensorSpec(p["name"], p["dtype"], tuple(p["shape"])) for p in content["outputs"])
+        self._binary = compile_c(folder / "c")
+
+    def run(self, feeds: Mapping[str, Any]) -> dict[str, np.ndarray]:
+        """Run with inputs by name; returns every output by name."""
+        from qcompile.codegen.verilog.artifact import decode_frames, encode_frames, run_c
+
+        frames = encode_frames(self._ports["inputs"], feeds)
+        return decode_frames(self._ports["outputs"], run_c(self._binary, self._ports, frames))
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run with inputs by position or by name; one output comes back bare."""
+        feeds = {spec.name: np.asarray(value) for spec, value in zip(self.inputs, args)} | kwargs
+        results = tuple(self.run(feeds).values())
+        return results[0] if len(results) == 1 else results

@@ -6,6 +6,7 @@ dimensions are known to be equal if they are the same int or the same string.
 
 from __future__ import annotations
 
+import ast
 import json
 import logging
 import re
@@ -23,8 +24,10 @@ _ANONYMOUS = re.compile(r"\b(_d|unk__)\d+\b|//")
 def infer(model: ir.Model) -> None:
     """Infer all shapes and types of ``model`` in place; what cannot be inferred stays unknown.
 
-    Dimensions that an earlier inference could only number (``_d0``, ``unk__0``) are inferred anew.
+    Dimensions that an earlier inference could only number (``_d0``, ``unk__0``) are inferred anew. Names that could not be
+    read as an expression (``batch size``, ``N:0``) are made readable.
     """
+    _make_readable(model)
     for node in model.graph.all_nodes():
         for value in node.outputs:
             value.metadata_props.pop(SYM_DATA_KEY, None)
@@ -37,6 +40,34 @@ def infer(model: ir.Model) -> None:
         infer_symbolic_shapes(model, warn_on_missing=False)
     finally:
         logger.setLevel(level)
+
+
+def _make_readable(model: ir.Model) -> None:
+    values = [*model.graph.inputs, *model.graph.outputs, *(v for n in model.graph.all_nodes() for v in n.outputs)]
+    shaped = [v for v in values if v.shape is not None]
+    names = {d.value for v in shaped for d in v.shape if isinstance(d, ir.SymbolicDim) and d.value is not None}
+    better: dict[str, str] = {}
+    for name in sorted(n for n in names if not _readable(n)):
+        free = re.sub(r"\W+", "_", name if name[:1].isalpha() else f"d_{name}", flags=re.ASCII)
+        while free in names or free in better.values():
+            free += "_"
+        better[name] = free
+    if better:
+        for value in shaped:
+            value.shape = ir.Shape(
+                [better.get(d.value, d.value) if isinstance(d, ir.SymbolicDim) and d.value else d for d in value.shape]
+            )
+
+
+def _readable(name: str) -> bool:
+    """Whether a dimension is a name or an expression of names."""
+    if not re.fullmatch(r"[\w.+*/%(), -]+", name, flags=re.ASCII):
+        return False
+    try:
+        ast.parse(name.replace(".", "_"), mode="eval")
+    except (SyntaxError, ValueError):
+        return False
+    return True
 
 
 def _anonymous(dim: int | ir.SymbolicDim) -> bool:

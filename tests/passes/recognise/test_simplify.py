@@ -206,3 +206,14 @@ def test_flattened_size_split_again(check) -> None:
         y = Range(zero, n, one) }"""
     model, _ = check(text, {})
     assert "Div" not in kinds(model) and "Mul" not in kinds(model)
+
+
+def test_dimension_names_that_are_no_expressions_are_made_readable() -> None:
+    model = ir.from_onnx_text(f'<ir_version: 10, opset_import: ["" : 18]> {SPLIT}')
+    model.graph.inputs[0].shape = ir.Shape(["batch size", "N:0", 12])
+    model.graph.outputs[0].shape = ir.Shape(["batch size", "N:0", 3, 4])
+    result, _ = recognise(model)
+    assert kinds(result) == ["Reshape"]
+    first, second, _ = result.graph.inputs[0].shape
+    assert (str(first), str(second)) == ("batch_size", "N_0")
+    assert result.graph.outputs[0].shape[:2] == (first, second)

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import common
 
-from qcompile.passes.graph import attribute, constant, is_op, sole_use
+from qcompile.passes.graph import add_initializer, attribute, constant, is_op, sole_use
 from qcompile.passes.lower.kernel_ops import is_kernel, kernel_node, take_over
 from qcompile.passes.lower.linear import merge_linears
 
@@ -86,6 +87,8 @@ def _lower(graph: ir.Graph, node: ir.Node) -> None:
         layout, operands = "merged", merged
     else:
         layout, operands = "rows", _separate(graph, node, q, k, v)
+    if out.shape is not None and len(out.shape) == 4:
+        out = _rows_before(graph, out, tail, q.heads, v.head_dim)
     new = kernel_node(
         "Attention", [*operands, mask], [out], {**attributes, "layout": layout, "merged": int(layout == "merged")}, node
     )
@@ -221,16 +224,30 @@ def _rotary(node: ir.Node) -> Rotary | None:
 
 
 def _merge_of_heads(value: ir.Value, width: int) -> tuple[ir.Value | None, list[ir.Node]]:
-    """Follow ``Reshape(Transpose(y, 0213), (batch, sequence, width))``; returns the rows and the nodes passed."""
+    """Follow ``Reshape(Transpose(y, 0213), (batch, sequence, width))``; returns the rows and the nodes passed.
+
+    Where other things are done to the transposed value, that is returned.
+    """
     transpose = sole_use(value)
     if not is_op(transpose, "Transpose") or list(attribute(transpose, "perm", [])) != [0, 2, 1, 3]:  # type: ignore[arg-type, call-overload]
         return None, []
     assert transpose is not None
-    reshape = sole_use(transpose.outputs[0])
-    if not is_op(reshape, "Reshape"):
-        return None, []
-    assert reshape is not None
-    shape = reshape.outputs[0].shape
-    if shape is None or len(shape) != 3 or shape[2] != width:
-        return None, []
-    return reshape.outputs[0], [transpose, reshape]
+    split = transpose.outputs[0]
+    reshape = sole_use(split)
+    shape = reshape.outputs[0].shape if reshape is not None and is_op(reshape, "Reshape") else None
+    if reshape is not None and shape is not None and len(shape) == 3 and shape[2] == width:
+        return reshape.outputs[0], [transpose, reshape]
+    return (split, [transpose]) if split.shape is not None and not split.is_graph_output() else (None, [])
+
+
+def _rows_before(graph: ir.Graph, split: ir.Value, tail: list[ir.Node], heads: int, head_dim: int) -> ir.Value:
+    """A new value ``(batch, sequence, heads x head_dim)`` whose Reshape takes the place of ``split``."""
+    assert split.shape is not None
+    rows = ir.Value(name=f"{split.name}.rows", type=split.type)
+    rows.shape = ir.Shape([*split.shape[:2], heads * head_dim])
+    target = add_initializer(graph, f"{split.name}.split", np.array([0, 0, heads, head_dim], np.int64))
+    reshape = ir.node("Reshape", [rows, target])
+    reshape.outputs[0].type, reshape.outputs[0].shape = split.type, split.shape
+    graph.insert_after(tail[-1], [reshape])
+    take_over(split, reshape.outputs[0])
+    return rows

@@ -11,7 +11,7 @@ from qcompile.passes.lower import KERNEL_DOMAIN, lower
 from qcompile.passes.quantize import Quantizer
 from qcompile.passes.sites import embedding_sites, linear_sites
 
-DATA = ("x", "r", "ids")
+DATA = ("x", "r", "ids", "cache")
 TEXT = """
 <ir_version: 10, opset_import: ["" : 23]>
 net (float[batch, sequence, 48] x, float[batch, sequence, 48] r, float[48] gamma, float[48] beta, float[48, 48] wq, float[48, 48] wk, float[48, 48] wv, float[48] bq, float[48, 96] w1, float[96] b1, float[96, 48] w2, float[48] b2) => (float[batch, sequence, 48] y)
@@ -163,3 +163,57 @@ def test_embedding_rows_are_dequantized_after_the_gather():
     ids = np.array([[3, 99, 0]])
     np.testing.assert_allclose(ort.run(model, {"ids": ids})["y"], table[ids], atol=np.abs(table).max() / 250)
     assert [n.op_type for n in lower(model).graph] == ["Embedding"]
+
+
+def test_attention_whose_result_is_reshaped_twice():
+    """As GPT-2 has it in old exports: rows are flattened for the projection and read again for their shape."""
+    text = """
+    <ir_version: 10, opset_import: ["" : 23]>
+    net (float[batch, sequence, 48] x, float[48, 48] wq, float[48, 48] wk, float[48, 48] wv, float[48, 48] wo) => (float[rows, 48] y, int64[3] shape)
+    {
+        heads = Constant <value_ints = [0, 0, 4, 12]> ()
+        rows = Constant <value_ints = [0, 0, 48]> ()
+        flat = Constant <value_ints = [-1, 48]> ()
+        q = MatMul (x, wq)
+        k = MatMul (x, wk)
+        v = MatMul (x, wv)
+        q4 = Reshape (q, heads)
+        k4 = Reshape (k, heads)
+        v4 = Reshape (v, heads)
+        qt = Transpose <perm = [0, 2, 1, 3]> (q4)
+        kt = Transpose <perm = [0, 2, 1, 3]> (k4)
+        vt = Transpose <perm = [0, 2, 1, 3]> (v4)
+        a = Attention (qt, kt, vt)
+        t = Transpose <perm = [0, 2, 1, 3]> (a)
+        r = Reshape (t, rows)
+        shape = Shape (r)
+        f = Reshape (t, flat)
+        y = MatMul (f, wo)
+    }
+    """
+    lowered = lower(quantized("int8", model=build(text)))
+    kinds = [n.op_type for n in lowered.graph]
+    assert kinds.count("Attention") == 1 and "Transpose" not in kinds
+    attention = next(n for n in lowered.graph if n.op_type == "Attention")
+    assert attention.domain == KERNEL_DOMAIN and attention.outputs[0].shape[2] == 48
+
+
+def test_attention_over_a_cache_reads_heads_as_they_lie():
+    text = """
+    <ir_version: 10, opset_import: ["" : 23]>
+    net (float[batch, sequence, 48] x, float[batch, 2, past, 12] cache, float[48, 48] wq) => (float[batch, sequence, 48] y)
+    {
+        heads = Constant <value_ints = [0, 0, 4, 12]> ()
+        rows = Constant <value_ints = [0, 0, 48]> ()
+        q = MatMul (x, wq)
+        q4 = Reshape (q, heads)
+        qt = Transpose <perm = [0, 2, 1, 3]> (q4)
+        a = Attention (qt, cache, cache)
+        t = Transpose <perm = [0, 2, 1, 3]> (a)
+        y = Reshape (t, rows)
+    }
+    """
+    lowered = lower(quantized("int8", model=build(text)))
+    (attention,) = [n for n in lowered.graph if n.op_type == "Attention"]
+    assert attention.domain == KERNEL_DOMAIN and attention.attributes["layout"].as_string() == "heads"
+    assert attention.attributes["kv_heads"].value == 2

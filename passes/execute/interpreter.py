@@ -91,11 +91,11 @@ def _needed(graph: ir.Graph, wanted: Sequence[str], known: set[str]) -> list[ir.
 
 
 def _execute(model, nodes, lookup, env, float_type, last_use, keep, compute=None) -> None:
-    from qcompile.passes.execute.operators import OPERATORS
+    from qcompile.passes.execute.elementwise import OPERATORS
 
     for k, node in enumerate(nodes):
         domain = "" if node.domain == "ai.onnx" else node.domain
-        args = [lookup(v) for v in node.inputs]
+        args = _placed(node, [lookup(v) for v in node.inputs])
         results = None if compute is None else compute(node, args)
         function = model.functions.get((node.domain, node.op_type, node.overload)) if domain else None
         if results is not None:
@@ -116,6 +116,32 @@ def _execute(model, nodes, lookup, env, float_type, last_use, keep, compute=None
         for v in node.inputs:
             if v is not None and last_use.get(v.name or "", -1) == k and v.name not in keep:
                 env.pop(v.name or "", None)
+
+
+_SHAPES = {
+    "Reshape": 1,
+    "Expand": 1,
+    "Slice": 1,
+    "Squeeze": 1,
+    "Unsqueeze": 1,
+    "Tile": 1,
+    "Pad": 1,
+    "Split": 1,
+    "CumSum": 1,
+    "ConstantOfShape": 0,
+    "Range": 0,
+}
+"""First input of an operator that is read as numbers; those of reductions are read so too."""
+
+
+def _placed(node: ir.Node, args: list) -> list:
+    """Arguments on one device. Small integers stay on the CPU until they meet data: reading them there costs nothing."""
+    devices = {a.device for a in args if a is not None}
+    if len(devices) < 2:
+        return args
+    device = next(d for d in devices if d.type != "cpu")
+    first = 1 if node.op_type.startswith("Reduce") else _SHAPES.get(node.op_type, len(args))
+    return [a if a is None or i >= first else a.to(device) for i, a in enumerate(args)]
 
 
 def _call(model: ir.Model, function: ir.Function, node: ir.Node, args: list, float_type) -> list:
@@ -164,4 +190,7 @@ def _tensor(array: Any, float_type: Any, device: str = "cpu") -> Tensor:
     if array.dtype.name in ("int4", "uint4", "int2", "uint2"):
         array = array.astype(np.int8)
     tensor = torch.from_numpy(np.array(array, order="C"))
-    return tensor.to(device, float_type) if tensor.is_floating_point() else tensor.to(device)
+    if tensor.is_floating_point():
+        return tensor.to(device, float_type)
+    # Shapes, axes and the like are read by the host.
+    return tensor if tensor.dim() < 2 and tensor.numel() <= 16 else tensor.to(device)

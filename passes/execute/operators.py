@@ -206,12 +206,12 @@ def _constant_of_shape(node, ft, shape):
 @op("Shape")
 def _shape(node, ft, x):
     start, end = attribute(node, "start", 0), attribute(node, "end", None)
-    return torch.tensor(list(x.shape)[slice(start, end)], dtype=torch.int64)
+    return torch.tensor(list(x.shape)[slice(start, end)], dtype=torch.int64, device="cpu")
 
 
 @op("Size")
 def _size(node, ft, x):
-    return torch.tensor(x.numel())
+    return torch.tensor(x.numel(), device="cpu")
 
 
 @op("Reshape")
@@ -573,16 +573,20 @@ def _attention(node, ft, q, k, v, mask=None, past_k=None, past_v=None, *rest):
     if repeats > 1:
         k, v = k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1)
     scale = attribute(node, "scale", None) or 1 / math.sqrt(q.shape[-1])
-    scores = q @ k.transpose(-1, -2) * scale
-    if cap := attribute(node, "softcap", 0.0):
-        scores = cap * torch.tanh(scores / cap)
     if attribute(node, "is_causal", 0):
-        s, t = scores.shape[-2:]
+        s, t = q.shape[2], k.shape[2]
         visible = torch.ones(s, t, dtype=torch.bool).tril(t - s if past_k is not None else 0)
-        scores = scores.masked_fill(~visible, -math.inf)
-    if mask is not None:
-        scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask
-    y = torch.softmax(scores, -1) @ v
+        if mask is None:
+            mask = visible
+        else:
+            mask = mask & visible if mask.dtype == torch.bool else mask.masked_fill(~visible, -math.inf)
+    if cap := attribute(node, "softcap", 0.0):
+        scores = cap * torch.tanh(q @ k.transpose(-1, -2) * scale / cap)
+        if mask is not None:
+            scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask
+        y = torch.softmax(scores, -1) @ v
+    else:
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
     y = y.transpose(1, 2).reshape(*y.shape[:1], y.shape[2], -1) if flat else y
     return y, *present
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -63,6 +64,7 @@ class Freedom(ABC):
         """Called with the finished fraction of the training before every step; most do not care."""
         return None
 
+    @cached_property
     def _cells(self) -> list[tuple[int, np.ndarray]]:
         """For every cell: its key in the solution and the place of its members in the key's order."""
         found = []
@@ -74,9 +76,10 @@ class Freedom(ABC):
 
     def _multiply(self, element: Element, matrices: Tensor) -> None:
         """Put ``(cells, k, k)`` matrices in front of what the element does to the cells."""
-        for (key, order), matrix in zip(self._cells(), matrices):
-            index = torch.as_tensor(order, device=matrix.device)
-            matrix = matrix[index][:, index]
+        for (key, order), matrix in zip(self._cells, matrices):
+            if not np.array_equal(order, np.arange(len(order))):
+                index = torch.as_tensor(order, device=matrix.device)
+                matrix = matrix[index][:, index]
             element.blocks[key] = matrix @ element.blocks[key] if key in element.blocks else matrix
 
 
@@ -124,6 +127,7 @@ class Scales(Freedom):
         super().__init__(spaces, space)
         self.log = _parameter(np.log(start), like)
         self.parameters = Parameters(free=[self.log])
+        self.order = torch.as_tensor(np.argsort(space.cells, kind="stable"), device=like.device)
         if space.scalable:
             self._family(like)
 
@@ -143,9 +147,8 @@ class Scales(Freedom):
 
     def learned(self, element: Element) -> None:
         if not self.space.scalable:
-            order = torch.as_tensor(np.argsort(self.space.cells, kind="stable"), device=self.log.device)
             cells = int(self.space.cells.max()) + 1
-            self._multiply(element, torch.diag_embed(torch.exp(self.log[order]).reshape(cells, -1)))
+            self._multiply(element, torch.diag_embed(torch.exp(self.log[self.order]).reshape(cells, -1)))
             return
         wanted = self.log.new_zeros(self.shape[0] * self.shape[1]).index_put((self.place,), self.log)
         change = (wanted.reshape(self.shape) @ self.completion).reshape(-1)

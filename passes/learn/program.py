@@ -27,7 +27,7 @@ from qcompile.passes.learn.mixing import Mixing
 from qcompile.passes.learn.rounding import round_tokens, round_weight
 from qcompile.passes.quantize import CLIP
 from qcompile.passes.spaces import Element, Spaces, fold
-from qcompile.passes.spaces.act import Actor, Plan
+from qcompile.passes.spaces.act import Actor, Plans
 from qcompile.passes.spaces.fold import constant_values, overwritten_entries
 from qcompile.passes.spaces.translate import Translator
 
@@ -109,7 +109,7 @@ class Program:
         }
         self._base: dict[str, Tensor] = {}
         self._gamma: dict[bytes, np.ndarray] = {}
-        self._plans: dict[bytes, Plan] = {}
+        self._plans = Plans()
         self._moved: tuple[set[str], dict[str, np.ndarray]] | None = None
 
     # -- parameters --------------------------------------------------------------------------------------------------

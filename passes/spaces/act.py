@@ -9,7 +9,9 @@ follows a mixed space through a peeled scaling is mixed as well, by ``D_f D_l^-1
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -41,12 +43,27 @@ class Plan:
         classes: of each position.
         exponent, sign: ``(n,)``, of the diagonal at positions that only scale (0 and 1 elsewhere); None if none does.
         mixed: number of a cell, its positions in matrix order, and whether they act contragrediently.
+        whole: whether the mixed positions, one cell after the other, are all positions in order.
     """
 
-    classes: np.ndarray
+    classes: Array
     exponent: Array | None
     sign: Array | None
-    mixed: tuple[tuple[int, np.ndarray, bool], ...]
+    mixed: tuple[tuple[int, Array | slice, bool], ...]
+    whole: bool
+
+
+@dataclass
+class Plans:
+    """What elements that differ in their numbers only have in common, kept from one to the next.
+
+    Attributes:
+        axes: plans by the coordinates along an axis.
+        follows: classes that follow a cell, the cell's own, and G, by number of the scaling and of the cell.
+    """
+
+    axes: dict[bytes, Plan] = field(default_factory=dict)
+    follows: dict[tuple[int, int], tuple[np.ndarray, Array, Array, Array]] = field(default_factory=dict)
 
 
 class Actor:
@@ -56,24 +73,26 @@ class Actor:
         self,
         element: Element,
         gamma: Callable[[np.ndarray], np.ndarray],
-        plans: dict[bytes, Plan] | None = None,
+        plans: Plans | None = None,
     ) -> None:
         """Prepare to act.
 
         Args:
             element: what acts.
             gamma: returns the current values of the constants at the given coordinates.
-            plans: a store to share between elements that differ in their numbers only.
+            plans: to share between elements that differ in their numbers only.
         """
         self.element, self.solution = element, element.solution
-        self.plans = {} if plans is None else plans
+        self.plans = Plans() if plans is None else plans
         count = len(element.source)
         self.moved = element.source != np.arange(count)
         learned = [a for a in (element.log, *element.blocks.values()) if _is_torch(a)]
-        self.xp, self._like = (_torch(), learned[0]) if learned else (np, None)
+        self.xp: Any = _torch() if learned else np
+        self._like: Any = learned[0] if learned else None
         self.log = self._array(element.log)
         self.sign = self._array(element.sign)
-        self.scaled = _learned(element.log) | (np.asarray(_plain(element.log)) != 0) | (element.sign != 1)
+        # Everything of a learned diagonal counts as moving, even where it is 1 now.
+        self.scaled = np.full(count, True) if _is_torch(element.log) else (element.log != 0) | (element.sign != 1)
         self.cells: list[MixedCell] = []
         self.cell_of = np.full(count, -1)
         for cell, matrix in element.blocks.items():
@@ -86,9 +105,9 @@ class Actor:
                     self._follow(number, gamma)
                     progress = True
 
-    def _add(self, classes: np.ndarray, matrix: np.ndarray) -> None:
+    def _add(self, classes: np.ndarray, matrix: Array, dual: Array | None = None) -> None:
         self.cell_of[classes] = len(self.cells)
-        self.cells.append(MixedCell(classes, matrix, self.xp.linalg.inv(matrix).T))
+        self.cells.append(MixedCell(classes, matrix, self.xp.linalg.inv(matrix).T if dual is None else dual))
 
     def _array(self, values: Array) -> Array:
         """``values`` as an array of the kind this actor computes with."""
@@ -96,34 +115,49 @@ class Actor:
             return np.asarray(values, np.float64)
         return self.xp.as_tensor(values, dtype=self._like.dtype, device=self._like.device)
 
-    def diagonal(self, classes: np.ndarray) -> Array:
+    def _index(self, positions: np.ndarray) -> Array | slice:
+        """Positions as an index; a slice if they are consecutive."""
+        if len(positions) and np.array_equal(positions, np.arange(len(positions)) + positions[0]):
+            return slice(int(positions[0]), int(positions[0]) + len(positions))
+        return positions if self._like is None else self.xp.as_tensor(positions, device=self._like.device)
+
+    def diagonal(self, classes: Array) -> Array:
         """Signed scale of classes."""
         return self.sign[classes] * self.xp.exp(self.log[classes])
 
     def _follow(self, number: int, gamma: Callable[[np.ndarray], np.ndarray]) -> None:
         """``A_f = D_f D_l^-1 A_l G^-1`` (or ``.. G``), G read where the content comes from."""
         peel = self.solution.peels[number]
-        old = np.ones(len(peel.follower)) if peel.scaling.gamma is None else gamma(peel.scaling.gamma)
-        # G is a property of the class, so repeated entries agree.
-        by_class = dict(zip(peel.follower.tolist(), old.tolist()))
-        partner = dict(zip(peel.leader.tolist(), peel.follower.tolist()))
         for index in np.unique(self.cell_of[peel.leader]):
             if index < 0:
                 continue
             leader = self.cells[index]
-            if not all(k in partner for k in leader.classes.tolist()):
-                raise AssertionError(f"scaling {peel.scaling.node!r} sees a part of a cell only")
-            classes = np.array([partner[k] for k in leader.classes.tolist()])
+            if (number, int(index)) not in self.plans.follows:
+                self.plans.follows[number, int(index)] = self._follower(number, leader, gamma)
+            classes, follower, leading, g = self.plans.follows[number, int(index)]
             if (self.cell_of[classes] >= 0).all():
                 continue
-            source = self.element.source[classes]
-            g = np.array([by_class.get(k, 1.0) for k in source.tolist()])
-            matrix = leader.matrix
+            matrix, dual = leader.matrix, leader.dual
             if peel.scaling.normalised:
-                matrix = matrix / scale_of(matrix)
-            own = self.diagonal(classes) / self.diagonal(leader.classes)
-            matrix = own[:, None] * matrix * self._array(1 / g if peel.forward else g)
-            self._add(classes, matrix)
+                size = scale_of(matrix)
+                matrix, dual = matrix / size, dual * size
+            own = (self.diagonal(follower) / self.diagonal(leading))[:, None]
+            self._add(classes, own * matrix / g, dual * g / own)
+
+    def _follower(
+        self, number: int, leader: MixedCell, gamma: Callable[[np.ndarray], np.ndarray]
+    ) -> tuple[np.ndarray, Array, Array, Array]:
+        """Classes that follow a cell, they and the cell's as indices, and G (inverse if the leader follows forward)."""
+        peel = self.solution.peels[number]
+        old = np.ones(len(peel.follower)) if peel.scaling.gamma is None else gamma(peel.scaling.gamma)
+        # G is a property of the class, so repeated entries agree.
+        by_class = dict(zip(peel.follower.tolist(), old.tolist()))
+        partner = dict(zip(peel.leader.tolist(), peel.follower.tolist()))
+        if not all(k in partner for k in leader.classes.tolist()):
+            raise AssertionError(f"scaling {peel.scaling.node!r} sees a part of a cell only")
+        classes = np.array([partner[k] for k in leader.classes.tolist()])
+        g = np.array([by_class.get(k, 1.0) for k in self.element.source[classes].tolist()])
+        return classes, self._index(classes), self._index(leader.classes), self._array(g if peel.forward else 1 / g)
 
     def touches(self, index_map: IndexMap) -> bool:
         """Whether the element changes anything along this map."""
@@ -148,13 +182,13 @@ class Actor:
             if np.array_equal(wanted, held):
                 continue
             source = source_rows(held, wanted, self.solution.parity[m.flat])
-            array = self._along(array, m, lambda rows, source=source: rows[source])
+            array = self._along(array, m, itemgetter(source))
             for j in range(len(maps)):
                 shared = [a for a in maps[j].axes if a in m.axes]
                 if j != i and shared:
                     where[j] = _move_shared(where[j], m, source, shared)
         for m in maps:
-            array = self._along(array, m, lambda rows, m=m: self._mix(rows, m.flat))
+            array = self._along(array, m, partial(self._mix, coordinates=m.flat))
         return array
 
     def _along(self, array: Array, m: IndexMap, function: Callable[[Array], Array]) -> Array:
@@ -166,37 +200,42 @@ class Actor:
 
     def _plan(self, coordinates: np.ndarray) -> Plan:
         key = coordinates.tobytes()
-        if key in self.plans:
-            return self.plans[key]
+        if key in self.plans.axes:
+            return self.plans.axes[key]
         classes, parity = self.solution.class_of[coordinates], self.solution.parity[coordinates]
         single = self.cell_of[classes] < 0
         active = single & self.scaled[classes]
         exponent = self._array(np.where(active, parity, 0)) if active.any() else None
         sign = self._array(np.where(active, self.element.sign[classes], 1.0)) if active.any() else None
         copy = occurrence(classes, parity)
-        mixed = []
+        mixed: list[tuple[int, np.ndarray, bool]] = []
         for index in np.unique(self.cell_of[classes[~single]]):
             cell = self.cells[index]
             inside = np.flatnonzero(self.cell_of[classes] == index)
             place = np.argsort(cell.classes)[np.searchsorted(np.sort(cell.classes), classes[inside])]
             order = inside[np.lexsort((place, copy[inside], parity[inside]))].reshape(-1, len(cell.classes))
             mixed += [(int(index), positions, bool(parity[positions[0]] < 0)) for positions in order]
-        self.plans[key] = Plan(classes, exponent, sign, tuple(mixed))
-        return self.plans[key]
+        mixed.sort(key=lambda part: int(part[1][0]))
+        whole = bool(mixed) and np.array_equal(np.concatenate([p for _, p, _ in mixed]), np.arange(len(classes)))
+        self.plans.axes[key] = Plan(
+            self._index(classes), exponent, sign, tuple((i, self._index(p), dual) for i, p, dual in mixed), whole
+        )
+        return self.plans.axes[key]
 
     def _mix(self, rows: Array, coordinates: np.ndarray) -> Array:
         """Diagonals and matrices along the first axis."""
         plan = self._plan(coordinates)
+        matrices = [self.cells[i].dual if dual else self.cells[i].matrix for i, _, dual in plan.mixed]
+        parts = [matrix @ rows[positions] for matrix, (_, positions, _) in zip(matrices, plan.mixed)]
+        if plan.whole:
+            return parts[0] if len(parts) == 1 else self.xp.concatenate(parts)
         result = rows
         if plan.exponent is not None:
             result = rows * (plan.sign * self.xp.exp(self.log[plan.classes] * plan.exponent))[:, None]
-        if not plan.mixed:
-            return result
-        if result is rows:
+        if result is rows and parts:
             result = rows.copy() if self.xp is np else rows.clone()
-        for index, positions, dual in plan.mixed:
-            cell = self.cells[index]
-            result[positions] = (cell.dual if dual else cell.matrix) @ rows[positions]
+        for part, (_, positions, _) in zip(parts, plan.mixed):
+            result[positions] = part
         return result
 
 
@@ -249,12 +288,3 @@ def _torch() -> Any:
     import torch
 
     return torch
-
-
-def _plain(array: Array) -> np.ndarray:
-    return array.detach().cpu().numpy() if _is_torch(array) else array
-
-
-def _learned(array: Array) -> np.ndarray:
-    """Everything of a learned diagonal counts as moving, even where it is 1 now."""
-    return np.full(array.shape[0], _is_torch(array))

@@ -33,7 +33,7 @@ from functools import cached_property
 import numpy as np
 
 from qcompile.codegen.kernels.cpu.panels import half_scales
-from qcompile.formats import BitLayout, BitPlane, DualInt4, FixedPoint, Format, IntFormat, Quantized, Ternary
+from qcompile.formats import BitLayout, BitPlane, DualInt4, FixedPoint, Format, IntFormat, NvFp4, Quantized, Ternary
 
 PAIR = 8
 """Activations of two tables, whose nibbles share a byte."""
@@ -89,12 +89,16 @@ def unsigned_codes(weight: Quantized, bias: int) -> np.ndarray:
 def group_scales(fmt: Format, weight: Quantized, kind: str = "float16") -> tuple[np.ndarray, np.ndarray]:
     """Scales as the kernels store them: ``(P, G, N)`` of dtype ``kind``, and float32 factors per column ``(N,)``.
 
-    Two-level formats keep their levels: the scales of a dual-grained matrix are its integer group scales, exactly.
+    Two-level formats keep their levels: the scales of a dual-grained matrix are its integer group scales, and those of an
+    NVFP4 matrix its e4m3 block scales, exactly.
     """
     if isinstance(fmt, DualInt4):
         return weight.aux["group_scale"][None].astype(kind), weight.scale[0].astype(np.float32)
     scale = weight.scale.astype(np.float32)
     scale = scale[None] if scale.ndim == 2 else scale
+    if isinstance(fmt, NvFp4):
+        whole = np.float32(weight.aux["tensor_scale"])
+        return (scale / whole).astype(np.float16).astype(kind), np.full(scale.shape[-1], whole, np.float32)
     if kind == "float32":
         return scale, np.ones(scale.shape[-1], np.float32)
     offset = weight.aux.get("offset")
@@ -210,7 +214,8 @@ def biased_tables(four: np.ndarray) -> np.ndarray:
 
 def split(four: np.ndarray) -> np.ndarray:
     """Integers ``(4,)`` as a sum of parts ``(parts, 4)`` of equal signs, the magnitudes of each adding up to 255 at most."""
-    rest, parts = np.abs(four), []
+    rest = np.abs(four)
+    parts: list[np.ndarray] = []
     while not parts or rest.any():
         room = LARGEST - (np.cumsum(rest) - rest)
         part = np.clip(room, 0, rest)

@@ -4,10 +4,21 @@ from qcompile.codegen.kernels.x86.floats import FloatGemm
 from qcompile.codegen.kernels.x86.lut import LutGemm
 from qcompile.codegen.kernels.x86.maddubs import MaddubsGemm
 from qcompile.codegen.kernels.x86.pairs import PairGemm
+from qcompile.codegen.kernels.x86.tables import ByteTableGemm, WordTableGemm
 from qcompile.codegen.kernels.x86.vnni import VnniGemm
 from qcompile.codegen.kernels.x86.wide import WideGemm
 
-FAMILIES = (VnniGemm, MaddubsGemm, LutGemm, PairGemm, WideGemm, FloatGemm)
+FAMILIES = (VnniGemm, MaddubsGemm, LutGemm, ByteTableGemm, WordTableGemm, PairGemm, WideGemm, FloatGemm)
 """Families of linear kernels, the one to prefer among equals first."""
 
-__all__ = ["FAMILIES", "FloatGemm", "LutGemm", "MaddubsGemm", "PairGemm", "VnniGemm", "WideGemm"]
+__all__ = [
+    "FAMILIES",
+    "ByteTableGemm",
+    "FloatGemm",
+    "LutGemm",
+    "MaddubsGemm",
+    "PairGemm",
+    "VnniGemm",
+    "WideGemm",
+    "WordTableGemm",
+]

@@ -57,10 +57,11 @@ class MaddubsGemm(TiledGemm):
         if not problem.activation.bits:
             return f"{self.name} multiplies integer activations; this operator has float ones"
         fmt = self.integers(problem.weight)
-        if fmt is None:
-            return ""
-        if reason := byte_refusal(self.name, problem, fmt):
-            return reason
+        assert fmt is not None
+        return byte_refusal(self.name, problem, fmt) or self.refuse_codes(problem)
+
+    def refuse_codes(self, problem: LinearProblem) -> str:
+        """Why the unsigned numbers are no bytes whose products fit in int16, or an empty string."""
         if products(self.largest(problem)) < 1:
             return f"{self.name}: two products with {problem.weight} codes may overflow int16"
         return ""
@@ -138,7 +139,7 @@ class MaddubsGemm(TiledGemm):
         for r, line in enumerate(sums):
             total = v.let(e.extra["rows"].total[r, group])
             for vec, acc in enumerate(line):
-                zero = v.splat(total * p.bias, p.lanes) if zeros is None else zeros[vec] * v.splat(total, p.lanes)
+                zero = v.splat(total * self.zero(e), p.lanes) if zeros is None else zeros[vec] * v.splat(total, p.lanes)
                 acc.set(acc.get() - zero)
 
     def _row(self, e: Emission, panel: Any, group: Any, row: Any, partial: Tile, sums: Tile, limit: int) -> None:
@@ -160,6 +161,10 @@ class MaddubsGemm(TiledGemm):
                     register.set(pair if fresh else register.get() + pair)
             if limit and (index % limit == limit - 1 or index == p.per_byte - 1):
                 widen(p.lanes, partial, sums)
+
+    def zero(self, e: Emission) -> int:
+        """The unsigned number that stands for 0, where all groups share it."""
+        return e.panels.bias
 
     def decoded(self, e: Emission, codes: Any) -> Any:
         """The unsigned numbers that codes (bytes) stand for."""

@@ -1,0 +1,60 @@
+"""Codes that index at most 16 levels: how the levels become integers that kernels look up and multiply.
+
+    w[k, n] = s[g, n] table[code],    table[i] ~ factor * level[i]
+
+Levels of small floats and of powers of two are integers exactly (e2m1: halves, up to 12 of them). Levels of normal floats and
+of learned codebooks are rounded to 16 bits of the largest, or to what an int32 sum over a group has room for; the rounding,
+half of ``factor``, is far below that of the codes. What model.onnx reads are the integers too.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from qcompile.formats import Codebook, Format, Quantized
+from qcompile.formats.levels import LevelFormat
+
+ENTRIES = 16
+"""Entries of a table in a register."""
+
+
+@dataclass(frozen=True)
+class Levels:
+    """Integers ``level`` ``(16,)`` that, times ``factor``, are the values of the codes; unused entries are 0."""
+
+    level: np.ndarray
+    factor: float
+
+
+def is_table(fmt: Format) -> bool:
+    """Whether ``fmt`` is a table of at most 16 levels."""
+    return isinstance(fmt, LevelFormat | Codebook) and fmt.bits <= 4
+
+
+def exact_levels(fmt: Format) -> Levels | None:
+    """The levels of a format as integers below 128 in magnitude, or None if they are none."""
+    if not is_table(fmt) or not isinstance(fmt, LevelFormat):
+        return None
+    table = _padded(fmt.table)
+    for shift in range(8):
+        scaled = table * (1 << shift)
+        if np.abs(scaled).max() > 127:
+            return None
+        if (scaled == np.rint(scaled)).all():
+            return Levels(scaled.astype(np.int64), 1 / (1 << shift))
+    return None
+
+
+def rounded_levels(fmt: Format, weight: Quantized, largest: int) -> Levels:
+    """The levels of a matrix as integers of magnitude up to ``largest``."""
+    table = _padded(fmt.table if isinstance(fmt, LevelFormat) else weight.aux["codebook"])
+    factor = float(np.abs(table).max()) / largest or 1.0
+    return Levels(np.rint(table / factor).astype(np.int64), factor)
+
+
+def _padded(table: np.ndarray) -> np.ndarray:
+    values = np.zeros(ENTRIES)
+    values[: len(table)] = np.nan_to_num(table.astype(np.float64))
+    return values

@@ -137,15 +137,21 @@ class _Running:
         return len(begun) > start
 
 
-def evaluate(netlist: Netlist, frames: int = 3) -> Timeline:
+def evaluate(netlist: Netlist, frames: int = 3, period: int = 0) -> Timeline:
     """Begin every step of ``frames`` frames as early as it can.
+
+    Args:
+        netlist: any.
+        frames: how many.
+        period: cycles between frames, over which the source spreads its beats; 0 for a source that always offers.
 
     Raises:
         TargetError: the netlist deadlocks; names the units that wait.
     """
     line = Timeline(frames)
     for channel in netlist.inputs:
-        line.offered[channel.name], line.taken[channel.name] = [0] * (channel.beats * frames), []
+        offers = np.arange(channel.beats * frames) * period // channel.beats
+        line.offered[channel.name], line.taken[channel.name] = offers.tolist(), []
     for unit in netlist.units:
         for channel in unit.outputs.values():
             line.offered[channel.name], line.taken[channel.name] = [], []
@@ -163,25 +169,43 @@ def evaluate(netlist: Netlist, frames: int = 3) -> Timeline:
     return line
 
 
-def size_fifos(netlist: Netlist, frames: int = 3) -> Timeline:
-    """Give the FIFOs behind every fork the fewest entries with which the netlist is as fast as with endless ones.
+def size_fifos(netlist: Netlist, frames: int = 4, trials: int = 80) -> Timeline:
+    """Give every FIFO few entries, and enough that a frame leaves as often as the slowest unit allows.
 
-    A fork feeds paths of different length that meet again: the short one must hold what the long one is working on.
-    Every depth is computed: kept at the least one if that costs no cycle, else read off the evaluation in which it is endless.
+    With endless FIFOs, and a source that offers frames no faster than that, what the FIFOs hold is a depth with which nothing
+    moves later: a unit that takes a frame in one burst needs it ready, and where a path forks and meets again, the short one
+    holds what the long one is working on. From there the largest FIFOs are made smaller, as far as that costs no cycle per frame.
+
+    Args:
+        netlist: its depths are replaced.
+        frames: evaluated; the last two are in the steady state.
+        trials: evaluations spent on making FIFOs smaller.
     """
-    forks = [(u, prefix) for u in netlist.units if u.module == "fork2" for prefix in u.depths]
-    least = {(u.name, prefix): u.least_depth(prefix) for u, prefix in forks}
-    for unit, prefix in forks:
+    period = max(u.interval for u in netlist.units)
+    fifos = [(u, prefix) for u in netlist.units for prefix in u.depths]
+    for unit, prefix in fifos:
         unit.depths[prefix] = UNBOUNDED
-    best = evaluate(netlist, frames).cycles(netlist)
-    for unit, prefix in forks:
-        unit.depths[prefix] = least[unit.name, prefix]
-        try:
-            if evaluate(netlist, frames).cycles(netlist) <= best:
+    line = evaluate(netlist, frames, period)
+    for unit, prefix in fifos:
+        latency = max(p.latency for p in unit.processes if p.makes)
+        held = line.occupancy(unit.outputs[prefix].name, latency)
+        unit.depths[prefix] = max(unit.least_depth(prefix), held)
+    fifos.sort(key=lambda f: -f[0].depths[f[1]] * f[0].outputs[f[1]].width)
+    for unit, prefix in fifos:
+        enough, least = unit.depths[prefix], unit.least_depth(prefix)
+        for depth in sorted({least, enough // 4, enough // 2}):
+            if not least <= depth < enough or trials <= 0:
                 continue
-        except TargetError:
-            pass
-        unit.depths[prefix] = UNBOUNDED
-        line = evaluate(netlist, frames)
-        unit.depths[prefix] = max(2, line.occupancy(unit.outputs[prefix].name, unit.processes[0].latency))
+            trials -= 1
+            unit.depths[prefix] = depth
+            if _keeps(netlist, frames, period):
+                break
+            unit.depths[prefix] = enough
     return evaluate(netlist, frames)
+
+
+def _keeps(netlist: Netlist, frames: int, period: int) -> bool:
+    try:
+        return evaluate(netlist, frames).interval(netlist) <= period
+    except TargetError:
+        return False

@@ -45,6 +45,8 @@ COMMANDS = {
     "run": "run",
     "bench": "bench",
     "inspect": "inspect",
+    "simulate": "simulate",
+    "synth": "synth",
     "spaces": "spaces",
     "recipes": "lists",
     "transforms": "lists",

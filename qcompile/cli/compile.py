@@ -14,6 +14,8 @@ import click
     "--cpu", "--arch", "--device", "variant", help="Which machine of the target's kind, e.g. cortex-a76, sm_90a."
 )
 @click.option("--option", "options", multiple=True, metavar="NAME=VALUE", help="An option of the target's backend.")
+@click.option("--pe-budget", type=int, help="FPGA: products formed per cycle, at most.")
+@click.option("--target-cycles", type=int, help="FPGA: cycles per frame, at most.")
 @click.option("--recipe", default="w8a8", show_default=True, help="Recipe name or .toml file; see `qcompile recipes`.")
 @click.option("--calibration", type=click.Path(), help="Samples: .npz, .txt or .jsonl.")
 @click.option("--tokenizer", type=click.Path(), help="tokenizer.json for texts; found by itself in a model directory.")
@@ -35,6 +37,8 @@ def compile(
     target: str,
     variant: str | None,
     options: tuple[str, ...],
+    pe_budget: int | None,
+    target_cycles: int | None,
     recipe: str,
     calibration: str | None,
     tokenizer: str | None,
@@ -60,7 +64,8 @@ def compile(
         model,
         target=target,
         variant=variant,
-        options=dict(_option(text) for text in options),
+        options=dict(_option(text) for text in options)
+        | {k: str(v) for k, v in (("pe-budget", pe_budget), ("target-cycles", target_cycles)) if v is not None},
         recipe=recipe,
         calibration=calibration,
         tokenizer=tokenizer,

@@ -150,3 +150,22 @@ register_recipe(
         **W4A4,
     )
 )
+register_recipe(
+    Recipe(
+        "fixed-w4a8",
+        "For hardware without floats: weights int4 per channel by GPTQ, every activation int8 with one calibrated scale.",
+        weight="int4",
+        activation="int8/tensor",
+        solver="gptq",
+        embedding_bits=0,
+    )
+)
+register_recipe(
+    Recipe(
+        "fixed-w8a8",
+        "For hardware without floats: weights int8 per channel, every activation int8 with one calibrated scale.",
+        activation="int8/tensor",
+        solver="mse",
+        embedding_bits=0,
+    )
+)

@@ -1,0 +1,115 @@
+"""Synthesis of Verilog with Yosys, and place and route for ECP5 with nextpnr: cells by kind, and the clock."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from qcompile.codegen.verilog import tools
+from qcompile.errors import TargetError
+from qcompile.targets.fpga import FpgaTarget
+
+
+@dataclass(frozen=True)
+class Synthesis:
+    """What synthesis found.
+
+    Attributes:
+        cells: count by the device's cell names.
+        luts: look-up tables; those that serve as memory count too.
+        carries, flipflops, multipliers, memories: carry cells, registers, DSP and block memory cells.
+    """
+
+    cells: Mapping[str, int]
+    luts: int
+    carries: int
+    flipflops: int
+    multipliers: int
+    memories: int
+
+
+_MEMORY_LUTS = {"RAM32M": 4, "RAM64M": 4, "RAM32X1D": 2, "RAM64X1D": 2, "RAM128X1D": 4, "SRL16E": 1, "SRLC32E": 1,
+                "SRLC16E": 1, "RAM64X1S": 1, "RAM32X1S": 1, "RAM256X1S": 4, "RAM128X1S": 2, "RAM16X1D": 2,
+                "TRELLIS_DPR16X4": 4}  # fmt: skip
+
+
+def synthesize(
+    folder: Path, top: str, sources: Sequence[str], target: FpgaTarget, *, options: str = "", timeout: float | None = None
+) -> Synthesis:
+    """Synthesise ``top`` for a device; leaves ``TOP.json`` in ``folder`` for place and route.
+
+    Args:
+        folder: holds the sources and the contents of their memories.
+        top, sources: the top module and the files.
+        target: the device.
+        options: more options of the synthesis command, e.g. ``-nodsp``.
+        timeout: seconds after which to give up.
+
+    Raises:
+        TargetError: Yosys is missing or rejects the design.
+    """
+    command = f"{target.synthesis} {options} -top {top}".replace("  ", " ")
+    script = f"read_verilog -defer {' '.join(sources)}; hierarchy -top {top}; {command} -json {top}.json; tee -o {top}.stat stat"
+    tools.call([*tools.require("yosys"), "-q", "-p", script], folder, timeout)
+    return read_cells((folder / f"{top}.stat").read_text(encoding="utf-8"))
+
+
+def read_cells(text: str) -> Synthesis:
+    """Read the output of Yosys's ``stat`` (the last module is the whole)."""
+    blocks = re.split(r"^=== .* ===$", text, flags=re.MULTILINE)
+    cells: dict[str, int] = {}
+    for line in blocks[-1].splitlines():
+        if match := re.match(r"^\s+(?:(\d+)\s+)?([A-Z\$][\w\$]*)(?:\s+(\d+))?\s*$", line):
+            number = match[1] or match[3]
+            if number is not None and match[2] not in ("Number",):
+                cells[match[2]] = int(number)
+    luts = sum(n for name, n in cells.items() if re.fullmatch(r"LUT[1-6]", name))
+    luts += sum(n * _MEMORY_LUTS[name] for name, n in cells.items() if name in _MEMORY_LUTS)
+    return Synthesis(
+        cells,
+        luts,
+        carries=cells.get("CARRY4", 0) + cells.get("CCU2C", 0),
+        flipflops=sum(n for name, n in cells.items() if name.startswith("FD") or name == "TRELLIS_FF"),
+        multipliers=sum(n for name, n in cells.items() if name.startswith(("DSP48", "MULT18"))),
+        memories=sum(n for name, n in cells.items() if name.startswith(("RAMB", "DP16KD", "PDPW16KD"))),
+    )
+
+
+@dataclass(frozen=True)
+class Placement:
+    """What place and route found.
+
+    Attributes:
+        megahertz: highest clock after routing, of the slowest clock.
+        utilisation: used and available cells by kind.
+    """
+
+    megahertz: float
+    utilisation: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+
+
+def place(
+    folder: Path, top: str, target: FpgaTarget, *, seed: int = 1, speed: int = 6, megahertz: float = 200, timeout: float | None = None
+) -> Placement:
+    """Place and route ``TOP.json`` for an ECP5 out of context (without pins).
+
+    Raises:
+        TargetError: no tool for the device, or the design does not fit.
+    """
+    if not target.place:
+        raise TargetError(f"no open tool places and routes {target.cpu}; only its synthesis is available")
+    report = folder / f"{top}.place.json"
+    command = [
+        *tools.require("nextpnr-ecp5"), target.place, "--package", "CABGA381" if "12k" not in target.place else "CABGA256",
+        "--speed", str(speed), "--json", f"{top}.json", "--out-of-context", "--seed", str(seed), "--freq", str(megahertz),
+        "--timing-allow-fail", "--report", report.name, "-q",
+    ]  # fmt: skip
+    tools.call(command, folder, timeout)
+    content = json.loads(report.read_text(encoding="utf-8"))
+    clocks = [entry["achieved"] for entry in content["fmax"].values()]
+    if not clocks:
+        raise TargetError(f"nextpnr found no clock in {top}")
+    return Placement(min(clocks), content.get("utilization", {}))

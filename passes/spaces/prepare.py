@@ -25,6 +25,7 @@ LARGEST_FOLDED = 1 << 16
 
 
 SAME_SHAPE = {"GroupNormalization", "InstanceNormalization", "RMSNormalization", "LayerNormalization", "Swish", "Gelu"}
+SAME_SHAPE |= {"SimplifiedLayerNormalization", "Silu", "HardSwish", "Mish", "Erfc"}
 
 
 def prepare(model: ir.Model) -> ir.Model:

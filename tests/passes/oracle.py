@@ -19,6 +19,7 @@ import numpy as np
 import onnx
 import onnx.parser
 import onnx_ir as ir
+from onnx_ir.passes.common import ShapeInferencePass
 
 from qcompile.passes.execute import run
 from qcompile.passes.spaces import Spaces, analyse
@@ -34,14 +35,14 @@ def parse(body: str, inputs: dict[str, tuple[int, ...]], constants: dict[str, np
     text = (
         f'<ir_version: 10, opset_import: ["" : 23]> g ({heads}) => (float[{",".join(map(str, output))}] y) {{ {body} }}'
     )
-    model = ir.from_proto(onnx.shape_inference.infer_shapes(onnx.parser.parse_model(text)))
+    model = ir.from_proto(onnx.parser.parse_model(text))
     for name, array in constants.items():
         value = next(v for v in model.graph.inputs if v.name == name)
         model.graph.inputs.remove(value)
         array = array.astype(np.float32) if array.dtype.kind == "f" else array
         value.const_value = ir.tensor(array, name=name)
         model.graph.register_initializer(value)
-    return model
+    return ShapeInferencePass()(model).model
 
 
 def between_linears(model: ir.Model, seed: int = 0) -> ir.Model:

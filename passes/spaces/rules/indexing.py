@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from qcompile.passes.spaces.groups import FIXED
+from qcompile.passes.spaces.groups import FIXED, GL
 from qcompile.passes.spaces.index_map import IndexMap
 from qcompile.passes.spaces.rules.elementwise import additive
 from qcompile.passes.spaces.rules.registry import rule
@@ -100,6 +100,9 @@ def scatter(n: NodeView) -> None:
         if any(a not in trailing for a in m.axes) or (elements and axis in m.axes):
             n.pin(m.table, "updates", "written element by element at run time")
             continue
+        if elements and not _same_rows(n, m):
+            # Each channel is written to rows of its own: channels stay apart and in their places.
+            n.use(m.table, "updates", GL, single=True, color=np.arange(m.size).reshape(m.table.shape))
         moved = m if elements else IndexMap(m.table.reshape((1,) * picked + m.table.shape[len(index_shape) - 1 :]))
         data = next((x for x in n.maps(0) if x.axes == moved.axes), None)
         if data is not None:
@@ -115,6 +118,12 @@ def scatter(n: NodeView) -> None:
             if not any(m.axes == x.axes for m in out):
                 n.pin(x.table, "data", "updates belong to no space")
     n.set(out)
+
+
+def _same_rows(n: NodeView, m: IndexMap) -> bool:
+    """Whether a constant index is the same for all channels."""
+    index = n.array(1) if n.is_constant(1) else None
+    return index is not None and all((index == np.take(index, [0], a)).all() for a in m.axes)
 
 
 @rule("TopK", "ArgMax", "ArgMin", "NonZero", "OneHot", "Unique")

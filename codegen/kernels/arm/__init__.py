@@ -1,4 +1,4 @@
-"""Kernels for 64-bit ARM processors: integer GEMM on UDOT or 16-bit multiply-adds, bit planes, and weight-only GEMM."""
+"""Kernels for 64-bit ARM processors: integer GEMM on SDOT or 16-bit multiply-adds, bit planes, and weight-only GEMM."""
 
 from qcompile.codegen.kernels.arm.floats import FloatGemm
 from qcompile.codegen.kernels.arm.gemm import DotGemm, NeonGemm

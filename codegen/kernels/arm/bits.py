@@ -2,8 +2,7 @@
 
 A code may leave its byte multiplied by a power of two, if the products with it get an accumulator of their own that is
 shifted back once per group. So a two-bit field costs one instruction: ``x & 3``, ``x & 12`` (times 4), ``x & 48`` (times
-16), ``x >> 6``. A single bit becomes 255 or 0 (CMTST); the sum is then 255 times too large and is multiplied by the inverse
-of 255 modulo 2^32, which is exact. More registers of codes than accumulators are worth this only for one row of
+16), ``x >> 6``. A single bit becomes -1 or 0 (CMTST). More registers of codes than accumulators are worth this only for one row of
 activations: with several, codes are brought to the bottom of their bytes once and used by all rows.
 """
 
@@ -24,9 +23,9 @@ LANES = 4
 
 @dataclass(frozen=True)
 class Part:
-    """One of the accumulators a sum is split into: ``sum += (accumulator >> shift) * factor``, modulo 2^32.
+    """One of the accumulators a sum is split into: ``sum += (accumulator >> shift) * factor``.
 
-    ``mask`` says that its codes are 255 or 0.
+    ``mask`` says that its codes are -1 or 0.
     """
 
     shift: int = 0
@@ -36,26 +35,30 @@ class Part:
 
 PLAIN = Part()
 
-INVERSE = pow(255, -1, 1 << 32)
-"""``255 * INVERSE = 1`` modulo 2^32."""
-
 
 def partial_sums(panels: Panels, rows: int, wide: bool) -> list[Part]:
     """The accumulators of one column vector; ``wide`` if they have room for codes multiplied by powers of two."""
     if panels.bits == 1:
-        return [Part(0, INVERSE, True)]
+        return [Part(0, -1, True)]
     if panels.planes and rows == 1:
-        return [Part(0, INVERSE * (1 << bit), True) for bit in range(panels.bits)]
+        return [Part(0, -(1 << bit), True) for bit in range(panels.bits)]
     if panels.bits == 2 and rows == 1 and wide:
         return [PLAIN, Part(2), Part(4)]
     return [PLAIN]
 
 
 def unpack(panels: Panels, raw: list[Any], index: int, parts: list[Part]) -> Iterator[tuple[int, Any]]:
-    """The codes at position ``index`` of every byte: (number of the accumulator in ``parts``, uint8 vector)."""
+    """The codes at position ``index`` of every byte: (number of the accumulator in ``parts``, int8 vector)."""
+    for part, codes in _unpack(panels, raw, index, parts):
+        yield part, v.bits_of(codes, "int8", BYTES)
+
+
+def _unpack(panels: Panels, raw: list[Any], index: int, parts: list[Part]) -> Iterator[tuple[int, Any]]:
     bits = panels.bits
-    if bits == 8:
+    if bits == 8 and panels.fmt.symmetric:
         yield 0, raw[0]
+    elif bits == 8:
+        yield 0, T.bitwise_xor(raw[0], v.const(128, BYTES, "uint8"))
     elif bits == 1:
         yield 0, _mask(raw[0], index)
     elif panels.planes and len(parts) > 1:
@@ -79,8 +82,9 @@ def unpack(panels: Panels, raw: list[Any], index: int, parts: list[Part]) -> Ite
 
 
 def plane(panels: Panels, raw: list[Any], index: int, bit: int) -> Any:
-    """One bit of the codes at position ``index`` of every byte, as 255 or 0."""
-    return _mask(raw[bit], index) if panels.planes else _mask(raw[0], index * panels.bits + bit)
+    """One bit of the codes at position ``index`` of every byte, as -1 or 0, int8."""
+    mask = _mask(raw[bit], index) if panels.planes else _mask(raw[0], index * panels.bits + bit)
+    return v.bits_of(mask, "int8", BYTES)
 
 
 def combine(parts: list[Part], sums: list[Any], start: Any) -> Any:
@@ -88,13 +92,17 @@ def combine(parts: list[Part], sums: list[Any], start: Any) -> Any:
     total = start
     for part, value in zip(parts, sums, strict=True):
         if part.shift:
-            moved = T.shift_right(v.bits_of(value, "uint32", LANES), v.const(part.shift, LANES, "uint32"))
-            value = v.bits_of(moved, "int32", LANES)
-        factor = part.factor % (1 << 32)
-        if factor != 1:
-            value = value * v.const(factor - (1 << 32) if factor >> 31 else factor, LANES, "int32")
-        total = total + value
+            value = T.shift_right(value, v.const(part.shift, LANES, "int32"))
+        if part.factor < 0:
+            total = total - _times(value, -part.factor)
+        else:
+            total = total + _times(value, part.factor)
     return total
+
+
+def _times(value: Any, factor: int) -> Any:
+    """``value`` times a power of two."""
+    return value if factor == 1 else T.shift_left(value, v.const(factor.bit_length() - 1, LANES, "int32"))
 
 
 def _mask(x: Any, bit: int) -> Any:

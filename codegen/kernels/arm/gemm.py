@@ -1,14 +1,13 @@
-"""Integer GEMM for ARM: unsigned codes times ``a + 128``, and zero points taken off per group.
+"""Integer GEMM for ARM: unsigned codes times signed activations, and zero points taken off per group.
 
-    sum_k (u[k, n] - z[g, n]) (a[k] + 128)  =  sum_k u[k, n] a'[k]  -  z[g, n] sum_{k in g} a'[k],      a' = a + 128
+    sum_k (u[k, n] - z[g, n]) a[k]  =  sum_k u[k, n] a[k]  -  z[g, n] sum_{k in g} a[k]
 
-With unsigned codes a field of a byte needs no sign extension: one AND or one shift unpacks 16 codes. The sums of
-activations per group are taken once per item, which covers several panels, and cost next to nothing. What 128 adds is part
-of the constant every accumulator starts from, as on x86, so the integers of a group, and with them the floats, are those of
-the x86 kernels bit for bit.
+An unsigned field of a byte needs no sign extension: one AND or one shift unpacks 16 codes. The sums of activations per group
+are taken once per item, which covers several panels, and cost next to nothing. Codes of 8 bits are taken less 128, so that
+all factors are signed bytes. The integers of a group are those of the x86 kernels, and so are the float operations on them.
 
 A register of weights holds 4 columns x 4 consecutive k; the activations of 16 consecutive k fill one register, and an
-instruction takes 4 of them by index. `DotGemm` is the family for processors with UDOT; `NeonGemm` has the same loops in
+instruction takes 4 of them by index. `DotGemm` is the family for processors with SDOT; `NeonGemm` has the same loops in
 16-bit multiply-adds.
 """
 
@@ -47,18 +46,23 @@ STACK_BYTES = 16 << 10
 
 @dataclass(frozen=True)
 class UnsignedPanels(Panels):
-    """Panels whose codes are unsigned at every width; positions beyond a group hold 0."""
+    """Panels of unsigned codes (signed ones if they are symmetric and of 8 bits); positions beyond a group count 0."""
+
+    @property
+    def centre(self) -> int:
+        """What a micro-kernel takes off the codes it loads."""
+        return 128 if self.bits == 8 and not self.fmt.symmetric else 0
 
     @property
     def bias(self) -> int:
         """What is added to a symmetric code to store it."""
-        return -self.fmt.qmin
+        return 0 if self.bits == 8 else -self.fmt.qmin
 
     def pack_codes(self, weight: Quantized) -> np.ndarray:
         """The panels, uint8 ``(count, groups * rows_per_group, row_bytes)``."""
         source = self.source()
         codes = weight.codes.astype(np.int16) + (self.bias if self.fmt.symmetric else 0)
-        padded = np.where(source[:, None] >= 0, codes[np.maximum(source, 0)], 0).astype(np.uint8)
+        padded = np.where(source[:, None] >= 0, codes[np.maximum(source, 0)], self.centre).astype(np.uint8)
         rows = self.groups * self.rows_per_group
         return self.layout.pack(padded).reshape(self.count, rows, self.row_bytes)
 
@@ -129,6 +133,9 @@ class ArmGemm(TiledGemm):
     def unit(self, panels: Panels) -> int:
         return 1
 
+    def activation_offset(self, problem: LinearProblem) -> int:
+        return 0
+
     def panels_per_item(self) -> int:
         return 4
 
@@ -136,6 +143,8 @@ class ArmGemm(TiledGemm):
 
     def prologue(self, e: Emission, first: Any, rows: Any) -> None:
         p = e.panels
+        if p.fmt.symmetric and not p.bias:
+            return
         shape = (e.config["mr"], p.groups)
         small = 4 * shape[0] * shape[1] <= STACK_BYTES
         sums = e.extra["sums"] = B.alloc_buffer(shape, "int32", annotations=ON_STACK if small else {})
@@ -148,12 +157,12 @@ class ArmGemm(TiledGemm):
                 total.set(v.const(0, LANES, "int32"))
                 full = v.let(T.truncdiv(length, BYTES))
                 with T.serial(full) as i:
-                    total.set(self.add_bytes(total.get(), v.let(v.load(e.names["x"], [at, begin + i * BYTES], BYTES))))
+                    total.set(self.add_bytes(total.get(), signed(v.load(e.names["x"], [at, begin + i * BYTES], BYTES))))
                 rest = Register("int32", 1)
                 rest.set(v.reduce_lanes(v.let(total.get()), LANES, v.add))
                 if p.group % BYTES or p.k % BYTES:
                     with T.serial(length - full * BYTES) as i:
-                        rest.set(rest.get() + T.cast(e.names["x"][at, begin + full * BYTES + i], "int32"))
+                        rest.set(rest.get() + (T.cast(e.names["x"][at, begin + full * BYTES + i], "int32") - 128))
                 v.store(sums, [row, group], rest.get(), 1)
 
     @abstractmethod
@@ -163,16 +172,14 @@ class ArmGemm(TiledGemm):
     # Micro-kernel
 
     def micro(self, e: Emission, panel: Any, first: Any, rows: int) -> None:
-        """``tile = start + sum_g scale[g] (sum_k u a' - z[g] sum_k a')``, without scales if there is one group."""
+        """``tile = sum_g scale[g] (sum_k u a - z[g] sum_k a)``, without scales if there is one group."""
         p = e.panels
         kind = "float32" if p.fmt.group else "int32"
         quads = p.width // LANES
         tile = [[Register(kind, LANES) for _ in range(quads)] for _ in range(rows)]
         places = [(r, vec) for r in range(rows) for vec in range(quads)]
-        for vec in range(quads):
-            start = v.let(v.load(e.names["start"], [panel * p.width + vec * LANES], LANES))
-            for r in range(rows):
-                tile[r][vec].set(start)
+        for r, vec in places:
+            tile[r][vec].set(v.const(0, LANES, kind))
         if p.fmt.group:
             with T.serial(p.groups) as group:
                 sums = self.group_sums(e, panel, first, rows, group)
@@ -188,14 +195,17 @@ class ArmGemm(TiledGemm):
             v.store(e.tile, [r, vec * LANES], tile[r][vec].get(), LANES)
 
     def group_sums(self, e: Emission, panel: Any, first: Any, rows: int, group: Any) -> list[list[Any]]:
-        """Emit ``sum_k (u - z) a'`` over one group, int32 ``[row][vector]``."""
+        """Emit ``sum_k (u - z) a`` over one group, int32 ``[row][quad of columns]``."""
         p = e.panels
+        nothing = v.const(0, LANES, "int32")
+        if "sums" not in e.extra:
+            return self.products(e, panel, first, group, [nothing] * rows)
         totals = [v.let(v.load(e.extra["sums"], [r, group], 1)) for r in range(rows)]
         if p.fmt.symmetric:
             start = [v.let(v.splat(total * (-p.bias), LANES)) for total in totals]
             return self.products(e, panel, first, group, start)
-        sums = self.products(e, panel, first, group, [v.const(0, LANES, "int32")] * rows)
-        zeros = self.zero_codes(e, panel, group)
+        sums = self.products(e, panel, first, group, [nothing] * rows)
+        zeros = [v.let(zero - v.const(p.centre, LANES, "int32")) for zero in self.zero_codes(e, panel, group)]
         splats = [v.let(v.splat(total, LANES)) for total in totals]
         return [[v.let(s - zero * splats[r]) for s, zero in zip(line, zeros)] for r, line in enumerate(sums)]
 
@@ -208,7 +218,7 @@ class ArmGemm(TiledGemm):
         """Chunks of `over_rows` after which accumulators must be flushed; 0 if never."""
 
     def products(self, e: Emission, panel: Any, first: Any, group: Any, start: list[Any]) -> list[list[Any]]:
-        """Emit ``start[row] + sum_k u a'`` over one group, int32 ``[row][vector]``."""
+        """Emit ``start[row] + sum_k u a`` over one group, int32 ``[row][quad of columns]``."""
         p = e.panels
         rows = len(start)
         parts = bits.partial_sums(p, rows, self.wide)
@@ -334,7 +344,7 @@ class ArmGemm(TiledGemm):
     def _load(e: Emission, row: Any, k: Any, words: int) -> Any:
         """``words * depth`` consecutive activations, as integers of ``depth`` bytes."""
         depth = e.panels.depth
-        return v.let(v.bits_of(v.load(e.names["x"], [row, k], words * depth), f"int{8 * depth}", words))
+        return v.let(v.bits_of(signed(v.load(e.names["x"], [row, k], words * depth)), f"int{8 * depth}", words))
 
     def _last(self, e: Emission, row: Any, k: Any) -> Any:
         """``depth`` consecutive activations, or all there are, as one integer."""
@@ -344,7 +354,8 @@ class ArmGemm(TiledGemm):
         kind = f"int{8 * depth}"
         word = tirx.const(0, kind)
         for i in range(width):
-            byte = T.shift_left(T.cast(e.names["x"][row, i], kind), tirx.const(8 * i, kind))
+            code = T.bitwise_xor(e.names["x"][row, i], T.uint8(128))
+            byte = T.shift_left(T.cast(code, kind), tirx.const(8 * i, kind))
             word = T.bitwise_or(word, byte)
         return v.let(word)
 
@@ -367,16 +378,22 @@ def repeated(word: Word) -> Any:
     """A register of bytes that holds the word in every lane of its width."""
     count = BYTES // word.depth
     wide = v.shuffle(word.value, [word.lane] * count) if word.lanes > 1 else v.splat(word.value, count)
-    return v.bits_of(wide, "uint8", BYTES)
+    return v.bits_of(wide, "int8", BYTES)
+
+
+def signed(codes: Any) -> Any:
+    """Bytes that are signed codes + 128 as those codes, int8."""
+    lanes = int(codes.ty.dtype.lanes)
+    return v.let(v.bits_of(T.bitwise_xor(codes, v.const(128, lanes, "uint8")), "int8", lanes))
 
 
 def dot(acc: Any, a: Any, b: Any) -> Any:
-    """``acc`` plus products of unsigned bytes, four into each int32 lane (UDOT)."""
-    return T.call_llvm_pure_intrin("int32x4", "llvm.aarch64.neon.udot", acc, a, b)
+    """``acc`` plus products of signed bytes, four into each int32 lane (SDOT)."""
+    return T.call_llvm_pure_intrin("int32x4", "llvm.aarch64.neon.sdot", acc, a, b)
 
 
 class DotSum:
-    """UDOT into one register."""
+    """SDOT into one register."""
 
     def __init__(self, start: Any) -> None:
         self.sum = Register("int32", LANES)
@@ -393,9 +410,9 @@ class DotSum:
 
 
 class DotGemm(ArmGemm):
-    """UDOT, 16 products per instruction."""
+    """SDOT, 16 products per instruction."""
 
-    name = "arm-udot"
+    name = "arm-sdot"
     needs = ("neon", "dotprod")
 
     def tiles(self, problem: LinearProblem, target: Target) -> list[tuple[int, int]]:
@@ -405,7 +422,7 @@ class DotGemm(ArmGemm):
         return 32.0, 1.5 if 8 % problem.weight.bits else 0.0 if problem.weight.bits == 8 else 0.5
 
     def add_bytes(self, total: Any, x: Any) -> Any:
-        return dot(total, x, v.const(1, BYTES, "uint8"))
+        return dot(total, x, v.const(1, BYTES, "int8"))
 
     def accumulator(self, panels: UnsignedPanels, part: bits.Part, start: Any) -> DotSum:
         return DotSum(start)
@@ -415,22 +432,22 @@ class DotGemm(ArmGemm):
 
 
 class ProductSum:
-    """UMULL and UMLAL into 16-bit lanes, flushed into 32-bit ones: two per column until the end."""
+    """SMULL and SMLAL into 16-bit lanes, flushed into 32-bit ones: two per column until the end."""
 
     def __init__(self, narrow: bool, start: Any) -> None:
         self.start = start
         zero = v.const(0, LANES, "int32")
         self.wide = [Register("int32", LANES) for _ in range(2)]
-        self.narrow = [Register("uint16", 2 * LANES) for _ in range(2)] if narrow else []
+        self.narrow = [Register("int16", 2 * LANES) for _ in range(2)] if narrow else []
         for register in self.wide:
             register.set(zero)
         for register in self.narrow:
-            register.set(v.const(0, 2 * LANES, "uint16"))
+            register.set(v.const(0, 2 * LANES, "int16"))
 
     def add(self, codes: Any, activations: Any) -> None:
         for half in range(2):
             part = range(8 * half, 8 * half + 8)
-            u, a = (v.cast(v.shuffle(value, part), "uint16", 8) for value in (codes, activations))
+            u, a = (v.cast(v.shuffle(value, part), "int16", 8) for value in (codes, activations))
             if self.narrow:
                 self.narrow[half].set(self.narrow[half].get() + u * a)
             else:
@@ -439,7 +456,7 @@ class ProductSum:
     def flush(self) -> None:
         for wide, narrow in zip(self.wide, self.narrow):
             wide.set(wide.get() + _pairs(narrow.get()))
-            narrow.set(v.const(0, 2 * LANES, "uint16"))
+            narrow.set(v.const(0, 2 * LANES, "int16"))
 
     def total(self) -> Any:
         pairs = T.call_llvm_pure_intrin("int32x4", "llvm.aarch64.neon.addp", *(w.get() for w in self.wide))
@@ -447,34 +464,34 @@ class ProductSum:
 
 
 class MaskedSum:
-    """Activations where a mask is 255, added in pairs into 16-bit lanes."""
+    """Activations where a mask is -1, added in pairs into 16-bit lanes; the sum is taken negative, as of products."""
 
     def __init__(self) -> None:
-        self.wide, self.narrow = Register("int32", LANES), Register("uint16", 2 * LANES)
+        self.wide, self.narrow = Register("int32", LANES), Register("int16", 2 * LANES)
         self.wide.set(v.const(0, LANES, "int32"))
-        self.narrow.set(v.const(0, 2 * LANES, "uint16"))
+        self.narrow.set(v.const(0, 2 * LANES, "int16"))
 
     def add(self, codes: Any, activations: Any) -> None:
         chosen = T.bitwise_and(codes, activations)
-        self.narrow.set(self.narrow.get() + T.call_llvm_pure_intrin("uint16x8", "llvm.aarch64.neon.uaddlp", chosen))
+        self.narrow.set(self.narrow.get() + T.call_llvm_pure_intrin("int16x8", "llvm.aarch64.neon.saddlp", chosen))
 
     def flush(self) -> None:
         self.wide.set(self.wide.get() + _pairs(self.narrow.get()))
-        self.narrow.set(v.const(0, 2 * LANES, "uint16"))
+        self.narrow.set(v.const(0, 2 * LANES, "int16"))
 
     def total(self) -> Any:
-        return self.wide.get() * v.const(255, LANES, "int32")
+        return v.const(0, LANES, "int32") - self.wide.get()
 
 
 def _pairs(value: Any) -> Any:
-    """Sums of neighbouring 16-bit lanes (UADALP when added to a register)."""
-    return T.call_llvm_pure_intrin("int32x4", "llvm.aarch64.neon.uaddlp", value)
+    """Sums of neighbouring 16-bit lanes (SADALP when added to a register)."""
+    return T.call_llvm_pure_intrin("int32x4", "llvm.aarch64.neon.saddlp", value)
 
 
 class NeonGemm(ArmGemm):
-    """8-bit multiply-adds into 16-bit lanes, for processors without UDOT."""
+    """8-bit multiply-adds into 16-bit lanes, for processors without SDOT."""
 
-    name = "arm-umlal"
+    name = "arm-smlal"
     needs = ("neon",)
     wide = False
 
@@ -486,15 +503,20 @@ class NeonGemm(ArmGemm):
         return rate, 1.5 if 8 % problem.weight.bits else 0.0 if problem.weight.bits == 8 else 0.5
 
     def add_bytes(self, total: Any, x: Any) -> Any:
-        return total + _pairs(T.call_llvm_pure_intrin("uint16x8", "llvm.aarch64.neon.uaddlp", x))
+        return total + _pairs(T.call_llvm_pure_intrin("int16x8", "llvm.aarch64.neon.saddlp", x))
 
     def accumulator(self, panels: UnsignedPanels, part: bits.Part, start: Any) -> ProductSum | MaskedSum:
-        return MaskedSum() if part.mask else ProductSum(panels.bits < 8, start)
+        return MaskedSum() if part.mask else ProductSum(narrow(panels), start)
 
     def chunks_between_flushes(self, panels: UnsignedPanels) -> int:
         if panels.bits == 8:
             return 0
         steps = max(BYTES, panels.step) // LANES  # products of a lane in one chunk
-        largest_code = 1 if panels.bits == 1 else (1 << panels.bits) - 1
-        products = 65535 // (255 * largest_code) if panels.bits != 1 else 65535 // (2 * 255)
-        return max(1, products // steps)
+        # A masked pair of activations, or a product; codes of 6 and 7 bits are widened at once (`narrow`).
+        largest_sum = 128 * ((1 << panels.bits) - 1) if narrow(panels) and panels.bits > 1 else 2 * 128
+        return 32767 // largest_sum // steps
+
+
+def narrow(panels: UnsignedPanels) -> bool:
+    """Whether the products of a chunk with such codes fit in 16 bits."""
+    return panels.bits < 6

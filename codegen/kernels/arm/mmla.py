@@ -1,8 +1,8 @@
-"""Integer GEMM on matrix instructions (i8mm): UMMLA multiplies 2 rows x 8 k by 8 k x 2 columns into a 2 x 2 block of int32.
+"""Integer GEMM on matrix instructions (i8mm): SMMLA multiplies 2 rows x 8 k by 8 k x 2 columns into a 2 x 2 block of int32.
 
 A register of weights holds 2 columns x 8 consecutive k. Two rows of activations are interleaved by halves, and a pair of
 accumulators is brought back to rows of 4 columns when a group ends. A single row, as in text generation, would waste half of
-every instruction; it uses UDOT on the same weights, whose lanes then hold half a sum of a column each.
+every instruction; it uses SDOT on the same weights, whose lanes then hold half a sum of a column each.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from qcompile.targets.target import Target
 
 
 class MmlaGemm(DotGemm):
-    """UMMLA, 32 products per instruction."""
+    """SMMLA, 32 products per instruction."""
 
-    name = "arm-ummla"
+    name = "arm-smmla"
     needs = ("neon", "dotprod", "i8mm")
     depth = 8
 
@@ -82,13 +82,13 @@ class MmlaGemm(DotGemm):
 
     @staticmethod
     def _order(codes: Any, activation: Any, rows: int) -> tuple[Any, Any]:
-        """UMMLA takes rows first."""
+        """SMMLA takes rows first."""
         return (codes, activation) if rows == 1 else (activation, codes)
 
 
 def matrix(acc: Any, a: Any, b: Any) -> Any:
     """``acc`` (2 x 2) plus ``a`` (2 x 8) times the transpose of ``b`` (2 x 8)."""
-    return T.call_llvm_pure_intrin("int32x4", "llvm.aarch64.neon.ummla", acc, a, b)
+    return T.call_llvm_pure_intrin("int32x4", "llvm.aarch64.neon.smmla", acc, a, b)
 
 
 def _interleaved(a: Word, b: Word) -> Any:
@@ -97,4 +97,4 @@ def _interleaved(a: Word, b: Word) -> Any:
         both = T.Shuffle([a.value, b.value], [a.lane, a.lanes + b.lane])
     else:
         both = T.Shuffle([a.value, b.value], [0, 1])
-    return v.bits_of(both, "uint8", BYTES)
+    return v.bits_of(both, "int8", BYTES)

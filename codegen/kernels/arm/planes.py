@@ -2,8 +2,7 @@
 
     y[n] = sum_g ( sum_p s[p, g, n] sum_{k in g} b_p[k, n] a[k]  +  o[g, n] sum_{k in g} a[k] ),      b_p in 0, 1
 
-A plane is a mask of 255 or 0 per code (CMTST) and one dot product; the sum, 255 times too large, is multiplied by the
-inverse of 255 modulo 2^32. Activations are ``a + 128`` as in `gemm`, and what 128 adds is a constant per column.
+A plane is a mask of -1 or 0 per code (CMTST) and one dot product, whose sum is taken negative.
 """
 
 from __future__ import annotations
@@ -25,9 +24,9 @@ from qcompile.formats import BitPlane, Format, IntFormat, Quantized
 
 
 class PlaneDotGemm(DotGemm):
-    """UDOT of masks."""
+    """SDOT of masks."""
 
-    name = "arm-planes-udot"
+    name = "arm-planes-sdot"
 
     def integers(self, fmt: Format) -> IntFormat | None:
         return IntFormat(fmt.bits, fmt.group or MAX_GROUP, symmetric=False) if isinstance(fmt, BitPlane) else None
@@ -48,16 +47,10 @@ class PlaneDotGemm(DotGemm):
         panels = self.panels(problem, config)
         stored, column = group_scales(problem.weight, weight, config["scales"])
         offset = (weight.aux["offset"] / column).astype(config["scales"])
-        expand = problem.weight.expand
-        total = np.zeros((problem.k, problem.n))
-        for plane in range(panels.bits):
-            total += (weight.codes >> plane & 1) * expand(stored[plane].astype(np.float64), problem.k)
-        total += expand(offset.astype(np.float64), problem.k)
         return {
             "weight": panels.pack_codes(weight),
             "group_scale": np.stack([panels.by_panel(s) for s in stored], axis=2),
             "offset": panels.by_panel(offset),
-            "start": panels.columns((-128 * total).sum(0)).astype(np.float32),
             "scale": panels.columns(column),
         }
 
@@ -78,10 +71,9 @@ class PlaneDotGemm(DotGemm):
     def micro(self, e: Emission, panel: Any, first: Any, rows: int) -> None:
         p = e.panels
         tile = [[Register("float32", LANES) for _ in range(p.vectors)] for _ in range(rows)]
-        for vec in range(p.vectors):
-            start = v.let(v.load(e.names["start"], [panel * p.width + vec * LANES], LANES))
-            for line in tile:
-                line[vec].set(start)
+        for line in tile:
+            for register in line:
+                register.set(v.const(0, LANES, "float32"))
         with T.serial(p.groups) as group:
             sums = self.plane_sums(e, panel, first, rows, group)
             totals = [v.let(T.cast(v.load(e.extra["sums"], [r, group], 1), "float32")) for r in range(rows)]
@@ -93,18 +85,18 @@ class PlaneDotGemm(DotGemm):
                     for plane in range(p.bits)
                 ]
                 for r in range(rows):
-                    value = v.let(vmath.fma(v.splat(totals[r], LANES), offset, tile[r][vec].get()))
+                    value = tile[r][vec].get()
                     for scale, total in zip(scales, sums[r][vec]):
                         value = v.let(vmath.fma(v.cast(total, "float32", LANES), scale, value))
-                    tile[r][vec].set(value)
+                    tile[r][vec].set(vmath.fma(v.splat(totals[r], LANES), offset, value))
         for r in range(rows):
             for vec in range(p.vectors):
                 v.store(e.tile, [r, vec * LANES], tile[r][vec].get(), LANES)
 
     def plane_sums(self, e: Emission, panel: Any, first: Any, rows: int, group: Any) -> list[list[list[Any]]]:
-        """Emit ``sum_k b_p a'`` over one group, int32 ``[row][vector][plane]``."""
+        """Emit ``sum_k b_p a`` over one group, int32 ``[row][vector][plane]``."""
         p: UnsignedPanels = e.panels
-        part = bits.Part(0, bits.INVERSE, True)
+        part = bits.Part(0, -1, True)
         zero = v.const(0, LANES, "int32")
         tile = [
             [[self.accumulator(p, part, zero) for _ in range(p.bits)] for _ in range(p.vectors)] for _ in range(rows)
@@ -138,7 +130,7 @@ MAX_GROUP = 1 << 30
 
 
 class PlaneNeonGemm(PlaneDotGemm):
-    """The same without UDOT."""
+    """The same without SDOT."""
 
     name = "arm-planes-neon"
     needs = NeonGemm.needs
@@ -147,4 +139,4 @@ class PlaneNeonGemm(PlaneDotGemm):
     accumulator = NeonGemm.accumulator
 
     def chunks_between_flushes(self, panels: UnsignedPanels) -> int:
-        return max(1, 65535 // (2 * 255) // (max(16, panels.step) // LANES))
+        return max(1, 32767 // (2 * 128) // (max(16, panels.step) // LANES))

@@ -146,7 +146,7 @@ def test_sums_are_exact_where_they_are_largest(cpu, emulation):
     rng = np.random.default_rng(1)
     batch, checks = Batch(cpu), []
     batch.columns = 9
-    for spelling in ("int8", "int8/asym", "int4/asym", "int2", "int1", "int3/asym"):
+    for spelling in ("int8", "int8/asym", "int7", "int6", "int5/asym", "int4/asym", "int2", "int1", "int3/asym"):
         problem = LinearProblem(1100, 9, parse_format(spelling), parse_activation("int8"))
         weight = weights(rng, 1100, 9, problem.weight)
         weight.scale[...] = 1
@@ -187,16 +187,16 @@ def test_selection_prefers_what_the_processor_has():
         problem = LinearProblem(384, 384, parse_format(spelling), parse_activation(activation))
         return select(problem, get_target(cpu))
 
-    assert chosen("cortex-a53").family.name == "arm-umlal"
-    assert "dotprod" in chosen("cortex-a53").refused["arm-udot"]
-    assert chosen("cortex-a76").family.name == "arm-udot"
+    assert chosen("cortex-a53").family.name == "arm-smlal"
+    assert "dotprod" in chosen("cortex-a53").refused["arm-sdot"]
+    assert chosen("cortex-a76").family.name == "arm-sdot"
     assert chosen("cortex-a76", "int4/g32", "none").family.name == "arm-float"
     with pytest.raises(TargetError, match="overflow"):
         select(LinearProblem(1 << 17, 8, IntFormat(8), parse_activation("int8")), get_target("arm"))
 
 
 def test_two_bit_weights_cost_two_instructions_per_sixteen_products(emulation):
-    """Beyond loads: one AND or shift, and one UDOT. Counted, so that a change which spills or widens is seen."""
+    """Beyond loads: one AND or shift, and one SDOT. Counted, so that a change which spills or widens is seen."""
     from qcompile.codegen.kernels.arm.harness import Executable
 
     target = get_target("cortex-a76", cores=1)

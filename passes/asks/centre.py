@@ -20,6 +20,7 @@ from qcompile.passes.graph import add_initializer, attribute, float_type
 from qcompile.passes.spaces import Space, Spaces
 from qcompile.passes.spaces.groups import Limit
 from qcompile.passes.spaces.index_map import IndexMap
+from qcompile.passes.spaces.lazy import computed
 
 
 @register_ask("centre")
@@ -93,7 +94,7 @@ def _centre_writers(model: ir.Model, spaces: Spaces, space: Space) -> None:
 
 
 def _centred(old: ir.TensorProtocol, maps: list[tuple[IndexMap, np.ndarray]], space: Space) -> ir.LazyTensor:
-    def evaluate() -> ir.TensorProtocol:
+    def compute() -> np.ndarray:
         array = old.numpy().astype(np.float64)
         for m, place in maps:
             front = np.moveaxis(array, m.axes, range(len(m.axes))).copy()
@@ -103,11 +104,9 @@ def _centred(old: ir.TensorProtocol, maps: list[tuple[IndexMap, np.ndarray]], sp
                 if len(at):
                     rows[at] -= rows[at].mean(0)
             array = np.moveaxis(rows.reshape(front.shape), range(len(m.axes)), m.axes)
-        return ir.tensor(np.ascontiguousarray(array).astype(old.dtype.numpy()), name=old.name)
+        return array
 
-    return ir.LazyTensor(
-        evaluate, dtype=old.dtype, shape=ir.Shape(old.shape), name=old.name, cache=old.nbytes <= 1 << 24
-    )
+    return computed(compute, old)
 
 
 def _to_rms(graph: ir.Graph, node: ir.Node) -> None:

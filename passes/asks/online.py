@@ -29,6 +29,7 @@ from qcompile.passes.asks.base import Context, Entry, Rewrite, register_ask
 from qcompile.passes.domain import DOMAIN, add_functions
 from qcompile.passes.graph import add_initializer, float_type, insert_after_producer, remove_unused_initializers
 from qcompile.passes.spaces import Reader, Space
+from qcompile.passes.spaces.lazy import computed
 
 LARGEST_DENSE = 256
 """Order up to which a Hadamard block is written as one matrix; larger ones as a Kronecker product of two."""
@@ -195,12 +196,8 @@ def insert_online(model: ir.Model, jobs: Mapping[str, Iterable[str]], what: Onli
 def _compensated(weight: ir.Value, what: OnlineMap) -> ir.LazyTensor:
     old = weight.const_value
     assert old is not None
-
-    def evaluate() -> ir.TensorProtocol:
-        return ir.tensor(what.inverse(old.numpy().astype(np.float64)).astype(old.dtype.numpy()), name=old.name)
-
-    shape = ir.Shape([what.rows or old.shape[0], *list(old.shape)[1:]])
-    return ir.LazyTensor(evaluate, dtype=old.dtype, shape=shape, name=old.name, cache=old.nbytes <= 1 << 24)
+    rows, *rest = (int(d) for d in old.shape)  # type: ignore[arg-type]
+    return computed(lambda: what.inverse(old.numpy().astype(np.float64)), old, (what.rows or rows, *rest))
 
 
 def append_node(x: ir.Value, node: ir.Node, label: str, width: int = 0, after: ir.Value | None = None) -> ir.Value:

@@ -23,6 +23,7 @@ from qcompile.passes.asks.online import OnlineMap, append_node, insert_online, p
 from qcompile.passes.graph import add_initializer, float_type
 from qcompile.passes.spaces import Reader, Space, Spaces, fold
 from qcompile.passes.spaces.act import Actor
+from qcompile.passes.spaces.lazy import computed
 from qcompile.passes.spaces.request import scale
 
 _ANY_COUNT = {
@@ -261,12 +262,7 @@ def duplicate(spaces: Spaces, space: Space, copies: np.ndarray) -> None:
 
 
 def _copied(old: ir.TensorProtocol, axis: int, index: np.ndarray, share: np.ndarray) -> ir.LazyTensor:
-    shape = list(old.shape)
+    shape = [int(d) for d in old.shape]  # type: ignore[arg-type]
     shape[axis] = len(index)
-
-    def evaluate() -> ir.TensorProtocol:
-        array = old.numpy().astype(np.float64)
-        factor = share.reshape([-1 if a == axis else 1 for a in range(array.ndim)])
-        return ir.tensor(np.take(array * factor, index, axis).astype(old.dtype.numpy()), name=old.name)
-
-    return ir.LazyTensor(evaluate, dtype=old.dtype, shape=ir.Shape(shape), name=old.name, cache=old.nbytes <= 1 << 24)
+    factor = share.reshape([-1 if a == axis else 1 for a in range(len(shape))])
+    return computed(lambda: np.take(old.numpy().astype(np.float64) * factor, index, axis), old, shape)

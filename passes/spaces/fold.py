@@ -5,7 +5,7 @@
     epsilon         e' = c^2 e
 
 Weights are transformed one at a time, when something asks for them, in float64; the result is stored in the type of the
-original, so a model of memory-mapped weights stays on disk.
+original, so a model of memory-mapped weights stays on disk (`lazy.py`).
 """
 
 from __future__ import annotations
@@ -17,9 +17,7 @@ from qcompile.passes.spaces.act import Actor, scale_of
 from qcompile.passes.spaces.analysis import Spaces
 from qcompile.passes.spaces.element import Element
 from qcompile.passes.spaces.index_map import IndexMap
-
-CACHED = 1 << 24
-"""Bytes up to which a transformed constant is kept once it has been computed."""
+from qcompile.passes.spaces.lazy import computed
 
 
 def fold(spaces: Spaces, element: Element) -> ir.Model:
@@ -39,14 +37,7 @@ def _lazy(
     old: ir.TensorProtocol | None, maps: tuple[IndexMap, ...], actor: Actor, overwritten: np.ndarray | None
 ) -> ir.LazyTensor:
     assert old is not None
-    dtype = old.dtype
-
-    def evaluate() -> ir.TensorProtocol:
-        array = actor.transform(old.numpy().astype(np.float64), maps, overwritten)
-        return ir.Tensor(array.astype(dtype.numpy()), dtype=dtype, name=old.name)
-
-    small = old.nbytes <= CACHED
-    return ir.LazyTensor(evaluate, dtype=dtype, shape=ir.Shape(old.shape), name=old.name, cache=small)
+    return computed(lambda: actor.transform(old.numpy().astype(np.float64), maps, overwritten), old)
 
 
 def constant_values(spaces: Spaces, coordinates: np.ndarray) -> np.ndarray:

@@ -1,5 +1,7 @@
 """Every linear input and output of the miniatures lies in a space with the group that the rule table promises."""
 
+from collections import Counter
+
 import miniatures
 import pytest
 
@@ -43,6 +45,40 @@ def test_llama_like_models_have_all_promised_groups(name):
     assert "S" in found, "the gate is permuted with them and not scaled"
     pairs = [g for g in found if g.startswith("SO(2)xR+^") or (name == "qwen3" and g.startswith("R*^16"))]
     assert len(pairs) == 2, "queries and keys, per rotated pair"
+
+
+def kind(space) -> str:
+    """The promised group of a space of a decoder, without its size."""
+    if space.leader is not None:
+        return "diagonal behind a rotation" if space.scalable and space.signed else "?"
+    if space.pinned:
+        return "pinned"
+    (first, *_) = space.group.replace("^", " ").split(" ")
+    return {"R+.O(24)": "rotation", "GL(6)": "matrix per head", "SO(2)xR+": "pairs", "S": "permutation"}.get(
+        first, "diagonal and permutation" if first == "R*" and space.permutable else "?"
+    )
+
+
+def test_every_linear_input_and_output_of_a_decoder_has_the_promised_group():
+    """Counted by kind of input and output: the projections of two layers, and the head."""
+    spaces = spaces_of("llama")
+    found = Counter()
+    for node, weight in linear_weights(spaces):
+        sides = {
+            role: [s for s in spaces for m in s.members if (m.name, m.role) == (weight, role)]
+            for role in ("reader", "writer")
+        }
+        assert all(len(s) == 1 for s in sides.values()), f"{node.name} has a side in no space or in several"
+        found[kind(sides["reader"][0]), kind(sides["writer"][0])] += 1
+    assert found == {
+        ("diagonal behind a rotation", "pairs"): 4,  # queries, keys
+        ("diagonal behind a rotation", "matrix per head"): 2,  # values
+        ("matrix per head", "rotation"): 2,  # output projection
+        ("diagonal behind a rotation", "permutation"): 2,  # gate
+        ("diagonal behind a rotation", "diagonal and permutation"): 2,  # up
+        ("diagonal and permutation", "rotation"): 2,  # down
+        ("diagonal behind a rotation", "pinned"): 1,  # head
+    }
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2", "phi3", "mixtral", "glm4_moe", "opt", "gpt2", "gpt_neox", "vit"])

@@ -71,7 +71,15 @@ def test_every_reader_of_a_norm_is_compensated(reader):
         " o2 = MatMul(s2, sdown) w, rest = Split<axis=1, num_outputs=2>(p) t = Mul(o1, w) z = Add(t, o2) f = Add(z, e)"
         " m = RMSNormalization(f, g2) y = MatMul(m, head)"
     )
-    shapes = {"we": (N, N), "router": (N, 2), "up": (N, 3), "down": (3, N), "shared": (N, 3), "sdown": (3, N), "head": (N, N)}
+    shapes = {
+        "we": (N, N),
+        "router": (N, 2),
+        "up": (N, 3),
+        "down": (3, N),
+        "shared": (N, 3),
+        "sdown": (3, N),
+        "head": (N, N),
+    }
     constants = {n: matrix(*s, seed=i) for i, (n, s) in enumerate(shapes.items())}
     constants |= {"g": np.abs(matrix(N, seed=20)) + 0.5, "g2": np.abs(matrix(N, seed=21)) + 0.5}
     spaces = analyse(parse(body, constants))
@@ -175,7 +183,11 @@ def test_a_value_captured_by_a_sub_graph_is_pinned():
     condition = ir.Value(name="c", shape=ir.Shape([]), type=ir.TensorType(ir.DataType.BOOL))
     model.graph.inputs.append(condition)
     branch = ir.node(
-        "If", [condition], attributes={"then_branch": body, "else_branch": body.clone(allow_outer_scope_values=True)}, num_outputs=1, name="branch"
+        "If",
+        [condition],
+        attributes={"then_branch": body, "else_branch": body.clone(allow_outer_scope_values=True)},
+        num_outputs=1,
+        name="branch",
     )
     model.graph.insert_after(a.producer(), [branch])
     assert analyse(model).of("a").pinned

@@ -6,7 +6,7 @@ import functools
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from qcompile.codegen.kernels.base import LinearKernel, LinearProblem
+from qcompile.codegen.kernels.base import LinearKernel, LinearProblem, Support
 from qcompile.errors import TargetError
 from qcompile.targets.target import Target
 
@@ -71,6 +71,8 @@ def select(problem: LinearProblem, target: Target, database: Tuned | None = None
     refused: dict[str, str] = {}
     for family in families(target.kind):
         support = family.supports(problem, target)
+        if support and problem.epilogue.codes and not family.stores_codes:
+            support = Support(False, f"{family.name} stores float32 results only, no codes")
         if support:
             able[family.name] = family
         else:

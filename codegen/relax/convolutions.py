@@ -78,13 +78,14 @@ def convolution(
     steps: Any,
     zero: Any = None,
     bias: Any = None,
-) -> relax.Expr:
-    """A convolution by a quantized weight, of codes or of floats."""
+    limits: Any = None,
+) -> list[Any]:
+    """A convolution by a quantized weight, of codes or of floats; with ``limits`` it gives codes and their scale."""
     win = windows(ctx, node, x, attr(node, "kernel_shape"), ctx.shape(x)[1:-1])
     if attr(node, "group", 1) != 1:
-        if (out := _depthwise(ctx, node, x, scale, win, bias)) is not None:
-            return out
-        return _grouped(ctx, node, x, scale, win, bias)
+        if (out := _depthwise(ctx, node, x, scale, win, bias, limits)) is None:
+            out = _grouped(ctx, node, x, scale, win, bias, limits)
+        return _results(ctx, x, out, limits)
     lead = [ctx.shape(x)[0], *win.out]
     m = ctx.dims.product(lead)
     if math.prod(win.kernel) == 1 and not win.padded() and all(s == 1 for s in win.strides):
@@ -93,9 +94,17 @@ def convolution(
         taken = unfold_kernel(ctx, x, win)
         unfolded = ctx.reshape(unfold(ctx, x, win) if taken is None else taken, [m, attr(node, "k")])
     row_scale = None if scale is None else _per_row(ctx, scale, lead, m)
-    out = product(ctx, node, unfolded, row_scale, bias)
+    out = product(ctx, node, unfolded, row_scale, bias, limits=limits)
     calls(ctx).uses["convolution as a matrix product"] += 1
-    return ctx.reshape(out, [*lead, attr(node, "n")])
+    return _results(ctx, x, ctx.reshape(out, [*lead, attr(node, "n")]), limits)
+
+
+def _results(ctx: Context, x: relax.Expr, out: relax.Expr, limits: Any) -> list[Any]:
+    """What a `Conv` returns: floats, or codes with a scale for every sample of ``x``."""
+    if limits is None:
+        return [out]
+    step = ctx.emit(relax.op.strided_slice(limits, [0], [0], [1]))
+    return [out, ctx.emit(relax.op.broadcast_to(step, relax.ShapeExpr([as_expr(ctx.shape(x)[0])])))]
 
 
 def _per_row(ctx: Context, scale: relax.Expr, lead: list[Any], m: Any) -> relax.Expr:
@@ -162,7 +171,9 @@ def unfold_kernel(ctx: Context, x: relax.Expr, win: Windows) -> relax.Expr | Non
     return out
 
 
-def _depthwise(ctx: Context, node: ir.Node, x: Any, scale: Any, win: Windows, bias: Any) -> relax.Expr | None:
+def _depthwise(
+    ctx: Context, node: ir.Node, x: Any, scale: Any, win: Windows, bias: Any, limits: Any
+) -> relax.Expr | None:
     """A depthwise convolution of codes by its kernel; None if it does not take it."""
     geometry, n = _geometry(ctx, win), attr(node, "n")
     weight_format = parse_format(attr(node, "weight_format"))
@@ -177,19 +188,22 @@ def _depthwise(ctx: Context, node: ir.Node, x: Any, scale: Any, win: Windows, bi
         return None
     matrix, factor = _weight(ctx, node, weight_format, True)
     weight = matrix.reshape(-1, n).astype(np.int16)
-    kernel = Depthwise(n, geometry, bias is not None, attr(node, "epilogue"))
+    kernel = Depthwise(n, geometry, bias is not None, attr(node, "epilogue"), limits is not None)
     name = node.inputs[2].name
     operands = [_image(ctx, x), ctx.reshape(scale, [ctx.shape(x)[0]])]
     operands += [ctx.const(weight, name=f"{name}.depthwise"), ctx.const(Depthwise.starts(weight)), ctx.const(factor)]
     if bias is not None:
         operands.append(ctx.reshape(bias, [n]))
+    if limits is not None:
+        operands.append(limits)
     shape = [ctx.shape(x)[0], *[1] * (2 - win.rank), *win.out, n]
-    (out,) = call(ctx, kernel, lambda: kernel.build(ctx.target), f"depthwise_{n}", operands, [(shape, "float32")])
+    results = [(shape, "float32" if limits is None else "uint8")]
+    (out,) = call(ctx, kernel, lambda: kernel.build(ctx.target), f"depthwise_{n}", operands, results)
     calls(ctx).uses["depthwise convolution"] += 1
     return ctx.reshape(out, [ctx.shape(x)[0], *win.out, n])
 
 
-def _grouped(ctx: Context, node: ir.Node, x: Any, scale: Any, win: Windows, bias: Any) -> relax.Expr:
+def _grouped(ctx: Context, node: ir.Node, x: Any, scale: Any, win: Windows, bias: Any, limits: Any) -> relax.Expr:
     """One sum per output, over the channels of its group."""
     groups, n_out = attr(node, "group"), attr(node, "n")
     batch, *spatial, channels = ctx.shape(x)
@@ -225,7 +239,7 @@ def _grouped(ctx: Context, node: ir.Node, x: Any, scale: Any, win: Windows, bias
             "grouped convolutions run as generated loops",
         )
     )
-    return _finish(ctx, node, out, scale, factor, bias)
+    return _finish(ctx, node, out, scale, factor, bias, limits)
 
 
 def _weight(ctx: Context, node: ir.Node, weight_format: Any, integer: bool) -> tuple[np.ndarray, np.ndarray]:
@@ -244,8 +258,10 @@ def _weight(ctx: Context, node: ir.Node, weight_format: Any, integer: bool) -> t
     return weight_format.decode(weight).astype(np.float32), np.ones(codes.shape[1], np.float32)
 
 
-def _finish(ctx: Context, node: ir.Node, out: Any, scale: Any, factor: np.ndarray, bias: Any) -> relax.Expr:
-    """Scales, bias and activation, element by element."""
+def _finish(
+    ctx: Context, node: ir.Node, out: Any, scale: Any, factor: np.ndarray, bias: Any, limits: Any
+) -> relax.Expr:
+    """Scales, bias, activation and quantizer, element by element."""
     shape = ctx.shape(out)
     activation = _ACTIVATIONS[attr(node, "epilogue")]
     operands = [out, ctx.const(factor)]
@@ -253,13 +269,20 @@ def _finish(ctx: Context, node: ir.Node, out: Any, scale: Any, factor: np.ndarra
         operands.append(scale)
     if bias is not None:
         operands.append(ctx.reshape(bias, [attr(node, "n")]))
+    if limits is not None:
+        operands.append(limits)
 
     def build(t: te.Tensor, by_channel: te.Tensor, *rest: te.Tensor) -> te.Tensor:
         def element(n: Any, *at: Any) -> Any:
             m = at[-1]
             step = by_channel(m) * rest[0](n) if scale is not None else by_channel(m)
             y = t(n, *at).astype("float32") * step
-            return activation(y + rest[-1](m) if bias is not None else y)
+            y = activation(y + rest[int(scale is not None)](m) if bias is not None else y)
+            if limits is None:
+                return y
+            step, lowest, highest = (rest[-1](i) for i in range(3))
+            code = tirx.max(tirx.min(te.nearbyint(y / step), highest), lowest)
+            return (code.astype("int32") + ZERO).astype("uint8")
 
         return te.compute([as_expr(d) for d in shape], element, name="conv_epilogue")
 

@@ -50,6 +50,7 @@ def lower(model: ir.Model, *, codes: bool = False) -> ir.Model:
     lower_embeddings(lowered)
     sink_transposes(lowered)
     if codes:
+        common.RemoveUnusedNodesPass()(lowered)
         store_codes(lowered)
     common.RemoveUnusedNodesPass()(lowered)
     remove_unused_initializers(lowered.graph)

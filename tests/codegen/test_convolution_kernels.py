@@ -60,6 +60,22 @@ def test_depthwise_sums_are_exact(target, g, c, size, out, bias, activation):
     np.testing.assert_allclose(got, want, rtol=2e-6, atol=2e-6 * np.abs(want).max())
 
 
+@pytest.mark.parametrize("target", TARGETS, ids=str)
+@pytest.mark.parametrize("limits", [(0.02, -128, 127), (0.05, 0, 90)])
+def test_depthwise_stores_codes(target, limits):
+    """What a static quantizer would make of the float result, ties and clipped values included."""
+    g = Geometry((3, 2), (1, 2), (1, 1), (1, 0))
+    x = RNG.integers(0, 256, (2, 9, 11, 21)).astype(np.uint8)
+    weight = RNG.integers(-127, 128, (6, 21)).astype(np.int16)
+    ones, steps = np.ones(2, np.float32), np.full(21, 2.0**-12, np.float32)
+    given_ = (x, ones, weight, Depthwise.starts(weight), steps)
+    exact = run(Depthwise(21, g), target, extents(x, 9, 6), *given_)["out"]
+    got = run(Depthwise(21, g, codes=True), target, extents(x, 9, 6), *given_, np.array(limits, np.float32))["out"]
+    step, lowest, highest = (np.float32(limit) for limit in limits)
+    np.testing.assert_array_equal(got, np.clip(np.rint(exact / step), lowest, highest) + 128)
+    assert len(np.unique(got)) > 50
+
+
 def test_sums_that_may_overflow_are_refused():
     with pytest.raises(TargetError, match="overflow"):
         Depthwise(8, Geometry((200, 200)))

@@ -116,6 +116,21 @@ def test_channels_stay_last_between_kernels():
     assert next(n.attributes["epilogue"].as_string() for n in lowered.graph if n.op_type == "Conv") == "relu"
 
 
+def test_static_quantizers_merge_with_the_convolution_before_them():
+    scales = {s.x.name: 0.03 for s in conv_sites(network(RESIDUAL))}
+    model = network(RESIDUAL)
+    quantizer = Quantizer(model, scales)
+    for site in conv_sites(model):
+        fmt = parse_format("int8")
+        quantizer.conv(site, fmt, fmt.encode(site.matrix()), parse_activation("int8/tensor"))
+    lowered = lower(quantizer.finish(), codes=True)
+    limits = [n.inputs[6].const_value.numpy() for n in lowered.graph if n.op_type == "Conv" and len(n.inputs) > 6]
+    # `b` is clipped to [0, 1.5] and read by `c` alone; `a` is also read by a residual, and so are the others.
+    np.testing.assert_array_equal(limits, np.array([[0.03, 0, 50]], np.float32))
+    kinds = [n.op_type for n in lowered.graph]
+    assert "Clip" not in kinds and kinds.count("Quantize") == 4
+
+
 def test_what_stays_float_is_reported():
     model = network([("ConvTranspose", ["x"], "y", (6, 4, 3, 3), {})])
     model.graph[0].resize_inputs(2)

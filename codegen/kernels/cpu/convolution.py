@@ -20,7 +20,7 @@ from tvm.script import tirx as T
 
 from qcompile.codegen.kernels.cpu import vector as v
 from qcompile.codegen.kernels.cpu import vmath
-from qcompile.codegen.kernels.cpu.gemm import Register
+from qcompile.codegen.kernels.cpu.gemm import Register, quantized
 from qcompile.errors import TargetError
 from qcompile.targets.target import Target
 
@@ -152,14 +152,15 @@ class Unfold:
 @dataclass(frozen=True)
 class Depthwise:
     """Parameters: ``x (batch, height, width, channels)`` uint8 codes, ``x_scale (batch,)``, ``weight (taps, channels)`` int16,
-    ``start (channels,)`` int32 (see `starts`), ``scale (channels,)``, ``bias (channels,)`` if there is one; output
-    ``out (batch, rows, columns, channels)`` float32.
+    ``start (channels,)`` int32 (see `starts`), ``scale (channels,)``, ``bias (channels,)`` if there is one, ``limits (3,)`` if
+    codes are stored; output ``out (batch, rows, columns, channels)``, float32 or uint8 codes.
 
     Attributes:
         channels: number of channels, each convolved by itself.
         geometry: the windows.
         bias: whether there is a bias.
-        activation: what is applied last, a name of `vmath.ACTIVATIONS`.
+        activation: what is applied to the result, a name of `vmath.ACTIVATIONS`.
+        codes: store codes of a static quantizer, see `Epilogue`.
 
     Raises:
         TargetError: int32 sums could overflow.
@@ -169,6 +170,7 @@ class Depthwise:
     geometry: Geometry
     bias: bool = False
     activation: str = ""
+    codes: bool = False
 
     def __post_init__(self) -> None:
         taps = self.geometry.kernel[0] * self.geometry.kernel[1]
@@ -189,7 +191,10 @@ class Depthwise:
         ]
         if self.bias:
             given.append(v.Param("bias", (c,)))
-        return [*given, v.Param("out", ("batch", "rows", "columns", c), output=True)]
+        if self.codes:
+            given.append(v.Param("limits", (3,)))
+        dtype = "uint8" if self.codes else "float32"
+        return [*given, v.Param("out", ("batch", "rows", "columns", c), dtype, output=True)]
 
     def build(self, target: Target, name: str = "depthwise") -> Any:
         """The PrimFunc."""
@@ -216,7 +221,10 @@ class Depthwise:
                     value = v.cast(total.get(), "float32", n) * scale
                     if self.bias:
                         value = value + v.load(names["bias"], [c], n)
-                    v.store(names["out"], [b, row, column + i, c], vmath.ACTIVATIONS[self.activation](v.let(value)), n)
+                    value = vmath.ACTIVATIONS[self.activation](v.let(value))
+                    if self.codes:
+                        value = quantized(v.let(value), names["limits"], n)
+                    v.store(names["out"], [b, row, column + i, c], value, n)
 
             def line(b: Any, row: Any) -> None:
                 begin, end = g.inner(1, width, columns)

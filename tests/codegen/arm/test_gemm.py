@@ -48,8 +48,8 @@ def magnitude(problem, x, scale, weight):
 
 
 def small(config, mr=2, vectors=2):
-    """The same with a small tile, which compiles fast."""
-    return {**config, "mr": mr, "vectors": min(vectors, config["vectors"]), "panels": 2}
+    """The same with a small tile of whole quads of columns, which compiles fast."""
+    return {**config, "mr": mr, "vectors": vectors * (4 // config["lanes"]), "panels": 2}
 
 
 class Batch:
@@ -104,6 +104,37 @@ def test_every_family_matches_the_reference(cpu, emulation):
         expected = family.reference(problem, x, scale, weight)
         worst = (np.abs(got - expected) - 2e-6 * magnitude(problem, x, scale, weight)).max()
         assert worst <= 0, (family.name, problem, len(x))
+
+
+@on
+def test_ternary_fixed_point_dual_grained_and_bit_plane_weights(cpu, emulation):
+    rng = np.random.default_rng(5)
+    batch, checks = Batch(cpu), []
+    spellings = (
+        "ternary/channel",
+        "ternary/g32",
+        "dual4/g32",
+        "fixed<6>",
+        "bitplane2/g32",
+        "bitplane3",
+        "bitplane1/g64",
+    )
+    for spelling in spellings:
+        k, n = int(rng.integers(33, 140)), int(rng.integers(1, 30))
+        problem = LinearProblem(k, n, parse_format(spelling), parse_activation("int8"))
+        values = rng.normal(size=(k, n)).astype(np.float32)
+        weight = problem.weight.quantize(values, problem.weight.minmax_grid(values))
+        for family in able(problem, batch.target):
+            config = {**small(family.configs(problem, batch.target)[0]), "scales": "float32"}
+            name, packed = batch.add(family, problem, config, weight)
+            batch.columns = n
+            for m in (1, 3):
+                x, scale = operands(rng, m, problem)
+                checks.append((batch.call(name, packed, x, scale), family, problem, x, scale, weight))
+    batch.run()
+    for got, family, problem, x, scale, weight in checks:
+        expected = family.reference(problem, x, scale, weight)
+        assert (np.abs(got - expected) <= 2e-6 * magnitude(problem, x, scale, weight)).all(), (family.name, problem)
 
 
 @on

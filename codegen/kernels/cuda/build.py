@@ -46,7 +46,7 @@ def generate(functions: dict[str, Any], target: CudaTarget) -> str:
     spec = target.tvm()
     with spec, tvm.transform.PassContext(opt_level=3):
         executable = tvm.compile(tvm.IRModule(functions), target=spec, tir_pipeline="tirx")
-    return _weak(export_cuda_host(executable.mod))
+    return export_cuda_host(executable.mod)
 
 
 def generate_scheduled(functions: dict[str, Any], target: CudaTarget) -> str:
@@ -57,13 +57,7 @@ def generate_scheduled(functions: dict[str, Any], target: CudaTarget) -> str:
     spec = target.tvm()
     with spec, tvm.transform.PassContext(opt_level=3):
         executable = tvm.compile(tvm.IRModule(functions), target=spec)
-    return _weak(export_cuda_host(executable.mod))
-
-
-def _weak(source: str) -> str:
-    """The source with its one global variable weak, so that several make one library."""
-    line = "void* __tvm_ffi__library_ctx = NULL;"
-    return source.replace(line, f"__attribute__((weak)) {line}")
+    return export_cuda_host(executable.mod)
 
 
 def _write(path: Path, text: str) -> None:
@@ -144,7 +138,9 @@ def link(objects: Sequence[Path], out: Path) -> None:
     import tvm_ffi
 
     library = Path(tvm_ffi.__file__).parent / "lib"
-    _run([nvcc(), "-shared", "-Xlinker", "-s", "-o", str(out), *map(str, objects), "-L", str(library), "-ltvm_ffi"])
+    # Every source brings the same helper functions.
+    options = ["-Xlinker", "-s", "-Xlinker", "--allow-multiple-definition"]
+    _run([nvcc(), "-shared", *options, "-o", str(out), *map(str, objects), "-L", str(library), "-ltvm_ffi"])
 
 
 def compile_library(path: Path, target: CudaTarget) -> Path:

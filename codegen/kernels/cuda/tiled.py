@@ -159,9 +159,9 @@ class TiledLinear(CudaLinear):
             for rows in (16, 32, 48, 64, 96, 128, 192, 256):
                 if rows >= 2 * m and rows > 16:
                     break
-                for wg, mt in ((1, 1), (2, 1), (3, 1), (4, 1), (1, 2), (2, 2), (1, 4), (2, 4)):
+                for wg, mt in ((1, 1), (2, 1), (3, 1), (4, 1), (1, 2), (2, 2)):
                     for split in (1, 2, 3, 4, 6, 8):
-                        for stages in (3, 4, 5, 6, 8):
+                        for stages in (3, 4, 5, 6):
                             config = {
                                 "rows": rows, "wg": wg, "mt": mt, "split": split, "stages": stages,
                                 "wgmma": target.has("wgmma"), "dtype": dtype,
@@ -200,8 +200,8 @@ class TiledLinear(CudaLinear):
         flight = resident * (s.stages - 1) * codes
         memory *= max(1.0, 30000 / max(flight, 1)) if m <= s.rows else 1
         stage = max(mma, caches, memory, dequant) + 0.15 * min(mma, dequant)
-        if resident == 1:
-            stage += 60
+        # A stage takes as long as its copies need to arrive, shared by those under way.
+        stage = max(stage, 1300 / ((s.stages - 1) * resident))
         tail = s.rows * s.columns * 4 / 40 + 1500
         reduction = s.rows * s.columns * 8 * resident / 24 + 2500 if s.split > 1 else 0
         return (waves * (resident * (s.per_split * stage + tail) + reduction) + 3000) / clock

@@ -1,6 +1,6 @@
 # make demo   set up .venv, compile all-MiniLM-L6-v2 for this machine, compare and measure it
 # make test   set up .venv, run the tests
-# make arm    install what the tests of ARM programs need: qemu and a cross compiler with apt, TVM's ARM run-time with pip
+# make tools  install what tests of other machines' programs need: an ARM emulator and compiler, Verilog tools
 # make lint   ruff and mypy
 
 PYTHON ?= python3
@@ -8,8 +8,12 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/pip --disable-pip-version-check --quiet
 STAMP  := $(VENV)/.installed
+TOOLS  := $(VENV)/.tools
 
-.PHONY: demo test arm lint format backend clean
+# Debian packages of the tests; without them, and without the right to install them, those tests skip and say why.
+PACKAGES := qemu-user g++-aarch64-linux-gnu libc6-dev-arm64-cross verilator yosys
+
+.PHONY: demo test tools lint format backend clean
 
 # torch first and pinned: left to the other packages, pip would fetch its CUDA build.
 $(STAMP): pyproject.toml setup.py constraints.txt
@@ -21,14 +25,20 @@ $(STAMP): pyproject.toml setup.py constraints.txt
 demo: $(STAMP)
 	$(BIN)/qcompile demo
 
-test: $(STAMP)
+test: $(STAMP) $(TOOLS)
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile tests
 
-# Without these, tests that run ARM programs skip.
-arm: $(STAMP)
-	command -v qemu-aarch64 >/dev/null && command -v aarch64-linux-gnu-g++ >/dev/null || \
-	  { apt-get update -qq && apt-get install -y -qq --no-install-recommends qemu-user g++-aarch64-linux-gnu libc6-dev-arm64-cross; }
-	$(BIN)/python -m qcompile.backends.emulate
+tools: $(TOOLS)
+
+$(TOOLS): $(STAMP) Makefile
+	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	  apt-get update -qq && apt-get install -y -qq --no-install-recommends $(PACKAGES) >/dev/null; \
+	fi || true
+	for tool in qemu-aarch64 aarch64-linux-gnu-g++ verilator yosys; do \
+	  command -v $$tool >/dev/null || echo "$$tool is not there: tests that need it skip"; \
+	done
+	$(BIN)/python -m qcompile.backends.emulate || echo "tests that run ARM programs skip"
+	touch $@
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

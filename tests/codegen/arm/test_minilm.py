@@ -67,7 +67,7 @@ def test_the_program_equals_x86(compiled):
     from qcompile.backends.emulate import LIBRARIES, EmulatedProgram, cache
 
     if not all((cache() / name).is_file() for name in LIBRARIES):
-        pytest.skip("TVM's ARM runtime was not downloaded; `make arm` does it")
+        pytest.skip("TVM's ARM runtime was not downloaded; `make tools` does it")
     artifact, reference = compiled
     try:
         program = EmulatedProgram(artifact.path)

@@ -154,13 +154,15 @@ def compile(
             graph = graph.clone()
             if chosen.transforms:
                 with bars.stage("transform", total=None) as advance:
-                    graph = apply_transforms(graph, TransformContext(chosen, feeds, report, advance, before, prove, bars.stage))
+                    graph = apply_transforms(
+                        graph, TransformContext(chosen, feeds, report, advance, before, prove, bars.stage)
+                    )
                 stages.save("transformed", graph)
                 after = _statistics(graph, chosen, feeds, bars, hessian=True)
-            site_inputs = {s.name: s.x.name or "" for s in matrix_sites(graph)}
-            with bars.stage("quantize", total=max(len(site_inputs), 1)) as advance:
+            inputs = _site_inputs(graph)
+            with bars.stage("quantize", total=max(len(inputs), 1)) as advance:
                 quantized = quantize_model(graph, chosen, after, report, lambda name: advance(), feeds=feeds)
-            _channel_ranges(report, site_inputs, before, after)
+            _channel_ranges(report, (_site_inputs(reference), before), (inputs, after))
             stages.save("quantized", quantized)
             for name, reason in stages.refused:
                 report.refuse("emit MLIR", name, reason)
@@ -219,15 +221,18 @@ def _statistics(
         return collect(graph, feeds, values, hessian=sorted(wanted), channel_axis=channels, progress=advance)
 
 
-def _channel_ranges(
-    report: Report, inputs: Mapping[str, str], before: Mapping[str, Any], after: Mapping[str, Any]
-) -> None:
+def _site_inputs(graph: ir.Model) -> dict[str, str]:
+    """Name of the activation of every site; a transform may have put operators in front of it."""
+    return {s.name: s.x.name or "" for s in matrix_sites(graph)}
+
+
+def _channel_ranges(report: Report, *known: tuple[Mapping[str, str], Mapping[str, Any]]) -> None:
+    """Note the ranges of every site's input before and after the transforms, from names and statistics of both."""
     for layer in report.layers:
-        name = inputs.get(layer.name, "")
-        if name in before:
-            layer.before = [float(v) for v in before[name].absmax]
-        if name in after:
-            layer.after = [float(v) for v in after[name].absmax]
+        layer.before, layer.after = (
+            [float(v) for v in found[name].absmax] if (name := inputs.get(layer.name, "")) in found else None
+            for inputs, found in known
+        )
 
 
 def _check(folder: Path, reference: ir.Model, samples: Sequence[Feed], report: Report) -> None:

@@ -24,8 +24,12 @@ def write_html(path: Path, report: Report, latency: Mapping[str, Mapping[str, fl
         loader=PackageLoader("qcompile.report"), autoescape=select_autoescape(), trim_blocks=True, lstrip_blocks=True
     )
     linears = [layer for layer in report.layers if layer.kind != "embedding"]
+    measured = any(layer.output_error is not None for layer in linears)
     plots = [
-        ("Output error of each layer on calibration data", error_plot(linears)),
+        (
+            "Output error of each layer on calibration data" if measured else "Error of each layer's weight",
+            error_plot(linears),
+        ),
         ("Size by tensor", size_plot(report)),
         ("Channel ranges of the activations before and after the transforms", range_plot(linears)),
     ]
@@ -33,6 +37,7 @@ def write_html(path: Path, report: Report, latency: Mapping[str, Mapping[str, fl
         plots.append(("Latency", latency_plot(latency)))
     text = environment.get_template("report.html").render(
         report=report,
+        title=Path(report.model).name if "/" in report.model and ":" not in report.model else report.model,
         facts=facts_of(report, sum(report.size.values())),
         plots=[(title, svg) for title, svg in plots if svg],
         latency=latency,
@@ -62,9 +67,11 @@ def _figure(height: float, rows: int = 1, columns: int = 1, width: float = 9.0) 
     return figure, axes
 
 
-def short(name: str, length: int = 40) -> str:
-    """The end of a long name, which is its distinctive part."""
-    return name if len(name) <= length else "\u2026" + name[-length + 1 :]
+def short(name: str, length: int = 48) -> str:
+    """A long name without its middle: layers are told apart by the start and the end."""
+    name = name.removesuffix(".codes.weight")
+    half = (length - 1) // 2
+    return name if len(name) <= length else f"{name[:half]}\u2026{name[-half:]}"
 
 
 def error_plot(layers: list[LayerRecord]) -> str:

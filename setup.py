@@ -12,5 +12,5 @@ setup(
         for package in [name, *(f"{name}.{sub}" for sub in find_packages(folder))]
     ],
     include_package_data=False,
-    package_data={"qcompile": ["**/*.html", "**/*.txt", "**/*.css", "**/*.cc"], "qcompile.targets": ["**/*.json"], "qcompile.codegen": ["**/*.j2", "**/*.c", "**/*.cu", "**/*.v", "**/*.h"]},
+    package_data={"qcompile": ["**/*.html", "**/*.txt", "**/*.css", "**/*.cc"], "qcompile.targets": ["**/*.json"], "qcompile.codegen": ["**/*.json", "**/*.j2", "**/*.c", "**/*.cu", "**/*.v", "**/*.h"]},
 )

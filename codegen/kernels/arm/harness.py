@@ -112,10 +112,10 @@ class Executable:
         done = subprocess.run([*command, self._program, cases, results], capture_output=True, text=True, check=False)
         if done.returncode:
             raise TargetError(f"the kernels ended with {done.returncode}: {(done.stderr or done.stdout)[-500:]}")
-        data = memoryview(results.read_bytes())
+        answer = memoryview(results.read_bytes())
         for array in writable:
-            array[...] = np.frombuffer(data[: array.nbytes], array.dtype).reshape(array.shape)
-            data = data[array.nbytes :]
+            array[...] = np.frombuffer(answer[: array.nbytes], array.dtype).reshape(array.shape)
+            answer = answer[array.nbytes :]
         self._check(calls, writable)
         return done.stdout + done.stderr
 

@@ -49,7 +49,7 @@ def magnitude(problem, x, scale, weight):
 
 def small(config, mr=2, vectors=2):
     """The same with a small tile of whole quads of columns, which compiles fast."""
-    return {**config, "mr": mr, "vectors": vectors * (4 // config["lanes"]), "panels": 2}
+    return {**config, "mr": mr, "vectors": vectors * max(1, 4 // config["lanes"]), "panels": 2}
 
 
 class Batch:

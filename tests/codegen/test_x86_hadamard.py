@@ -24,6 +24,9 @@ from qcompile.formats.hadamard import hadamard_matrix
         (384, 128),
         (384, 384),
         (256, 256),
+        (108, 108),
+        (216, 108),
+        (1408, 1408),
     ],
 )
 def test_rotation_before_the_quantizer(target, width, block):

@@ -2,8 +2,11 @@
 
 import dataclasses
 
+import numpy as np
+import onnx_ir as ir
 import pytest
 
+import qcompile
 from qcompile.errors import RecipeError
 from qcompile.passes.asks import Ask, Permute, Rotate, RotateOnline, Smooth, register_ask, registered_asks
 from qcompile.recipes import Recipe, Step
@@ -62,3 +65,37 @@ def test_mistakes_are_explained(step, text):
 def test_names_are_taken_once():
     with pytest.raises(RecipeError, match="exists already"):
         register_ask("smooth")(Smooth)
+
+
+@pytest.mark.parametrize(
+    ("width", "options", "order"),
+    [(1408, {}, 1408), (1408, {"block": 128}, 128), (36, {"pad": True, "block": 32}, 32), (44, {"signs": True}, 44)],
+)
+def test_online_rotations_compile_and_agree_with_onnx_runtime(tmp_path, width, options, order):
+    rng = np.random.default_rng(0)
+    x = ir.Value(name="x", shape=ir.Shape(["rows", width]), type=ir.TensorType(ir.DataType.FLOAT))
+    w = ir.Value(name="w", const_value=ir.tensor(rng.standard_normal((width, 8)).astype(np.float32), name="w"))
+    node = ir.node("MatMul", [x, w], name="linear")
+    y = node.outputs[0]
+    y.name, y.shape, y.type = "y", ir.Shape(["rows", 8]), x.type
+    graph = ir.Graph([x], [y], nodes=[node], initializers=[w], opset_imports={"": 23}, name="g")
+    samples = rng.standard_normal((4, 6, width)).astype(np.float32)
+    samples[..., 5] *= 40
+    results = {}
+    for name, transforms in (("plain", ()), ("rotated", (RotateOnline(everywhere=True, **options),))):
+        results[name] = qcompile.compile(
+            ir.Model(graph.clone(), ir_version=10),
+            recipe="w8a8-rtn",
+            transforms=transforms,
+            calibration=[{"x": rows} for rows in samples],
+            output=tmp_path / name,
+            keep_stages=tmp_path / f"{name}-stages",
+            progress=False,
+        )
+    quality = {name: model.report.quality for name, model in results.items()}
+    assert quality["rotated"]["program_to_onnx_error"] < 1e-2
+    assert quality["rotated"]["program_to_float_error"] < 0.7 * quality["plain"]["program_to_float_error"]
+    lowered = ir.load(next((tmp_path / "rotated-stages").glob("*lowered.onnx")))
+    (row,) = [n for n in lowered.graph if n.op_type == "Rowwise"]
+    assert row.attributes["hadamard"].value == order, "fused with the quantizer"
+    assert not any(n.op_type in ("BlockRotate", "Kronecker") for n in lowered.graph)

@@ -10,9 +10,15 @@ from collections.abc import Callable
 from typing import Any
 
 from tvm.script import tirx as T
+from tvm.tirx.script.builder import ir as B
 
 from qcompile.codegen.kernels.cpu import vector as v
 from qcompile.formats.hadamard import factors, hadamard_signs
+
+_UNROLLED = 20
+"""Largest core whose sums are written out."""
+_COLUMNS, _BITS = 2, 48
+"""Sums of a large core that run side by side, and terms whose signs fit into one constant."""
 
 
 def transform_row(buffer: Any, at: Callable[[Any], list[Any]], width: int, lanes: int, block: int = 0) -> None:
@@ -79,7 +85,39 @@ def transform_row(buffer: Any, at: Callable[[Any], list[Any]], width: int, lanes
                     total = v.let(total + x[a] if signs[a, c] > 0 else total - x[a])
                 keep(base + c * run, total * v.const(scale, n))
 
-        _loop(width // block, lambda b: _loop(run // n, lambda j: across(b, j)))
+        # Registers side by side that share a sign.
+        side = next(k for k in (4, 2, 1) if run // n % k == 0)
+
+        def columns(b: Any, j: Any) -> None:
+            """The same for a large core, whose code would be too long written out: signs are bits of constants."""
+            base, wide = b * block + j * (side * n), side * n
+            held = B.alloc_buffer((core * wide,), "float32")
+            sums = B.alloc_buffer((_COLUMNS * wide,), "float32")
+            with T.serial(core) as a:
+                for q in range(side):
+                    v.store(held, [a * wide + q * n], load(base + a * run + q * n), n)
+            for first in range(0, core, _COLUMNS):
+                group = range(first, min(first + _COLUMNS, core))
+                for k in range(len(group) * side):
+                    v.store(sums, [k * n], v.const(0, n), n)
+                for part in range(0, core, _BITS):
+                    with T.serial(min(_BITS, core - part)) as a:
+                        x = [v.let(v.load(held, [(part + a) * wide + q * n], n)) for q in range(side)]
+                        for k, c in enumerate(group):
+                            minus = sum(1 << r for r, sign in enumerate(signs[part : part + _BITS, c]) if sign < 0)
+                            bit = T.bitwise_and(T.shift_right(T.int64(minus), T.cast(a, "int64")), T.int64(1))
+                            sign = v.let(v.splat(T.float32(1) - T.float32(2) * T.cast(bit, "float32"), n))
+                            for q in range(side):
+                                at = [k * wide + q * n]
+                                v.store(sums, at, T.fma(sign, x[q], v.load(sums, at, n)), n)
+                for k, c in enumerate(group):
+                    for q in range(side):
+                        keep(base + c * run + q * n, v.load(sums, [k * wide + q * n], n) * v.const(scale, n))
+
+        if core <= _UNROLLED:
+            _loop(width // block, lambda b: _loop(run // n, lambda j: across(b, j)))
+        else:
+            _loop(width // block, lambda b: _loop(run // (n * side), lambda j: columns(b, j)))
 
 
 def _loop(count: int, body: Callable[[Any], None]) -> None:

@@ -96,7 +96,8 @@ class CudaProgram:
             feeds = {**dict(zip((s.name for s in self.inputs), args)), **kwargs}
         results = list(self.run_torch(feeds).values())
         if not any(isinstance(v, torch.Tensor) for v in feeds.values()):
-            results = [r.cpu().numpy() for r in results]
+            arrays = [r.cpu().numpy() for r in results]
+            return arrays[0] if len(arrays) == 1 else tuple(arrays)
         return results[0] if len(results) == 1 else tuple(results)
 
     def run(self, feeds: Mapping[str, Any]) -> dict[str, np.ndarray]:

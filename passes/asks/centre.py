@@ -115,7 +115,9 @@ def _to_rms(graph: ir.Graph, node: ir.Node) -> None:
     if scale is None:
         assert node.inputs[0] is not None and node.inputs[0].shape is not None
         scale = add_initializer(
-            graph, f"{node.name}.scale", np.ones(int(node.inputs[0].shape[-1]), float_type(node.inputs[0]))
+            graph,
+            f"{node.name}.scale",
+            np.ones(int(node.inputs[0].shape[-1]), float_type(node.inputs[0])),  # type: ignore[arg-type]
         )
     norm = ir.node(
         "RMSNormalization",

@@ -92,7 +92,7 @@ class Hadamard(OnlineMap):
     def insert(self, graph: ir.Graph, x: ir.Value) -> ir.Value:
         """Padding if needed, then ``qcompile::BlockRotate`` or, for large orders, ``qcompile::Kronecker``."""
         assert x.shape is not None
-        padding = self.width - int(x.shape[-1])
+        padding = self.width - int(x.shape[-1])  # type: ignore[arg-type]
         if padding:
             pads = _shared(graph, f"padding.{padding}", np.array([0, padding]))
             axis = _shared(graph, "last_axis", np.array([-1]))
@@ -291,5 +291,5 @@ def plain_products(model: ir.Model, context: Context) -> dict[ir.Node, int]:
         if weight is None or not weight.is_initializer() or weight.shape is None or len(weight.shape) != 2:
             continue
         if context.quantized is None or weight.name in context.quantized:
-            found[node] = int(weight.shape[0])
+            found[node] = int(weight.shape[0])  # type: ignore[arg-type]
     return found

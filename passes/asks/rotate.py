@@ -163,7 +163,11 @@ class RotateKeys(Rewrite):
                 context.report.entries.append(Entry(self.name, -1, False, f"{node.name}: {reason}"))
                 continue
             for i, value in enumerate((q, k)):
-                rotated = Hadamard(order, int(width), f"rotated.{node.name}").insert(model.graph, value)
+                rotated = Hadamard(
+                    order,
+                    int(width),  # type: ignore[arg-type]
+                    f"rotated.{node.name}",
+                ).insert(model.graph, value)
                 node.replace_input_with(i, rotated)
             done += 1
         add_functions(model)

@@ -60,8 +60,8 @@ def _merge(graph: ir.Graph, quantizer: ir.Node) -> None:
     for old, new in zip((codes, scale), merged.outputs):
         new.shape, new.type = old.shape, old.type
         take_over(old, new)
-    for old in (quantizer, *between, node):
-        graph.remove(old, safe=True)
+    for gone in (quantizer, *between, node):
+        graph.remove(gone, safe=True)
 
 
 def _only_reader(value: ir.Value | None) -> ir.Node | None:

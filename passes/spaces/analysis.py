@@ -231,7 +231,7 @@ class Spaces:
                 for i in np.unique(spaces):
                     channels = self.index_in_space(m.flat, self.spaces[i])
                     found.setdefault(int(i), []).append(
-                        Reader(node.name or "", x.name, w.name, axes[1], axes[0], channels)
+                        Reader(node.name or "", x.name or "", w.name or "", axes[1], axes[0], channels)
                     )
         return found
 

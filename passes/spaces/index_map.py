@@ -93,9 +93,10 @@ class IndexMap:
                 continue
             sizes = [old[a] for a in left]
             outer = [new[a] for a in right]
-            if not all(isinstance(n, int) for n in (*sizes, *outer)):
+            known, wanted = [n for n in sizes if isinstance(n, int)], [n for n in outer if isinstance(n, int)]
+            if len(known) != len(sizes) or len(wanted) != len(outer):
                 return None
-            shape.append((tuple(sizes), tuple(outer)))
+            shape.append((tuple(known), tuple(wanted)))
         full = [n for left, _ in shape for n in left]
         table = np.broadcast_to(table, full).reshape([n for _, right in shape for n in right])
         return IndexMap(table)

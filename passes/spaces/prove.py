@@ -193,7 +193,7 @@ def random_inputs(model: ir.Model, rng: np.random.Generator, sizes: Mapping[str,
 def _bound(value: ir.Value) -> int:
     """Largest admissible index plus one; 2 (with ones likely) for masks, which index nothing."""
     bounds = [
-        int(u.node.inputs[0].shape[0])
+        int(u.node.inputs[0].shape[0])  # type: ignore[arg-type]  # tables are constants
         for u in value.uses()
         if u.node.op_type == "Gather" and u.idx == 1 and u.node.inputs[0] is not None and u.node.inputs[0].shape
     ]

@@ -168,10 +168,12 @@ class Constraints:
     ) -> None:
         """Record how an operator sees ``coordinates``; keys are broadcast to their shape. ``single`` forbids mixing."""
         shape = coordinates.shape
-        keys = [None if k is None else np.broadcast_to(k, shape).reshape(-1) for k in (mix, unit, color)]
+        mixes, units, colors = (
+            None if k is None else np.broadcast_to(k, shape).reshape(-1) for k in (mix, unit, color)
+        )
         if single:
-            keys[0] = np.arange(coordinates.size)
-        self.uses.append(Use(node, op, role, coordinates.reshape(-1), limit, *keys, reason=reason))
+            mixes = np.arange(coordinates.size)
+        self.uses.append(Use(node, op, role, coordinates.reshape(-1), limit, mixes, units, colors, reason=reason))
 
     def pin(self, node: str, op: str, role: str, coordinates: np.ndarray, reason: str) -> None:
         """Only the identity may act on ``coordinates``."""

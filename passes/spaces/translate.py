@@ -93,6 +93,7 @@ class Translator:
         bias = next((v for v in vectors if v is not None and v.name in self.spaces.constants), None)
         if bias is None or source.name not in self.layouts or value.name not in self.layouts:
             return None
+        assert source.name is not None and value.name is not None
         array, written = _array(bias), self._map(source.name)
         if array.size != written.size:
             return None

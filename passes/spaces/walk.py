@@ -277,7 +277,7 @@ def _is_zero(value: ir.Value | None, depth: int) -> bool:
         return False
     node = value.producer()
     if node is None:
-        if value.const_value is None or value.is_graph_input() or int(np.prod(value.const_value.shape)) > 1 << 12:
+        if value.const_value is None or value.is_graph_input() or value.const_value.size > 1 << 12:
             return False
         return not np.any(value.const_value.numpy())
     if node.op_type == "ConstantOfShape":

@@ -28,7 +28,7 @@ def input_specs(model: ir.Model) -> list[InputSpec]:
 
 def collect(
     model: ir.Model,
-    feeds: Iterable[Feed],
+    feeds: Iterable[Mapping[str, np.ndarray]],
     values: Sequence[str],
     *,
     hessian: Sequence[str] = (),

@@ -78,7 +78,7 @@ class Emitter:
         kind = IntType.covering(int(array.min()), int(array.max())).dtype if narrow and array.size > 1 else "int64"
         stored = ir.tensor(array.astype(kind), name=f"{name}.{len(self.initializers)}")
         value = ir.Value(
-            name=stored.name, shape=ir.Shape(stored.shape), type=ir.TensorType(stored.dtype), const_value=stored
+            name=stored.name, shape=ir.Shape(list(stored.shape.numpy())), type=ir.TensorType(stored.dtype), const_value=stored
         )
         self.initializers.append(value)
         return value if kind == "int64" else self.op("Cast", [value], to=ir.DataType.INT64)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 import onnx_ir as ir
@@ -17,7 +18,7 @@ from qcompile.codegen.fixed.stream import Stream
 from qcompile.errors import UnsupportedOperatorError
 from qcompile.formats.fixed import IntType
 
-Value = Constant | Codes | Real | Pending
+Value: TypeAlias = Constant | Codes | Real | Pending
 
 OUTPUT_BITS = 16
 """Bits of outputs that no quantizer of the model narrows."""

@@ -197,7 +197,7 @@ class ScaledDequantizer:
     def __init__(self, bits: int, bf16: bool, grouped: bool, symmetric: bool) -> None:
         self.bits, self.bf16, self.grouped, self.symmetric = bits, bf16, grouped, symmetric
         self.exponent = 0 if bf16 else SCALED_EXPONENT
-        self.zero = None if symmetric else Registers((2,), "uint32")
+        self.zero: Any = None if symmetric else Registers((2,), "uint32")
         self.scale = Registers((2,), "uint32")
         self.inner: Any = ExactDequantizer(bits, True, self.zero) if bf16 else RawDequantizer(bits)
         self.factor, self.offset = Registers((2,), "uint32"), Registers((2,), "uint32")

@@ -20,7 +20,7 @@ auto-regressive parallel inference on large language models", 2024. Split along 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from qcompile.codegen.kernels.base import LinearProblem
 from qcompile.codegen.kernels.cuda.layout import BLOCK, TILE
@@ -111,7 +111,7 @@ class StreamLinear(CudaLinear):
 
     name = "cuda-stream"
     bits = (2, 3, 4, 8)
-    dtypes = ("float16", "bfloat16")
+    dtypes: ClassVar[tuple[str, ...]] = ("float16", "bfloat16")
 
     def shape(self, problem: LinearProblem, config: dict[str, Any]) -> StreamShape:
         keys = ("rows", "tn", "nw", "kw", "split", "stages", "raw", "dtype", "out")

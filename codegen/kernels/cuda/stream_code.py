@@ -271,6 +271,7 @@ class _Kernel:
     def _add_raw(self, j: int) -> None:
         """``scale (2^(24-p) part - zero sum x)``."""
         s = self.s
+        assert self.sum_x is not None
         factor, shift = e.Registers((2,), "float32"), e.Registers((2,), "float32")
         for a in range(2):
             scale = self.scale[j, a] if s.weight.group else T.float32(1)

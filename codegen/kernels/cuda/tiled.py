@@ -20,7 +20,7 @@ With int8 activations and scales per group, the integer sums of a group are adde
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from qcompile.codegen.kernels.base import LinearProblem, Support
 from qcompile.codegen.kernels.cuda.layout import BLOCK, TILE
@@ -140,7 +140,7 @@ class TiledLinear(CudaLinear):
 
     name = "cuda-tiled"
     bits = (2, 3, 4, 8)
-    dtypes = ("float16", "bfloat16")
+    dtypes: ClassVar[tuple[str, ...]] = ("float16", "bfloat16")
 
     def _needs(self, target: Target) -> Support:
         if not target.has("cp_async"):

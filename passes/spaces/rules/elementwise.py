@@ -7,6 +7,7 @@ f(d t) = d' f(t): which d are possible is the degree of homogeneity of f.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 
@@ -250,7 +251,7 @@ class Untransformed:
     axes: tuple[int, ...]
 
 
-Counterpart = IndexMap | Untransformed | None
+Counterpart: TypeAlias = IndexMap | Untransformed | None
 
 
 def operands(n: NodeView, i: int, j: int) -> list[tuple[IndexMap, Counterpart]]:

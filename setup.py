@@ -2,7 +2,12 @@
 
 from setuptools import find_packages, setup
 
-FOLDERS = {"qcompile": "qcompile", "qcompile.passes": "passes", "qcompile.codegen": "codegen", "qcompile.targets": "targets"}
+FOLDERS = {
+    "qcompile": "qcompile",
+    "qcompile.passes": "passes",
+    "qcompile.codegen": "codegen",
+    "qcompile.targets": "targets",
+}
 
 setup(
     package_dir=FOLDERS,
@@ -12,5 +17,9 @@ setup(
         for package in [name, *(f"{name}.{sub}" for sub in find_packages(folder))]
     ],
     include_package_data=False,
-    package_data={"qcompile": ["**/*.html", "**/*.txt", "**/*.css", "**/*.cc"], "qcompile.targets": ["**/*.json"], "qcompile.codegen": ["**/*.json", "**/*.j2", "**/*.c", "**/*.cu", "**/*.v", "**/*.h"]},
+    package_data={
+        "qcompile": ["**/*.html", "**/*.txt", "**/*.css", "**/*.cc"],
+        "qcompile.targets": ["**/*.json"],
+        "qcompile.codegen": ["**/*.json", "**/*.j2", "**/*.c", "**/*.cu", "**/*.v", "**/*.h"],
+    },
 )

@@ -22,18 +22,18 @@ from rich.console import Console
 from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).parent))
-from perplexity import perplexity, windows  # noqa: E402
+from perplexity import perplexity, windows
 
-from qcompile import ort  # noqa: E402
-from qcompile.calibration import collect, input_specs, load_feeds  # noqa: E402
-from qcompile.capture import capture  # noqa: E402
-from qcompile.passes.asks import Ask, Data, Rotate, RotateOnline, Smooth, apply_asks  # noqa: E402
-from qcompile.passes.recognise import recognise  # noqa: E402
-from qcompile.passes.sites import linear_sites  # noqa: E402
-from qcompile.passes.spaces import analyse  # noqa: E402
-from qcompile.quantization import quantize_model, sites_with_hessian  # noqa: E402
-from qcompile.recipes import Override, Recipe  # noqa: E402
-from qcompile.report import Report  # noqa: E402
+from qcompile import ort
+from qcompile.calibration import collect, input_specs, load_feeds
+from qcompile.capture import capture
+from qcompile.passes.asks import Ask, Data, Rotate, RotateOnline, Smooth, apply_asks
+from qcompile.passes.recognise import recognise
+from qcompile.passes.sites import linear_sites
+from qcompile.passes.spaces import analyse
+from qcompile.quantization import quantize_model, sites_with_hessian
+from qcompile.recipes import Override, Recipe
+from qcompile.report import Report
 
 METHODS: dict[str, list[Ask]] = {
     "plain": [],
@@ -131,7 +131,9 @@ def main(directory, count, samples, methods, formats, solver, as_json) -> None:
         for method in methods:
             start = time.time()
             rows.setdefault(name, {})[method] = study.evaluate(method, *FORMATS[name], solver)
-            print(f"{name} {method} {rows[name][method]:.4f} ({time.time() - start:.0f} s)", file=sys.stderr, flush=True)
+            print(
+                f"{name} {method} {rows[name][method]:.4f} ({time.time() - start:.0f} s)", file=sys.stderr, flush=True
+            )
     if as_json:
         click.echo(json.dumps(rows))
         return

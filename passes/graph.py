@@ -37,7 +37,9 @@ def add_initializer(
         i += 1
         free = f"{name}.{i}"
     tensor = ir.tensor(array, name=free) if isinstance(array, np.ndarray) else array
-    value = ir.Value(name=free, shape=ir.Shape(list(tensor.shape.numpy())), type=ir.TensorType(tensor.dtype), const_value=tensor)
+    value = ir.Value(
+        name=free, shape=ir.Shape(list(tensor.shape.numpy())), type=ir.TensorType(tensor.dtype), const_value=tensor
+    )
     if like is not None:
         value.metadata_props.update(like.metadata_props)
     graph.register_initializer(value)

@@ -127,7 +127,9 @@ class Compiler:
         Raises:
             TargetError: the compiler failed; the message ends with what it printed.
         """
-        done = subprocess.run([*self.command, *(os.fspath(a) for a in arguments)], capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            [*self.command, *(os.fspath(a) for a in arguments)], capture_output=True, text=True, check=False
+        )
         if done.returncode:
             raise TargetError(f"{self.name} failed:\n{(done.stderr or done.stdout)[-2000:]}")
 

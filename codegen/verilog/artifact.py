@@ -129,7 +129,9 @@ def encode_frames(ports: Sequence[Mapping[str, Any]], feeds: Mapping[str, Any]) 
         values = np.asarray(feeds[port["name"]], np.float32)
         expected = tuple(port["shape"][1:])
         if values.ndim != len(expected) + 1 or values.shape[1:] != expected:
-            raise InputError(f"the input {port['name']!r} has shape {values.shape}, the program takes (batch, {expected})")
+            raise InputError(
+                f"the input {port['name']!r} has shape {values.shape}, the program takes (batch, {expected})"
+            )
         kind = IntType(port["bits"], port["signed"])
         codes = np.clip(np.rint(values / np.float32(port["scale"])), kind.low, kind.high).astype(np.int64)
         flat = np.empty((len(codes), len(port["index"])), np.int64)

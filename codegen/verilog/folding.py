@@ -178,7 +178,10 @@ class _Problem:
             low[r] = high[r] = 1
         for i, (source, reader, port, p, q, _) in enumerate(self.converters):
             r = len(self.nodes) + i
-            for name, matches in ((source, lambda o, p=p: o.output == p), (reader, lambda o, q=q, port=port: o.inputs[port] == q)):
+            for name, matches in (
+                (source, lambda o, p=p: o.output == p),
+                (reader, lambda o, q=q, port=port: o.inputs[port] == q),
+            ):
                 for j, option in enumerate(self.options[name]):
                     if matches(option):
                         rows[r, self.offset[name] + j] = 1

@@ -37,7 +37,13 @@ _MEMORY_LUTS = {"RAM32M": 4, "RAM64M": 4, "RAM32X1D": 2, "RAM64X1D": 2, "RAM128X
 
 
 def synthesize(
-    folder: Path, top: str, sources: Sequence[str], target: FpgaTarget, *, options: str = "", timeout: float | None = None
+    folder: Path,
+    top: str,
+    sources: Sequence[str],
+    target: FpgaTarget,
+    *,
+    options: str = "",
+    timeout: float | None = None,
 ) -> Synthesis:
     """Synthesise ``top`` for a device; leaves ``TOP.json`` in ``folder`` for place and route.
 
@@ -92,7 +98,14 @@ class Placement:
 
 
 def place(
-    folder: Path, top: str, target: FpgaTarget, *, seed: int = 1, speed: int = 6, megahertz: float = 200, timeout: float | None = None
+    folder: Path,
+    top: str,
+    target: FpgaTarget,
+    *,
+    seed: int = 1,
+    speed: int = 6,
+    megahertz: float = 200,
+    timeout: float | None = None,
 ) -> Placement:
     """Place and route ``TOP.json`` for an ECP5 out of context (without pins).
 

@@ -23,7 +23,9 @@ import click
 @click.option("--seed", default=1, show_default=True, help="Of the stalls.")
 @click.option("-o", "--output", type=click.Path(), help="Write the outputs to this .npz file.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
-def simulate(artifact: str, inputs: str, simulator: str, stalls: int, seed: int, output: str | None, as_json: bool) -> None:
+def simulate(
+    artifact: str, inputs: str, simulator: str, stalls: int, seed: int, output: str | None, as_json: bool
+) -> None:
     """Simulate the hardware in ARTIFACT on INPUTS, a .npz file, and compare it with model.onnx."""
     import numpy as np
 

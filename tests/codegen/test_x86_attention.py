@@ -108,7 +108,9 @@ def test_parallel_equals_serial() -> None:
 
 
 @settings(max_examples=15, deadline=None)
-@given(b=st.integers(1, 3), s=st.integers(1, 70), t=st.integers(1, 300), offset=st.integers(0, 15), seed=st.integers(0, 99))
+@given(
+    b=st.integers(1, 3), s=st.integers(1, 70), t=st.integers(1, 300), offset=st.integers(0, 15), seed=st.integers(0, 99)
+)
 def test_any_lengths_and_alignment(b: int, s: int, t: int, offset: int, seed: int) -> None:
     kernel = Attention(2, 12, layout="rows", mask="float", mask_axes=(False, False, True), causal="lower_right")
     arrays = [unaligned(a, offset) for a in inputs(kernel, b, s, t, seed)]

@@ -78,16 +78,21 @@ class Emitter:
         kind = IntType.covering(int(array.min()), int(array.max())).dtype if narrow and array.size > 1 else "int64"
         stored = ir.tensor(array.astype(kind), name=f"{name}.{len(self.initializers)}")
         value = ir.Value(
-            name=stored.name, shape=ir.Shape(list(stored.shape.numpy())), type=ir.TensorType(stored.dtype), const_value=stored
+            name=stored.name,
+            shape=ir.Shape(list(stored.shape.numpy())),
+            type=ir.TensorType(stored.dtype),
+            const_value=stored,
         )
         self.initializers.append(value)
         return value if kind == "int64" else self.op("Cast", [value], to=ir.DataType.INT64)
 
-    def op(self, kind: str, inputs: Sequence[ir.Value | None], *, domain: str = "", name: str = "", **attributes: Any) -> ir.Value:
+    def op(
+        self, kind: str, inputs: Sequence[ir.Value | None], *, domain: str = "", name: str = "", **attributes: Any
+    ) -> ir.Value:
         """A node with one output."""
         attributes = {k: int(v) if isinstance(v, ir.DataType) else v for k, v in attributes.items()}
         node = ir.node(kind, inputs, attributes=attributes, domain=domain, name=f"{name or kind}_{len(self.nodes)}")
-        node.outputs[0].name = f"v{len(self.nodes)}" if not name else name
+        node.outputs[0].name = name or f"v{len(self.nodes)}"
         self.nodes.append(node)
         return node.outputs[0]
 
@@ -274,11 +279,11 @@ def onnx_model(imported: Imported, opset: int = OPSET) -> ir.Model:
     streams: dict[str, ir.Value] = {}
     graph_inputs, graph_outputs = [], []
     for port in imported.inputs:
-        value = ir.Value(
-            name=port.name, shape=ir.Shape(["batch", *port.shape]), type=ir.TensorType(ir.DataType.FLOAT)
-        )
+        value = ir.Value(name=port.name, shape=ir.Shape(["batch", *port.shape]), type=ir.TensorType(ir.DataType.FLOAT))
         graph_inputs.append(value)
-        streams[port.stream] = _enter(e, port, value, program.streams[port.stream].type, program.streams[port.stream].shape)
+        streams[port.stream] = _enter(
+            e, port, value, program.streams[port.stream].type, program.streams[port.stream].shape
+        )
     for node in program.nodes:
         views = []
         for stream in node.inputs:

@@ -64,7 +64,9 @@ def bare(node: ir.Node) -> str:
 def _quantize(context: Context, node: ir.Node) -> Value:
     source = node.inputs[0]
     scale = context.constant(node.inputs[1], node)
-    zero = context.constant(node.inputs[2], node) if len(node.inputs) > 2 and node.inputs[2] is not None else np.uint8(0)
+    zero = (
+        context.constant(node.inputs[2], node) if len(node.inputs) > 2 and node.inputs[2] is not None else np.uint8(0)
+    )
     if np.size(scale) != 1 or np.any(zero):
         raise UnsupportedOperatorError(f"{label(node)}: activations need one scale and a zero point of 0")
     kind = IntType(8 * zero.dtype.itemsize, zero.dtype.kind == "i") if zero.dtype.kind in "iu" else None
@@ -84,7 +86,11 @@ def quantized(context: Context, node: ir.Node, source: ir.Value | None, scale: f
     if isinstance(found, Real) and not found.log2:
         from qcompile.codegen.fixed.importer.values import rescale
 
-        return Real(rescale(context.builder, bare(node), found.stream, found.scale, scale, kind.low, kind.high), found.index, scale)
+        return Real(
+            rescale(context.builder, bare(node), found.stream, found.scale, scale, kind.low, kind.high),
+            found.index,
+            scale,
+        )
     raise UnsupportedOperatorError(f"{label(node)}: {source.name if source else ''!r} cannot be quantized")
 
 
@@ -97,7 +103,9 @@ def _input(context: Context, node: ir.Node, value: ir.Value, scale: float, kind:
     elif len(shape) in (1, 2):
         stream_shape, index = (1, *shape)[-2:], positions.reshape(shape)
     else:
-        raise UnsupportedOperatorError(f"the input {value.name!r} of shape {shape} is neither a vector, tokens nor an image")
+        raise UnsupportedOperatorError(
+            f"the input {value.name!r} of shape {shape} is neither a vector, tokens nor an image"
+        )
     name = "".join(c if c.isalnum() else "_" for c in value.name or "input")
     stream = Stream.of(name, *stream_shape, kind, scale)
     context.streams.append(stream)
@@ -274,7 +282,9 @@ def _concat(context: Context, node: ir.Node) -> Value:
             raise UnsupportedOperatorError(f"{label(node)}: its inputs are reordered")
         out = context.builder.add(Prepend(context.builder.name(bare(node)), (stream,), rows))
         return Real(out, np.arange(out.tokens * out.channels).reshape(out.shape), value.scale)
-    raise UnsupportedOperatorError(f"{label(node)}: only quantized values along channels, or constant tokens in front, are joined")
+    raise UnsupportedOperatorError(
+        f"{label(node)}: only quantized values along channels, or constant tokens in front, are joined"
+    )
 
 
 # Linear operators.
@@ -325,7 +335,7 @@ def _dense(context: Context, node: ir.Node, codes: Codes) -> Linear:
     if codes.codes.ndim != 2:
         raise UnsupportedOperatorError(f"{label(node)}: a weight of {codes.codes.ndim} axes")
     stream, order = matrix_view(context.builder, value, label(node))
-    k, n = codes.codes.shape
+    n = codes.codes.shape[1]
     matrix = np.empty_like(codes.codes)
     matrix[order] = codes.codes
     index = np.arange(stream.tokens * n).reshape(*value.index.shape[:-1], n)
@@ -341,11 +351,11 @@ def _product_of_streams(context: Context, node: ir.Node, left: Real, right: Real
         raise UnsupportedOperatorError(f"{label(node)}: powers of two must be the left operand")
     if left.index.ndim == 2:
         left, right = left.moved(left.index[None]), right.moved(right.index[None])
-    heads, tokens, k = left.index.shape
+    heads, tokens = left.index.shape[:2]
     n = right.index.shape[2]
     a, a_order = matrix_view(context.builder, left, label(node), left.index.transpose(1, 0, 2).reshape(tokens, -1))
     # Scores read the rows of their right operand, values its columns.
-    for transposed, index in ((False, right.index), (True, right.index.transpose(0, 2, 1))):
+    for index in (right.index, right.index.transpose(0, 2, 1)):
         flat = index.transpose(1, 0, 2).reshape(index.shape[1], -1)
         if (np.diff(flat, axis=1) == 1).all():
             b, b_order = matrix_view(context.builder, right, label(node), flat)
@@ -464,7 +474,9 @@ def _mean(context: Context, node: ir.Node) -> Value:
     if rank == 4 and axes == [2, 3]:
         order = order.transpose(1, 2, 0)
     elif not (rank == 3 and axes == [1]):
-        raise UnsupportedOperatorError(f"{label(node)}: means are taken over all pixels or all tokens, not over axes {axes}")
+        raise UnsupportedOperatorError(
+            f"{label(node)}: means are taken over all pixels or all tokens, not over axes {axes}"
+        )
     stream, position = matrix_view(context.builder, value, label(node), order)
     channels = stream.channels
     keep = rank == 4 if node.op_type == "GlobalAveragePool" else bool(attribute(node, "keepdims", 1))
@@ -508,8 +520,8 @@ FUNCTIONS: dict[str, Callable[[ir.Node], Callable[[np.ndarray], np.ndarray]]] = 
     "Softplus": lambda node: lambda x: np.logaddexp(0, x),
     "Swish": lambda node: lambda x: x / (1 + np.exp(-float(attribute(node, "alpha", 1.0)) * x)),
     "HardSwish": lambda node: lambda x: x * np.clip(x / 6 + 0.5, 0, 1),
-    "HardSigmoid": lambda node: lambda x: np.clip(
-        float(attribute(node, "alpha", 0.2)) * x + float(attribute(node, "beta", 0.5)), 0, 1
+    "HardSigmoid": lambda node: (
+        lambda x: np.clip(float(attribute(node, "alpha", 0.2)) * x + float(attribute(node, "beta", 0.5)), 0, 1)
     ),
     "Elu": lambda node: lambda x: np.where(x > 0, x, float(attribute(node, "alpha", 1.0)) * np.expm1(np.minimum(x, 0))),
     "LeakyRelu": lambda node: lambda x: np.where(x > 0, x, float(attribute(node, "alpha", 0.01)) * x),
@@ -536,7 +548,12 @@ def _scaled(context: Context, node: ir.Node, value: Real) -> Scaled:
     """A value that constants may still be added to, in the shape of its last axis or its channels."""
     stream = value.stream
     return Scaled(
-        bare(node), value.index, stream.shape, stream, np.full(stream.channels, value.scale), np.zeros((1, stream.channels))
+        bare(node),
+        value.index,
+        stream.shape,
+        stream,
+        np.full(stream.channels, value.scale),
+        np.zeros((1, stream.channels)),
     )
 
 

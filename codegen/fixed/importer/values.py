@@ -328,7 +328,9 @@ class Joined(Pending):
         return max(max(abs(int(s.low.min())), abs(int(s.high.max()))) * scale for s, scale in self.parts)
 
 
-def matrix_view(builder: Builder, value: Real, where: str, index: np.ndarray | None = None) -> tuple[Stream, np.ndarray]:
+def matrix_view(
+    builder: Builder, value: Real, where: str, index: np.ndarray | None = None
+) -> tuple[Stream, np.ndarray]:
     """A stream whose tokens are the rows of ``value``: the stream, and the position of every column in a token.
 
     A part of a stream becomes a `Select`, a transposed one a `Transpose`. A single row may be in any order.
@@ -366,7 +368,9 @@ def _part(builder: Builder, stream: Stream, rows: np.ndarray, where: str) -> tup
     channels = int(channel.min()), int(channel.max()) + 1
     width = channels[1] - channels[0]
     if (tokens[1] - tokens[0]) * width != rows.size:
-        raise UnsupportedOperatorError(f"{where}: it reads a part of {stream.name} that is no range of tokens and channels")
+        raise UnsupportedOperatorError(
+            f"{where}: it reads a part of {stream.name} that is no range of tokens and channels"
+        )
     part = builder.add(Select(builder.name(f"{where}_part"), (stream,), tokens, channels))
     return part, (token - tokens[0]) * width + channel - channels[0]
 

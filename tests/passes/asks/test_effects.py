@@ -276,7 +276,8 @@ def test_centring_leaves_no_layer_norm_and_frees_the_rotation():
 )
 def test_a_stream_whose_mean_is_seen_keeps_it(body, reason):
     body = (
-        "a0 = MatMul(x, w1) b0 = MatMul(x, w2) s = Add(a0, b0) n0 = LayerNormalization(s, g0) z = MatMul(n0, v0) " + body
+        "a0 = MatMul(x, w1) b0 = MatMul(x, w2) s = Add(a0, b0) n0 = LayerNormalization(s, g0) z = MatMul(n0, v0) "
+        + body
     )
     random = np.random.default_rng(0)
     body = body.replace("y =", "y0 =") + " y = Add(y0, z)"

@@ -355,7 +355,7 @@ def _product_of_streams(context: Context, node: ir.Node, left: Real, right: Real
     n = right.index.shape[2]
     a, a_order = matrix_view(context.builder, left, label(node), left.index.transpose(1, 0, 2).reshape(tokens, -1))
     # Scores read the rows of their right operand, values its columns.
-    for index in (right.index, right.index.transpose(0, 2, 1)):
+    for transposed, index in ((False, right.index), (True, right.index.transpose(0, 2, 1))):  # noqa: B007  (read below)
         flat = index.transpose(1, 0, 2).reshape(index.shape[1], -1)
         if (np.diff(flat, axis=1) == 1).all():
             b, b_order = matrix_view(context.builder, right, label(node), flat)

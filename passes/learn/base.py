@@ -117,7 +117,7 @@ class Learned(Ask):
         program.simulate = (True, self.round_weights)
         self.build(context, program, np.random.default_rng(self.seed))
         if self.clip:
-            program.clip_activations(0.95)
+            program.clip_activations(context.data.feeds[0])
         if self.clip_weights and self.round_weights:
             program.clip_weights(0.98)
         return program

@@ -31,6 +31,9 @@ from qcompile.passes.spaces.act import Actor, Plans
 from qcompile.passes.spaces.fold import constant_values, overwritten_entries
 from qcompile.passes.spaces.translate import Translator
 
+SHARES = [float(s) for s in np.linspace(0.5, 0.99, 15)]
+"""Clipped shares to begin with, of which the best is taken."""
+
 
 @dataclass(frozen=True)
 class Site:
@@ -114,12 +117,26 @@ class Program:
 
     # -- parameters --------------------------------------------------------------------------------------------------
 
-    def clip_activations(self, start: float) -> None:
-        """Learn the clipped share of every activation that is rounded per token."""
+    def clip_activations(self, feed: Mapping[str, Any]) -> None:
+        """Learn the clipped share of every activation that is rounded per token.
+
+        Begins with the share that has the least rounding error on the rows of one sample.
+        """
+        seen: dict[str, Tensor] = {}
+        simulate, self.simulate = self.simulate, (False, False)
+        with torch.no_grad():
+            self.run(self.step(), feed, self._results(), seen=seen)
+        self.simulate = simulate
         for site in self.sites.values():
             fmt = site.precision.activation
-            if fmt is not None and fmt.granularity == "token":
-                self.clips[site.activation] = self.like.new_tensor(logit(start)).requires_grad_()
+            if fmt is not None and fmt.granularity == "token" and site.activation not in self.clips:
+                x = seen[site.activation]
+                errors = [float((round_tokens(x, fmt, share) - x).square().sum()) for share in SHARES]
+                start = logit(SHARES[int(np.argmin(errors))])
+                self.clips[site.activation] = self.like.new_tensor(start).requires_grad_()
+
+    def _results(self) -> list[str]:
+        return [v.name or "" for v in self.model.graph.outputs]
 
     def clip_weights(self, start: float) -> None:
         """Learn the clipped share of every group of rounded weights."""
@@ -163,8 +180,18 @@ class Program:
             weight = round_weight(weight, site.precision.weight, clip)
         result.rounded[site.node] = weight
 
-    def run(self, step: Step | None, inputs: Mapping[str, Any], outputs: Sequence[str]) -> dict[str, Tensor]:
-        """Execute the graph from ``inputs`` (of the graph, or inner values) to ``outputs``; in float without a step."""
+    def run(
+        self,
+        step: Step | None,
+        inputs: Mapping[str, Any],
+        outputs: Sequence[str],
+        *,
+        seen: dict[str, Tensor] | None = None,
+    ) -> dict[str, Tensor]:
+        """Execute the graph from ``inputs`` (of the graph, or inner values) to ``outputs``; in float without a step.
+
+        ``seen`` receives the activations as the sites' products read them.
+        """
         dtype = str(self.like.dtype).removeprefix("torch.")
         common = {"dtype": dtype, "device": self.like.device.type}
         if step is None:
@@ -174,7 +201,10 @@ class Program:
             if node.name not in step.rounded:
                 return None
             site = self.sites[node.name]
-            y = self._input(site, args[0]) @ step.rounded[site.node]
+            x = self._input(site, args[0])
+            if seen is not None:
+                seen[site.activation] = x
+            y = x @ step.rounded[site.node]
             return y + step.offsets[site.node] if site.node in step.offsets else y
 
         return run(self.model, inputs, list(outputs), constants=step.folded, compute=compute, **common)

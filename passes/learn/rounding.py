@@ -12,6 +12,8 @@ Sources: Bengio et al., "Estimating or Propagating Gradients Through Stochastic 
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from qcompile.errors import FormatError
@@ -20,9 +22,21 @@ from qcompile.formats import ActivationFormat, Format, IntFormat
 Tensor = torch.Tensor
 
 
-def through(x: Tensor) -> Tensor:
-    """Round half to even; the derivative is 1."""
-    return x + (x.round() - x).detach()
+class _Snap(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, low: float, high: float) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward((x >= low) & (x <= high))
+        return x.round().clamp_(low, high)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):  # type: ignore[override]
+        (inside,) = ctx.saved_tensors
+        return gradient * inside, None, None
+
+
+def snap(x: Tensor, low: float = -math.inf, high: float = math.inf) -> Tensor:
+    """Round half to even and clip to integers from ``low`` to ``high``; the derivative is 1 inside and 0 outside."""
+    return _Snap.apply(x, low, high)
 
 
 def round_tokens(x: Tensor, fmt: ActivationFormat, clip: Tensor | float = 1.0) -> Tensor:
@@ -37,7 +51,7 @@ def round_tokens(x: Tensor, fmt: ActivationFormat, clip: Tensor | float = 1.0) -
     largest = x.abs().amax(-1, keepdim=True) if fmt.granularity == "token" else x.abs().amax()
     scale = largest * clip / top
     scale = torch.where(scale == 0, torch.ones_like(scale), scale)
-    return through(torch.clamp(x / scale, -top, top)) * scale
+    return snap(x / scale, -top, top) * scale
 
 
 def round_weight(weight: Tensor, fmt: Format, clip: Tensor | float = 1.0) -> Tensor:
@@ -60,7 +74,7 @@ def round_weight(weight: Tensor, fmt: Format, clip: Tensor | float = 1.0) -> Ten
     if fmt.symmetric:
         scale = blocks.abs().amax(1, keepdim=True) * clip / max(fmt.qmax, 0.5)
         scale = torch.where(scale == 0, torch.ones_like(scale), scale)
-        rounded = through(torch.clamp(blocks / scale, fmt.qmin, fmt.qmax)) * scale
+        rounded = snap(blocks / scale, fmt.qmin, fmt.qmax) * scale
     else:
         low, high = (
             (blocks.amin(1, keepdim=True) * clip).clamp(max=0),
@@ -68,6 +82,6 @@ def round_weight(weight: Tensor, fmt: Format, clip: Tensor | float = 1.0) -> Ten
         )
         scale = (high - low) / fmt.qmax
         scale = torch.where(scale == 0, torch.ones_like(scale), scale)
-        zero = through(-low / scale)
-        rounded = (torch.clamp(through(blocks / scale) + zero, 0, fmt.qmax) - zero) * scale
+        zero = snap(-low / scale)
+        rounded = (torch.clamp(snap(blocks / scale) + zero, 0, fmt.qmax) - zero) * scale
     return rounded.reshape(-1, n)[:k]

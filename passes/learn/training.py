@@ -58,7 +58,7 @@ class Clock:
 
     schedule: Schedule
     share: float = 1.0
-    started: float = field(default_factory=time.monotonic)
+    started: float = field(default_factory=lambda: time.monotonic())
     done: int = 0
 
     @property

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import qcompile
-from qcompile.passes.asks import apply_asks
+from qcompile.passes.asks import apply_asks, registered_asks
 from qcompile.passes.spaces import analyse
 from qcompile.recipes import Step
 
@@ -58,3 +58,12 @@ def test_it_does_what_it_says():
 
 def test_it_is_short():
     assert len(FILE.read_text().splitlines()) < 50
+    assert FILE.read_text() in (FILE.parents[1] / "docs" / "transforms.md").read_text(), "the page shows the file"
+
+
+def test_the_page_names_every_transform():
+    from qcompile.transforms import list_transforms
+
+    page = (FILE.parents[1] / "docs" / "transforms.md").read_text()
+    learned = {name for name in list_transforms() if "learn" in registered_asks()[name].__module__}
+    assert all(f"`{name}`" in page for name in list_transforms().keys() - learned)

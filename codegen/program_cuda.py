@@ -1,6 +1,6 @@
 """From a lowered model to a CUDA program: a host library with the Relax virtual machine's code, a library of kernels.
 
-    linear operators, row kernels     TIRx            one source per plan, cached, called by name
+    linear, row kernels, attention    TIRx            sources of their own, cached, called by name
     everything else                   Relax, dlight   one source
     control, shapes, memory plan      Relax VM        the host library, machine code of this machine
 
@@ -23,7 +23,7 @@ import tvm
 from tvm import relax, tirx
 from tvm.relax.expr_functor import PyExprMutator, mutator
 
-from qcompile.codegen.kernels.cuda import build, rowwise
+from qcompile.codegen.kernels.cuda import attention, build, rowwise
 from qcompile.codegen.kernels.cuda.plan import Plan
 from qcompile.codegen.relax import cuda as converters
 from qcompile.codegen.relax import to_relax
@@ -80,6 +80,8 @@ def build_cuda_program(lowered: ir.Model, target: CudaTarget) -> CudaProgram:
     sources = [_linear_source(plan, name, target) for name, plan in cuda.plans.items()]
     if cuda.rowwise:
         sources.append(rowwise.source(cuda.rowwise, target))
+    if cuda.attention:
+        sources.append(attention.source(cuda.attention, target))
     executable, scheduled = _compile_rest(program.mod, target)
     if scheduled:
         sources.append(build.text_source(build.generate_scheduled(scheduled, target), target))

@@ -1,13 +1,11 @@
 """CUDA's converters of the operators in ``qcompile.kernel``.
 
-Linear operators and row kernels are libraries of their own, called by name; attention is written as tensor expressions
-and scheduled with the rest of the program. Tensors between kernels are float32 matrices ``(rows, channels)``, except that
+Linear operators, row kernels and attention are called by name and compiled apart from the rest of the program. Tensors between kernels are float32 matrices ``(rows, channels)``, except that
 what only linear operators read is written as they want it: float16, or int8 codes (signed, unlike on CPUs).
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +14,7 @@ import onnx_ir as ir
 from tvm import relax, te, tirx
 
 from qcompile.codegen.kernels.base import Epilogue, LinearProblem
+from qcompile.codegen.kernels.cuda.attention import CudaAttention
 from qcompile.codegen.kernels.cuda.plan import Plan, family, make_plan
 from qcompile.codegen.kernels.cuda.rowwise import CudaRowwise
 from qcompile.codegen.relax.attributes import attr
@@ -39,14 +38,14 @@ class CudaCalls:
 
     Attributes:
         plans: kernels of linear operators, by the name they are called by.
-        rowwise: row kernels, likewise.
+        rowwise, attention: other kernels, likewise.
         workspaces: scratch parameters by graph.
     """
 
     plans: dict[str, Plan] = field(default_factory=dict)
     rowwise: dict[str, CudaRowwise] = field(default_factory=dict)
+    attention: dict[str, CudaAttention] = field(default_factory=dict)
     workspaces: dict[int, tuple[relax.Var, relax.Var]] = field(default_factory=dict)
-    uses: Counter[str] = field(default_factory=Counter)
 
 
 def cuda_calls(ctx: Context) -> CudaCalls:
@@ -185,10 +184,7 @@ def rowwise(ctx: Context, node: ir.Node, x: Any, gamma: Any = None, beta: Any = 
     if static is not None and quantize:
         static = ctx.reshape(static, [1])
     operands = [rows(ctx, x), *(v for v in (gamma, beta, static if quantize else None) if v is not None)]
-    state = cuda_calls(ctx)
-    known = {k: name for name, k in state.rowwise.items()}
-    name = known.get(kernel, f"rowwise_{len(known)}_{producer}_{width}")
-    state.rowwise[name] = kernel
+    name = _named(cuda_calls(ctx).rowwise, kernel, f"rowwise_{producer}_{width}")
     made = call(ctx, name, operands, outputs)
     calls(ctx).uses[f"row-wise {producer}"] += 1
     y = shaped(ctx, made.pop(0), lead, width) if wanted[0] else None
@@ -212,21 +208,56 @@ def _float_output(value: ir.Value, width: int) -> str:
 
 @converter(DOMAIN, "Attention", kinds=("cuda",), priority=1)
 def attention(ctx: Context, node: ir.Node, *operands: Any) -> relax.Expr:
-    """Softmax attention over rows of projections, as scores, softmax and product with the values."""
+    """Softmax attention: one kernel, or scores, softmax and product with the values where heads have odd sizes."""
     layout = attr(node, "layout")
     count = 1 if layout == "merged" else 3
     tensors, mask = list(operands[:count]), (*operands, None)[count]
-    heads, kv_heads, head_dim = attr(node, "heads"), attr(node, "kv_heads"), attr(node, "head_dim")
-    if layout == "merged":
-        tensors = _split(ctx, tensors[0], [heads * head_dim, kv_heads * head_dim, kv_heads * attr(node, "value_dim")])
-    query, key, value = (Heads.of(ctx, t, n) for t, n in zip(tensors, (heads, kv_heads, kv_heads)))
+    heads, kv_heads = attr(node, "heads"), attr(node, "kv_heads")
+    head_dim, value_dim = attr(node, "head_dim"), attr(node, "value_dim")
     if mask is not None:
         shape = ctx.shape(mask)
         mask = ctx.reshape(mask, [1] * (4 - len(shape)) + list(shape))
+    calls(ctx).uses["attention"] += 1
+    shape = ctx.shape(tensors[0])
+    batch, length = shape[0], shape[2 if layout == "heads" else 1]
+    keys = length if layout == "merged" else ctx.shape(tensors[1])[2 if layout == "heads" else 1]
+    whole = mask is None or ctx.dims.equal(ctx.shape(mask)[3], keys)
+    if not (CudaAttention.takes(head_dim, value_dim) and whole):
+        return _plain_attention(ctx, node, tensors, mask)
+    kind, axes = "", (True, False, False)
+    if mask is not None:
+        kind = "bool" if ctx.storage(mask) == "bool" else "float"
+        first, second, third = (not ctx.dims.equal(d, 1) for d in ctx.shape(mask)[:3])
+        axes = (first, second, third)
+    kernel = CudaAttention(
+        heads, kv_heads, head_dim, value_dim, attr(node, "scale"), layout, kind, axes, bool(attr(node, "is_causal")),
+        ctx.storage(tensors[0]),
+    )  # fmt: skip
+    name = _named(cuda_calls(ctx).attention, kernel, f"attention_{heads}x{head_dim}")
+    if mask is not None:
+        tensors.append(mask)
+    (out,) = call(ctx, name, tensors, [([batch, length, heads * value_dim], "float32")])
+    return out
+
+
+def _named(known: dict[str, Any], kernel: Any, stem: str) -> str:
+    """The name an equal kernel has, or a new one."""
+    for name, other in known.items():
+        if other == kernel:
+            return name
+    name = f"{stem}_{len(known)}"
+    known[name] = kernel
+    return name
+
+
+def _plain_attention(ctx: Context, node: ir.Node, tensors: list[Any], mask: Any) -> relax.Expr:
+    heads, kv_heads, head_dim = attr(node, "heads"), attr(node, "kv_heads"), attr(node, "head_dim")
+    if len(tensors) == 1:
+        tensors = _split(ctx, tensors[0], [heads * head_dim, kv_heads * head_dim, kv_heads * attr(node, "value_dim")])
+    query, key, value = (Heads.of(ctx, t, n) for t, n in zip(tensors, (heads, kv_heads, kv_heads)))
     scores = attention_scores(ctx, query, key, attr(node, "scale"), "float32")
     scores = _biased(ctx, node, scores, query, key, mask, None, 0, "float32")
     weights = ctx.te(_softmax, scores, name="attention_softmax")
-    calls(ctx).uses["attention"] += 1
     return attention_values(ctx, weights, value, "float32", packed=True)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from qcompile.codegen.kernels.cuda.attention import CudaAttention
 from qcompile.codegen.kernels.cuda.rowwise import CudaRowwise
 from qcompile.kernels import ROWS as BUCKETS
 from qcompile.kernels import Plan, plan
@@ -131,6 +132,14 @@ ROWWISE = {
     "largest": CudaRowwise(16384, quantize="token", hadamard=16384, dtype="float16"),
 }
 """Row kernels, by the name of the feature they add."""
+
+ATTENTION = {
+    "merged": CudaAttention(8, 4, 64, 64, 0.125, causal=True, mask="bool", mask_axes=(True, False, False)),
+    "rows": CudaAttention(12, 12, 32, 32, 0.1767, layout="rows", mask="float", mask_axes=(True, True, True)),
+    "heads": CudaAttention(4, 1, 40, 24, 0.15, layout="heads", dtype="float16", out="float16"),
+    "square": CudaAttention(8, 4, 64, 64, 0.125, mask="bool", mask_axes=(True, False, True)),
+}
+"""Attention kernels."""
 
 ROWS = [*range(1, 34), 64, 100, 128, 257, 4096]
 """Numbers of rows every case is executed with."""

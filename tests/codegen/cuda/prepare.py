@@ -12,7 +12,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from qcompile.codegen.kernels.cuda import build, rowwise
+from qcompile.codegen.kernels.cuda import attention, build, rowwise
 from qcompile.targets.cuda import TARGETS
 
 
@@ -26,17 +26,17 @@ def load_cases() -> Any:
 
 
 def prepare(index: int, arch: str, libraries: bool) -> str:
-    """One case; the last one is the row kernels."""
+    """One case; the last two are the row kernels and attention."""
     cases, target = load_cases(), TARGETS[arch]
-    whole = [case.plan(arch).source() for case in cases.CASES[index : index + 1]]
-    path = whole[0] if whole else rowwise.source(cases.ROWWISE, target)
+    rest = [lambda: rowwise.source(cases.ROWWISE, target), lambda: attention.source(cases.ATTENTION, target)]
+    path = [*(lambda c=c: c.plan(arch).source() for c in cases.CASES), *rest][index]()
     return str(build.compile_library(path, target) if libraries else path)
 
 
 def main() -> None:
     args = [a for a in sys.argv[1:] if not a.startswith("-")]
     arch, libraries = args[0] if args else "sm_90a", "--libraries" in sys.argv
-    count = len(load_cases().CASES) + 1
+    count = len(load_cases().CASES) + 2
     with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
         for name in pool.map(prepare, range(count), [arch] * count, [libraries] * count):
             print(name, flush=True)

@@ -1,0 +1,61 @@
+"""Whole programs for CUDA on a machine without one: what is called by name is in the sources, or refused with a reason."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+import torch
+from onnxscript import FLOAT, script
+from onnxscript import opset23 as op
+
+from qcompile.codegen.program_cuda import build_cuda_program
+from qcompile.errors import TargetError
+from qcompile.passes.lower import lower
+from qcompile.passes.recognise import recognise
+from qcompile.quantization import quantize_model
+from qcompile.recipes import get_recipe
+from qcompile.report import Report
+from qcompile.targets import get_target
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QCOMPILE_CUDA_CACHE", str(tmp_path))
+
+
+def quantized(recipe: str) -> ir.Model:
+    """Norm, projection with bias and activation, and a sum: 48 -> 80 channels."""
+    rng = np.random.default_rng(0)
+    gamma = rng.random(48).astype(np.float32)
+    weight = rng.standard_normal((48, 80)).astype(np.float32)
+    bias = rng.standard_normal(80).astype(np.float32)
+
+    @script(default_opset=op)
+    def model(x: FLOAT["rows", 48]) -> FLOAT["rows", 80]:  # noqa: F821, UP037
+        h = op.RMSNormalization(x, op.Constant(value=gamma))
+        return op.Relu(op.Add(op.MatMul(h, op.Constant(value=weight)), op.Constant(value=bias)))
+
+    graph, _ = recognise(ir.serde.deserialize_model(model.to_model_proto()))
+    return quantize_model(graph, get_recipe(recipe), {}, Report("m", "cuda", recipe), lambda name: None)
+
+
+@pytest.mark.parametrize("recipe", ["w8a8-rtn", "w8a16"])
+def test_sources_hold_what_is_called(recipe: str) -> None:
+    target = get_target("cuda", variant="sm_90a")
+    program = build_cuda_program(lower(quantized(recipe)), target)
+    text = "".join(path.read_text() for path in program.sources)
+    assert "linear_80x48" in text and "__launch_bounds__" in text
+    assert "rowwise_rmsnorm_48" in text
+    assert program.kernels["row-wise rmsnorm"] == 1
+    assert {"workspace.partial", "workspace.arrived"} <= set(program.params)
+    assert [str(s) for s in program.inputs] == ["x: float32[rows, 48]"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a device")
+def test_target_without_a_device_asks_for_an_architecture() -> None:
+    with pytest.raises(TargetError, match="sm_90a"):
+        get_target("cuda")
+    assert get_target("cuda", variant="sm_80").kind == "cuda"

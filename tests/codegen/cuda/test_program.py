@@ -26,8 +26,8 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("QCOMPILE_CUDA_CACHE", str(tmp_path))
 
 
-def quantized(recipe: str) -> ir.Model:
-    """Norm, projection with bias and activation, and a sum: 48 -> 80 channels."""
+def float_model() -> ir.Model:
+    """``y``: norm, projection with bias and activation, 48 -> 80 channels of ``x``."""
     rng = np.random.default_rng(0)
     gamma = rng.random(48).astype(np.float32)
     weight = rng.standard_normal((48, 80)).astype(np.float32)
@@ -36,9 +36,15 @@ def quantized(recipe: str) -> ir.Model:
     @script(default_opset=op)
     def model(x: FLOAT["rows", 48]) -> FLOAT["rows", 80]:  # noqa: F821, UP037
         h = op.RMSNormalization(x, op.Constant(value=gamma))
-        return op.Relu(op.Add(op.MatMul(h, op.Constant(value=weight)), op.Constant(value=bias)))
+        y = op.Relu(op.Add(op.MatMul(h, op.Constant(value=weight)), op.Constant(value=bias)))
+        return y
 
-    graph, _ = recognise(ir.serde.deserialize_model(model.to_model_proto()))
+    return ir.serde.deserialize_model(model.to_model_proto())
+
+
+def quantized(recipe: str) -> ir.Model:
+    """The same, rounded to nearest."""
+    graph, _ = recognise(float_model())
     return quantize_model(graph, get_recipe(recipe), {}, Report("m", "cuda", recipe), lambda name: None)
 
 

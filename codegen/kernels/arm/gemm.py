@@ -17,7 +17,7 @@ from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from tvm import tirx
@@ -25,6 +25,19 @@ from tvm.script import tirx as T
 from tvm.tirx.script.builder import ir as B
 
 from qcompile.codegen.kernels.arm import bits
+from qcompile.codegen.kernels.arm.products import (
+    BYTES,
+    LANES,
+    Accumulator,
+    DotSum,
+    MaskedSum,
+    ProductSum,
+    Word,
+    dot,
+    pairs,
+    repeated,
+    signed,
+)
 from qcompile.codegen.kernels.base import LinearProblem
 from qcompile.codegen.kernels.cpu import vector as v
 from qcompile.codegen.kernels.cpu import vmath
@@ -33,12 +46,6 @@ from qcompile.codegen.kernels.cpu.lut import group_scales
 from qcompile.codegen.kernels.cpu.panels import Panels, integer_format, largest
 from qcompile.formats import Format, IntFormat, Quantized
 from qcompile.targets.target import Target
-
-LANES = 4
-"""32-bit lanes of a register."""
-
-BYTES = 16
-"""Activations of one load."""
 
 STACK_BYTES = 16 << 10
 """Sums of activations up to this size live on the stack."""
@@ -70,22 +77,6 @@ class UnsignedPanels(Panels):
     def row_vectors(self) -> int:
         """Registers of one vector of columns in a panel row."""
         return self.row_bytes // (self.vectors * BYTES)
-
-
-class Accumulator(Protocol):
-    """A sum of products of bytes, one int32 lane per column."""
-
-    def add(self, codes: Any, activations: Any) -> None:
-        """Emit the addition of 4 products to each lane."""
-        ...
-
-    def flush(self) -> None:
-        """Emit what must happen before a narrow sum overflows."""
-        ...
-
-    def total(self) -> Any:
-        """The sum, int32x4."""
-        ...
 
 
 class ArmGemm(TiledGemm):
@@ -360,55 +351,6 @@ class ArmGemm(TiledGemm):
         return v.let(word)
 
 
-@dataclass(frozen=True)
-class Word:
-    """Consecutive activations of a row: lane ``lane`` of ``value``, which has ``lanes`` integers of ``depth`` bytes."""
-
-    value: Any
-    lanes: int
-    lane: int
-    depth: int
-
-    def scalar(self) -> Any:
-        """The integer."""
-        return v.shuffle(self.value, [self.lane]) if self.lanes > 1 else self.value
-
-
-def repeated(word: Word) -> Any:
-    """A register of bytes that holds the word in every lane of its width."""
-    count = BYTES // word.depth
-    wide = v.shuffle(word.value, [word.lane] * count) if word.lanes > 1 else v.splat(word.value, count)
-    return v.bits_of(wide, "int8", BYTES)
-
-
-def signed(codes: Any) -> Any:
-    """Bytes that are signed codes + 128 as those codes, int8."""
-    lanes = int(codes.ty.dtype.lanes)
-    return v.let(v.bits_of(T.bitwise_xor(codes, v.const(128, lanes, "uint8")), "int8", lanes))
-
-
-def dot(acc: Any, a: Any, b: Any) -> Any:
-    """``acc`` plus products of signed bytes, four into each int32 lane (SDOT)."""
-    return T.call_llvm_pure_intrin("int32x4", "llvm.aarch64.neon.sdot", acc, a, b)
-
-
-class DotSum:
-    """SDOT into one register."""
-
-    def __init__(self, start: Any) -> None:
-        self.sum = Register("int32", LANES)
-        self.sum.set(start)
-
-    def add(self, codes: Any, activations: Any) -> None:
-        self.sum.set(dot(self.sum.get(), codes, activations))
-
-    def flush(self) -> None:
-        pass
-
-    def total(self) -> Any:
-        return self.sum.get()
-
-
 class DotGemm(ArmGemm):
     """SDOT, 16 products per instruction."""
 
@@ -431,63 +373,6 @@ class DotGemm(ArmGemm):
         return 0
 
 
-class ProductSum:
-    """SMULL and SMLAL into 16-bit lanes, flushed into 32-bit ones: two per column until the end."""
-
-    def __init__(self, narrow: bool, start: Any) -> None:
-        self.start = start
-        zero = v.const(0, LANES, "int32")
-        self.wide = [Register("int32", LANES) for _ in range(2)]
-        self.narrow = [Register("int16", 2 * LANES) for _ in range(2)] if narrow else []
-        for register in self.wide:
-            register.set(zero)
-        for register in self.narrow:
-            register.set(v.const(0, 2 * LANES, "int16"))
-
-    def add(self, codes: Any, activations: Any) -> None:
-        for half in range(2):
-            part = range(8 * half, 8 * half + 8)
-            u, a = (v.cast(v.shuffle(value, part), "int16", 8) for value in (codes, activations))
-            if self.narrow:
-                self.narrow[half].set(self.narrow[half].get() + u * a)
-            else:
-                self.wide[half].set(self.wide[half].get() + _pairs(u * a))
-
-    def flush(self) -> None:
-        for wide, narrow in zip(self.wide, self.narrow):
-            wide.set(wide.get() + _pairs(narrow.get()))
-            narrow.set(v.const(0, 2 * LANES, "int16"))
-
-    def total(self) -> Any:
-        pairs = T.call_llvm_pure_intrin("int32x4", "llvm.aarch64.neon.addp", *(w.get() for w in self.wide))
-        return self.start + pairs
-
-
-class MaskedSum:
-    """Activations where a mask is -1, added in pairs into 16-bit lanes; the sum is taken negative, as of products."""
-
-    def __init__(self) -> None:
-        self.wide, self.narrow = Register("int32", LANES), Register("int16", 2 * LANES)
-        self.wide.set(v.const(0, LANES, "int32"))
-        self.narrow.set(v.const(0, 2 * LANES, "int16"))
-
-    def add(self, codes: Any, activations: Any) -> None:
-        chosen = T.bitwise_and(codes, activations)
-        self.narrow.set(self.narrow.get() + T.call_llvm_pure_intrin("int16x8", "llvm.aarch64.neon.saddlp", chosen))
-
-    def flush(self) -> None:
-        self.wide.set(self.wide.get() + _pairs(self.narrow.get()))
-        self.narrow.set(v.const(0, 2 * LANES, "int16"))
-
-    def total(self) -> Any:
-        return v.const(0, LANES, "int32") - self.wide.get()
-
-
-def _pairs(value: Any) -> Any:
-    """Sums of neighbouring 16-bit lanes (SADALP when added to a register)."""
-    return T.call_llvm_pure_intrin("int32x4", "llvm.aarch64.neon.saddlp", value)
-
-
 class NeonGemm(ArmGemm):
     """8-bit multiply-adds into 16-bit lanes, for processors without SDOT."""
 
@@ -503,7 +388,7 @@ class NeonGemm(ArmGemm):
         return rate, 1.5 if 8 % problem.weight.bits else 0.0 if problem.weight.bits == 8 else 0.5
 
     def add_bytes(self, total: Any, x: Any) -> Any:
-        return total + _pairs(T.call_llvm_pure_intrin("int16x8", "llvm.aarch64.neon.saddlp", x))
+        return total + pairs(T.call_llvm_pure_intrin("int16x8", "llvm.aarch64.neon.saddlp", x))
 
     def accumulator(self, panels: UnsignedPanels, part: bits.Part, start: Any) -> ProductSum | MaskedSum:
         return MaskedSum() if part.mask else ProductSum(narrow(panels), start)

@@ -13,7 +13,8 @@ from typing import Any
 from tvm.script import tirx as T
 
 from qcompile.codegen.kernels.arm import bits
-from qcompile.codegen.kernels.arm.gemm import BYTES, LANES, DotGemm, Word, dot, repeated
+from qcompile.codegen.kernels.arm.gemm import DotGemm
+from qcompile.codegen.kernels.arm.products import BYTES, LANES, Word, dot, repeated
 from qcompile.codegen.kernels.base import LinearProblem
 from qcompile.codegen.kernels.cpu import vector as v
 from qcompile.codegen.kernels.cpu.gemm import Emission, Register

@@ -39,9 +39,7 @@ class Residual(nn.Module):
 
 def mlp() -> nn.Module:
     """64-64-32-10."""
-    return nn.Sequential(
-        nn.Flatten(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10)
-    )
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
 
 
 def cnn() -> nn.Module:
@@ -79,7 +77,9 @@ class Attention(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``(B, T, width)`` to the same."""
         b, t, c = x.shape
-        q, k, v = (f(x).reshape(b, t, self.heads, c // self.heads).transpose(1, 2) for f in (self.query, self.key, self.value))
+        q, k, v = (
+            f(x).reshape(b, t, self.heads, c // self.heads).transpose(1, 2) for f in (self.query, self.key, self.value)
+        )
         y = nn.functional.scaled_dot_product_attention(q, k, v)
         return self.out(y.transpose(1, 2).reshape(b, t, c))
 

@@ -49,7 +49,7 @@ class IntType:
             raise FormatError(f"empty range [{low}, {high}]")
         if low >= 0:
             return cls(max(1, int(high).bit_length()), False)
-        return cls(max(int(high).bit_length(), int(~low).bit_length()) + 1, True)
+        return cls(max(max(int(high), 0).bit_length(), int(~low).bit_length()) + 1, True)
 
     @property
     def low(self) -> int:

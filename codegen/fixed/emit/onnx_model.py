@@ -92,7 +92,7 @@ class Emitter:
         """A node with one output."""
         attributes = {k: int(v) if isinstance(v, ir.DataType) else v for k, v in attributes.items()}
         node = ir.node(kind, inputs, attributes=attributes, domain=domain, name=f"{name or kind}_{len(self.nodes)}")
-        node.outputs[0].name = name or f"v{len(self.nodes)}"
+        node.outputs[0].name = name or f"value.{len(self.nodes)}"
         self.nodes.append(node)
         return node.outputs[0]
 

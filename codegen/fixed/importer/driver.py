@@ -134,9 +134,8 @@ def import_model(model: ir.Model, name: str) -> Imported:
     from qcompile.codegen.fixed.importer import operators  # noqa: F401  (registers the handlers)
 
     context = Context(model)
-    for value in model.graph.inputs:
-        if value.name:
-            context.builder.names.add(value.name)
+    for value in [*model.graph.inputs, *model.graph.outputs]:
+        context.builder.names |= {value.name or "", (value.name or "").lower()}
     for node in model.graph:
         handler = HANDLERS.get((node.domain, node.op_type))
         if handler is None:

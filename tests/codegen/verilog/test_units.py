@@ -1,0 +1,91 @@
+"""The Verilog of every node gives numpy's integers, with and without stalls, in exactly the cycles that `timing` computes."""
+
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import tests_fixed_cases as cases
+
+from qcompile.codegen.fixed.nodes import MatVec
+from qcompile.codegen.fixed.program import Program
+from qcompile.codegen.fixed.stream import Stream
+from qcompile.codegen.verilog import build, hardware, simulate, timing, top
+from qcompile.codegen.verilog.netlist import Netlist
+from qcompile.formats.fixed import IntType
+
+FRAMES = 12
+GROUPS = {
+    "matvec": ("fc",),
+    "windows": ("window", "depthwise", "average", "maxpool"),
+    "elements": ("affine", "rescale", "clamp", "lookup", "add", "multiply", "concat", "prepend", "select", "transpose", "token_sum"),
+    "rows": ("scores", "values", "softmax", "layer_norm", "rms_norm"),
+}  # fmt: skip
+
+pytestmark = pytest.mark.skipif(shutil.which("verilator") is None, reason="needs verilator")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("group", GROUPS)
+def test_units_are_exact_in_values_and_cycles(group, tmp_path):
+    rng = np.random.default_rng(3)
+    whole, units, feeds = Netlist("dut"), [], {}
+    for name, node in cases.nodes(rng).items():
+        if not name.startswith(GROUPS[group]):
+            continue
+        frames = cases.vectors(node, rng, FRAMES)
+        expected = node.reference(*frames)
+        corners = {(0, 0), (-1, -1)} if group in ("elements", "windows") else {(len(node.pe_choices) // 2,) * 2}
+        for p, s in sorted(corners):
+            s = min(s, len(node.simd_choices) - 1)
+            folded = replace(node, name=f"{name}_{p % 99}_{s % 99}").folded(node.pe_choices[p], node.simd_choices[s])
+            inputs = []
+            for i, (stream, lanes) in enumerate(zip(folded.inputs, build.input_lanes(folded))):
+                beats = stream.tokens * stream.channels // lanes
+                inputs.append(whole.input(f"{folded.name}_in{i}", lanes, stream.type, beats))
+                feeds[inputs[-1].name] = frames[i]
+            first = len(whole.units)
+            out = build.elaborate(folded, whole, inputs)
+            whole.output(out)
+            alone = Netlist("alone")
+            alone.units, alone.inputs, alone.outputs = whole.units[first:], inputs, [out]
+            timing.size_fifos(alone)
+            units.append((inputs, out, expected, timing.evaluate(alone, FRAMES).cycles(alone)))
+    files = top.write(whole, tmp_path)
+    simulator = simulate.build(tmp_path, "dut", files, whole.inputs, whole.outputs)
+    for stalls in (0, 1, 2):
+        results, traffic = simulator.run(feeds, stalls)
+        for inputs, out, expected, cycles in units:
+            np.testing.assert_array_equal(results[out.name], expected.ravel(), f"{out.name}, stalls {stalls}")
+            if not stalls:
+                took = traffic[out.name].last - min(traffic[c.name].first for c in inputs) + 1
+                assert took == cycles, out.name
+
+
+def chain(rng):
+    x = Stream.of("x", 1, 24, IntType(8, True))
+    nodes, source = [], x
+    for name, n, pe, simd in (("a", 18, 3, 8), ("b", 12, 4, 6), ("c", 10, 5, 3)):
+        weight = rng.integers(-8, 8, (source.channels, n))
+        node = MatVec(name, (source,), weight, rng.integers(-99, 99, n), cases.requantize(rng, n)).folded(pe, simd)
+        nodes.append(node)
+        source = node.output
+    return Program("chain", (x,), tuple(nodes), ("c",))
+
+
+@pytest.mark.slow
+def test_a_pipeline_is_as_fast_as_its_slowest_node(tmp_path):
+    rng = np.random.default_rng(4)
+    program = chain(rng)
+    netlist = hardware.make_netlist(program)
+    slowest = max(node.interval for node in program.nodes)
+    line = timing.evaluate(netlist, 40)
+    assert line.interval(netlist) == slowest
+    x = rng.integers(-128, 128, (40, 1, 24))
+    files = top.write(netlist, tmp_path)
+    simulator = simulate.build(tmp_path, "chain", files, netlist.inputs, netlist.outputs)
+    for stalls in (0, 1, 2):
+        results, traffic = simulator.run({"x": x}, stalls)
+        np.testing.assert_array_equal(results["c"], program.reference({"x": x})["c"].ravel())
+        if not stalls:
+            assert traffic["c"].last - traffic["x"].first + 1 == line.cycles(netlist)

@@ -1,0 +1,69 @@
+"""The FPGA target from a float model to C99, by the commands a user types."""
+
+import json
+import shutil
+
+import numpy as np
+import onnx
+import pytest
+from click.testing import CliRunner
+from onnx import numpy_helper
+
+from qcompile.cli import cli
+
+TEXT = """
+<ir_version: 10, opset_import: ["" : 18]>
+net (float[batch, 12] x) => (float[batch, 5] y)
+{
+    h = MatMul (x, w1)
+    b = Add (h, b1)
+    a = Relu (b)
+    y = MatMul (a, w2)
+}
+"""
+
+
+@pytest.fixture
+def files(tmp_path):
+    model, rng = onnx.parser.parse_model(TEXT), np.random.default_rng(0)
+    for name, shape in (("w1", (12, 18)), ("b1", (18,)), ("w2", (18, 5))):
+        model.graph.initializer.append(numpy_helper.from_array(rng.standard_normal(shape).astype(np.float32), name))
+    onnx.save(model, tmp_path / "model.onnx")
+    np.savez(tmp_path / "data.npz", x=rng.standard_normal((40, 12)).astype(np.float32))
+    return tmp_path
+
+
+def run(*arguments):
+    return CliRunner().invoke(cli, [str(a) for a in arguments])
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")
+def test_a_model_becomes_sources_that_equal_its_integer_onnx_model(files):
+    out, data = files / "out", files / "data.npz"
+    done = run("compile", files / "model.onnx", "--target", "fpga", "--recipe", "fixed-w4a8", "--calibration", data,
+               "--pe-budget", 8, "-o", out, "--json")  # fmt: skip
+    assert done.exit_code == 0, done.output
+    report = json.loads(done.stdout)
+    assert sum(n["pe"] * n["simd"] for n in report["hardware"]["nodes"] if n["kind"] == "matvec") <= 8
+    assert report["quality"]["program_to_onnx_error"] == 0
+    assert report["quality"]["onnx_to_float_cosine"] > 0.97
+    for name in ("c/model.c", "hls/model.cpp", "verilog/model.v", "verilog/test_bench.v", "hardware.json"):
+        assert (out / name).is_file()
+    done = run("simulate", out, data, "--with", "c", "--json")
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout) == {"frames": 40, "differences": 0}
+
+
+def test_limits_that_cannot_be_met_say_how_near_one_comes(files):
+    done = run("compile", files / "model.onnx", "--target", "fpga", "--recipe", "fixed-w4a8", "--calibration",
+               files / "data.npz", "--target-cycles", 0, "-o", files / "out", "--quiet")  # fmt: skip
+    assert done.exit_code == 8
+    assert "0 cycles per frame are not possible; the fewest are 1" in done.output
+
+
+def test_a_recipe_with_dynamic_scales_is_refused_by_name(files):
+    done = run(
+        "compile", files / "model.onnx", "--target", "fpga", "--recipe", "w8a8-rtn", "-o", files / "out", "--quiet"
+    )
+    assert done.exit_code != 0
+    assert "error:" in done.output and not (files / "out").exists()

@@ -37,7 +37,7 @@ def write_html(path: Path, report: Report, latency: Mapping[str, Mapping[str, fl
         plots.append(("Latency", latency_plot(latency)))
     text = environment.get_template("report.html").render(
         report=report,
-        title=Path(report.model).name if "/" in report.model and ":" not in report.model else report.model,
+        title="/".join(Path(report.model).parts[-2:]),
         facts=facts_of(report, sum(report.size.values())),
         plots=[(title, svg) for title, svg in plots if svg],
         latency=latency,
@@ -119,7 +119,8 @@ def range_plot(layers: list[LayerRecord]) -> str:
             points = sorted({int(i * (len(ordered) - 1) / 127) for i in range(128)})
             axis.plot(points, [ordered[i] for i in points], color=color, linewidth=1, label=label)
         axis.set_yscale("log")
-        axis.set_title(short(layer.name, 26), fontsize=6)
+        axis.yaxis.set_minor_formatter("")
+        axis.set_title(short(layer.name, 36), fontsize=6)
     for axis in list(axes.flat)[len(chosen) :]:
         axis.set_visible(False)
     axes[0, 0].legend(fontsize=6, frameon=False)

@@ -25,6 +25,7 @@ from qcompile.codegen.relax.attributes import attr
 from qcompile.codegen.relax.context import Context
 from qcompile.codegen.relax.dims import as_expr
 from qcompile.codegen.relax.registry import converter
+from qcompile.codegen.tune.database import shipped
 from qcompile.formats import IntFormat, Quantized, parse_activation, parse_format
 
 DOMAIN = "qcompile.kernel"
@@ -151,7 +152,7 @@ def product(
     activation = parse_activation(attr(node, "activation_format"))
     epilogue = Epilogue(bias is not None, attr(node, "epilogue"), residual is not None, limits is not None)
     problem = LinearProblem(k, n, weight_format, activation, epilogue, threads=ctx.target.cores)
-    choice = select(problem, ctx.target)
+    choice = select(problem, ctx.target, shipped(ctx.target))
     codes, steps = ctx.constant(node.inputs[2]), ctx.constant(node.inputs[3])
     zero = ctx.constant(node.inputs[4]) if len(node.inputs) > 4 and node.inputs[4] is not None else None
     weight = Quantized(

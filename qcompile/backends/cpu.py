@@ -114,12 +114,17 @@ def save_onnx(program: Any, places: Mapping[str, Any], quantized: ir.Model, fold
 
 
 def write_program(folder: Path, program: Any, target: Any) -> None:
-    """Write ``program.json``: what the library takes and returns."""
+    """Write ``program.json``: what the library takes and returns, and which products it computes."""
+    shapes = (
+        (p.k, p.n, str(p.weight), str(p.activation))
+        for p in dict.fromkeys(record.problem for record in program.linears)
+    )
     content = {
         "inputs": [dataclasses.asdict(s) for s in program.inputs],
         "outputs": [dataclasses.asdict(s) for s in program.outputs],
         "parameters": list(program.params),
         "target": {"kind": target.kind, "cpu": target.cpu, "features": sorted(target.features)},
+        "products": [dict(zip(("k", "n", "weight", "activation"), shape)) for shape in dict.fromkeys(shapes)],
     }
     text = json.dumps(content, allow_nan=False, separators=(",", ":")) + "\n"
     (folder / "program.json").write_text(text, encoding="utf-8")

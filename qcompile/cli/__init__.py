@@ -44,6 +44,7 @@ COMMANDS = {
     "compile": "compile",
     "run": "run",
     "bench": "bench",
+    "tune": "tune",
     "inspect": "inspect",
     "simulate": "simulate",
     "synth": "synth",

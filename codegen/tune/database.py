@@ -1,0 +1,194 @@
+"""Measured configs by target, format and shape: JSON files under ``targets/tuned/``, one per target.
+
+    {"version": 1, "target": "x86/x86-64-v3", "entries": [{"k": 4096, "n": 4096, "weight": "int2/g128",
+     "activation": "int8/token", "rows": [1, 16, 128], "threads": 1, "family": "x86-lut", "config": {...},
+     "microseconds": [127.0, 1690.2, 13533.1], "trials": 24, "machine": "AMD EPYC"}]}
+
+A shape that was not measured takes the config of the nearest one that was, with the same formats, and says so. Shapes more
+than a factor of 4 away in all are no neighbours; the cost model chooses then.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import tempfile
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, replace
+from math import log2
+from pathlib import Path
+from typing import Any
+
+from qcompile.codegen.kernels.base import LinearProblem
+from qcompile.errors import ArtifactError
+from qcompile.targets.target import Target
+
+FOLDER = Path(__file__).parent
+VERSION = 1
+
+NEAR = 2.0
+"""Largest distance of a neighbour: the sum of ``|log2|`` of the ratios of K and of N."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The fastest kernel of one problem on one machine.
+
+    Attributes:
+        k, n, weight, activation: the problem; formats as they are spelled.
+        rows: numbers of rows it was judged by.
+        threads: threads it was measured with.
+        family, config: what was fastest.
+        microseconds: its time for each number of rows.
+        trials: how many configs were compared.
+        machine: where.
+    """
+
+    k: int
+    n: int
+    weight: str
+    activation: str
+    rows: tuple[int, ...]
+    threads: int
+    family: str
+    config: dict[str, Any]
+    microseconds: tuple[float, ...]
+    trials: int
+    machine: str = ""
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """What two measurements of the same thing share."""
+        return self.k, self.n, self.weight, self.activation, self.rows, self.threads
+
+    def distance(self, problem: LinearProblem) -> float:
+        """How far its shape is from that of ``problem``."""
+        return abs(log2(self.k / problem.k)) + abs(log2(self.n / problem.n))
+
+
+class Database:
+    """Entries of one target.
+
+    Args:
+        target: name of the target, ``str(target)``.
+        entries: what is known.
+    """
+
+    def __init__(self, target: str, entries: Iterable[Measured] = ()) -> None:
+        self.target = target
+        self.entries = {entry.key: entry for entry in entries}
+
+    def add(self, entry: Measured) -> None:
+        """Enter a result in place of an older one of the same problem."""
+        self.entries[entry.key] = entry
+
+    def lookup(self, problem: LinearProblem, target: Target) -> tuple[str, dict[str, Any], str] | None:
+        """Name of the best family, its config, and where both come from; None if nothing near is known."""
+        if str(target) != self.target:
+            return None
+        fits = [
+            entry
+            for entry in self.entries.values()
+            if (entry.weight, entry.activation) == (str(problem.weight), str(problem.activation))
+            and (problem.m is None or entry.rows == (problem.m,) or len(entry.rows) > 1)
+            and entry.distance(problem) <= NEAR
+        ]
+        if not fits:
+            return None
+
+        def preference(entry: Measured) -> tuple[Any, ...]:
+            # Of equally near ones, those of the wanted rows and threads.
+            rows = (problem.m,) if problem.m is not None else entry.rows
+            return entry.distance(problem), entry.rows != rows, abs(entry.threads - problem.threads), entry.key
+
+        best = min(fits, key=preference)
+        config = _nearest_config(best, problem, target)
+        if config is None:
+            return None
+        where = f"{best.k} x {best.n}" + (f" on {best.machine}" if best.machine else "")
+        exact = (best.k, best.n) == (problem.k, problem.n)
+        reason = (
+            f"measured fastest for {where}" if exact else f"measured fastest for {where}, the nearest shape measured"
+        )
+        return best.family, config, reason
+
+    # Files
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Database:
+        """Read a file.
+
+        Raises:
+            ArtifactError: it is no database, or of another version.
+        """
+        try:
+            content = json.loads(Path(path).read_text(encoding="utf-8"))
+            if content["version"] != VERSION:
+                raise ArtifactError(f"{path}: version {content['version']} of tuned databases is not {VERSION}")
+            entries = [
+                Measured(**{**e, "rows": tuple(e["rows"]), "microseconds": tuple(e["microseconds"])})
+                for e in content["entries"]
+            ]
+            return cls(content["target"], entries)
+        except (ValueError, KeyError, TypeError) as error:
+            raise ArtifactError(f"{path} is no tuned database: {error}") from error
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write a file; a kill leaves the old one or the new one, whole."""
+        ordered = sorted(self.entries.values(), key=lambda entry: entry.key)
+        lines = ",\n".join("  " + json.dumps(asdict(entry)) for entry in ordered)
+        head = f'{{"version": {VERSION}, "target": {json.dumps(self.target)}, "entries": ['
+        write_atomically(Path(path), f"{head}\n{lines}\n]}}\n")
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace a file by one with the given text."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def file_of(target: Target) -> Path:
+    """The file that holds what is shipped for a target."""
+    import qcompile.targets
+
+    name = f"{target.cpu}{''.join(target.attributes)}" or target.kind
+    return Path(next(iter(qcompile.targets.__path__))) / "tuned" / f"{name}.json"
+
+
+def shipped(target: Target) -> Database | None:
+    """The database of a target that comes with the package, or that ``QCOMPILE_TUNED`` names; None if there is none."""
+    path = Path(os.environ.get("QCOMPILE_TUNED") or file_of(target))
+    return _read(path, path.stat().st_mtime_ns) if path.is_file() else None
+
+
+@functools.lru_cache(maxsize=8)
+def _read(path: Path, changed: int) -> Database:
+    return Database.load(path)
+
+
+def _nearest_config(entry: Measured, problem: LinearProblem, target: Target) -> dict[str, Any] | None:
+    """The config of ``entry`` if it is one of the problem's own, else the one that differs in the fewest choices."""
+    from qcompile.codegen.kernels import families
+
+    family = next((f for f in families(target.kind) if f.name == entry.family), None)
+    if family is None or not family.supports(problem, target):
+        return None
+    own = family.configs(replace(problem, threads=max(problem.threads, 1)), target)
+    if entry.config in own:
+        return dict(entry.config)
+
+    def differences(config: dict[str, Any]) -> int:
+        return sum(config.get(name) != value for name, value in entry.config.items())
+
+    return dict(sorted(own, key=differences)[0])

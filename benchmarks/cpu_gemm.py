@@ -1,181 +1,106 @@
-"""Linear kernels on this machine beside ONNX Runtime, shape by shape.
+"""Linear kernels on this machine beside ONNX Runtime, llama.cpp and a pure read, shape by shape, in one table.
 
-    TVM_NUM_THREADS=2 python benchmarks/cpu_gemm.py                 MiniLM's shapes
-    python benchmarks/cpu_gemm.py --shapes 4096x4096 --rows 1 16    others (K x N)
+    TVM_NUM_THREADS=2 python benchmarks/cpu_gemm.py                                all of it: hours
+    python benchmarks/cpu_gemm.py --shapes 4096x4096 --rows 1 --from memory        K x N, one row, from memory
+    python benchmarks/cpu_gemm.py --cliff --weights int2/g128                      throughput over N = 64 .. 512
 
-Peers of W8A8 are ``MatMulIntegerToFloat`` (the product alone) and ``DynamicQuantizeMatMul`` (activations quantized too),
-of W4A8 and W4 ``MatMulNBits`` with ``accuracy_level`` 4 and 0. `quantize` is our per-token quantizer plus the kernel, to
-be read beside peers that quantize. Each call computes several products with weights of their own: `cache` has a few
-megabytes of them, `memory` several times the last-level cache. Peers take turns in three blocks, in one process; a
-figure is the lowest of the three medians, in microseconds per product. One thread is timed by its own CPU clock, which
-other processes disturb least, several by the wall clock.
+`ours` is the per-token quantizer and the kernel that `select` chooses, as the peers quantize too; `kernel` is the latter
+alone. Peers: ``MatMulNBits`` with accuracy level 4 (``nbits``) and its look-up kernel (``ort-lut``), ONNX Runtime's exact 8-bit
+products (``u8s8`` without, ``dynamic`` with quantizer), ggml's types by their names, ``read``: the bytes of our packed weights.
+llama.cpp comes with the extra ``peers``, or from ``--ggml FOLDER``; a library of your own with ``--peer NAME=PATH``.
+
+A call computes several products with weights of their own: `cache` has a few megabytes of them, `memory` several times the
+last-level cache. Contenders take turns in three blocks, in one process; a figure is the lowest of the three medians, in
+microseconds per product, and in brackets how many times ours it is. One thread is timed by its own CPU clock, which other
+processes disturb least, several by the wall clock.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 
 os.environ.setdefault("TVM_NUM_THREADS", str(len(os.sched_getaffinity(0))))
 
 import numpy as np
-import onnxruntime as ort
 import tvm
-from onnx import TensorProto, helper, numpy_helper
+from peers import ggml, library, ort, read
 
 from qcompile.codegen.kernels import select
-from qcompile.codegen.kernels.base import Epilogue, LinearProblem
+from qcompile.codegen.kernels.base import LinearProblem
 from qcompile.codegen.kernels.cpu.rowwise import Rowwise
-from qcompile.formats import IntFormat, Quantized, parse_activation, parse_format
+from qcompile.codegen.tune.database import shipped
+from qcompile.codegen.tune.measure import random_weight
+from qcompile.formats import Format, parse_activation, parse_format
 from qcompile.targets import x86
+from qcompile.targets.target import Target
 
-MINILM = ["384x1152", "384x384", "384x1536:gelu", "1536x384:residual"]
+SHAPES = ["4096x4096", "11008x4096", "4096x11008", "3200x8640", "1536x384", "2048x5632"]
+WEIGHTS = ["int1/g128", "int2/g128", "int3/g128", "int4/g128", "int8"]
+GGML = {1: [], 2: ["Q2_K", "TQ2_0"], 3: ["Q3_K"], 4: ["Q4_0", "Q4_K"], 8: ["Q8_0"]}
 CACHE, MEMORY = 4 << 20, 128 << 20
 Call = Callable[[], None]
 
 
-@dataclass
-class Case:
-    """One product: shape, rows, formats, and how many weights a call goes through."""
+class Contender:
+    """Our kernel for one problem, with weights for ``copies`` products."""
 
-    k: int
-    n: int
-    m: int
-    weight: IntFormat
-    activation: str
-    epilogue: Epilogue
-    copies: int
+    def __init__(self, problem: LinearProblem, target: Target, m: int, copies: int | None, bytes_wanted: int) -> None:
+        self.choice = select(problem, target, shipped(target))
+        family, config = self.choice.family, self.choice.config
+        kernel = tvm.compile(family.build(problem, config, target, "gemm"), target=target.tvm())["gemm"]
+        packed = family.pack(problem, config, random_weight(problem))
+        self.size = sum(array.nbytes for array in packed.values())
+        self.copies = copies or max(2, -(-bytes_wanted // self.size))
+        weights = [[tvm.runtime.tensor(a) for a in packed.values()] for _ in range(self.copies)]
+        rng = np.random.default_rng(1)
+        rows = tvm.runtime.tensor(rng.normal(size=(m, problem.k)).astype(np.float32))
+        codes, scale = tvm.runtime.empty((m, problem.k), "uint8"), tvm.runtime.empty((m,), "float32")
+        out = tvm.runtime.empty((m, problem.n), "float32")
+        quantizer = Rowwise(problem.k, f32_output=False, quantize="token").build(target, "quantize")
+        quantize = tvm.compile(tvm.IRModule({"quantize": quantizer}), target=target.tvm())["quantize"]
+        quantize(rows, codes, scale)
 
-    def random(self) -> Quantized:
-        """Codes and scales."""
-        rng = np.random.default_rng(0)
-        codes = rng.integers(self.weight.qmin, self.weight.qmax + 1, (self.k, self.n)).astype(np.int8)
-        return Quantized(codes, rng.uniform(0.01, 0.02, (self.weight.groups(self.k), self.n)).astype(np.float32))
-
-
-def ours(case: Case, target: x86.Target, quantize: bool) -> tuple[Call, float]:
-    """Our kernel, and the seconds it took to compile."""
-    problem = LinearProblem(
-        case.k, case.n, case.weight, parse_activation(case.activation), case.epilogue, threads=target.cores
-    )
-    choice = select(problem, target)
-    start = time.perf_counter()
-    module = tvm.compile(choice.family.build(problem, choice.config, target, "gemm"), target=target.tvm())
-    kernel = module["gemm"]
-    seconds = time.perf_counter() - start
-    rng = np.random.default_rng(1)
-    packed = choice.family.pack(problem, choice.config, case.random())
-    weights = [[tvm.runtime.tensor(a) for a in packed.values()] for _ in range(case.copies)]
-    rows = tvm.runtime.tensor(rng.normal(size=(case.m, case.k)).astype(np.float32))
-    codes = tvm.runtime.tensor(rng.integers(0, 256, (case.m, case.k)).astype(np.uint8))
-    scale = tvm.runtime.tensor(np.full(case.m, 0.01, np.float32))
-    tail = [tvm.runtime.tensor(np.zeros(case.n, np.float32))] if case.epilogue.bias else []
-    tail += [tvm.runtime.tensor(np.zeros((case.m, case.n), np.float32))] if case.epilogue.residual else []
-    out = tvm.runtime.empty((case.m, case.n), "float32")
-    inputs = [codes, scale] if problem.activation.bits else [rows]
-    if not quantize:
-
-        def call() -> None:
+        def alone() -> None:
             for weight in weights:
-                kernel(*inputs, *weight, *tail, out)
+                kernel(codes, scale, *weight, out)
 
-        return call, seconds
-    rowwise = Rowwise(case.k, f32_output=False, quantize="token").build(target, "quantize")
-    quantizer = tvm.compile(tvm.IRModule({"quantize": rowwise}), target=target.tvm())["quantize"]
+        def both() -> None:
+            for weight in weights:
+                quantize(rows, codes, scale)
+                kernel(codes, scale, *weight, out)
 
-    def both() -> None:
-        for weight in weights:
-            quantizer(rows, codes, scale)
-            kernel(*inputs, *weight, *tail, out)
-
-    return both, seconds
+        self.calls: dict[str, Call] = {"ours": both, "kernel": alone}
 
 
-def onnxruntime(case: Case, operator: str, threads: int) -> Call:
-    """ONNX Runtime's node followed by the same tail, ``case.copies`` times."""
-    weight = case.random()
-    codes, scale = weight.codes, weight.scale
-    inputs, nodes, constants, outputs = [], [], [], []
-
-    def constant(name: str, array: np.ndarray) -> str:
-        constants.append(numpy_helper.from_array(array, name))
-        return name
-
-    def value(name: str, shape: tuple[int, ...], dtype: int) -> str:
-        inputs.append(helper.make_tensor_value_info(name, dtype, shape))
-        return name
-
-    feeds: dict[str, np.ndarray] = {}
-    rng = np.random.default_rng(1)
-    if operator == "MatMulIntegerToFloat":
-        x = value("x", (case.m, case.k), TensorProto.UINT8)
-        feeds["x"] = rng.integers(0, 256, (case.m, case.k)).astype(np.uint8)
-    else:
-        x = value("x", (case.m, case.k), TensorProto.FLOAT)
-        feeds["x"] = rng.normal(size=(case.m, case.k)).astype(np.float32)
-    if case.epilogue.residual:
-        value("r", (case.m, case.n), TensorProto.FLOAT)
-        feeds["r"] = np.zeros((case.m, case.n), np.float32)
-    bias = constant("bias", np.zeros(case.n, np.float32)) if case.epilogue.bias else ""
-    for i in range(case.copies):
-        y, options = f"y{i}", {}
-        if operator == "MatMulNBits":
-            block = case.weight.group
-            unsigned = (codes.T + 8).astype(np.uint8).reshape(case.n, case.k // block, block)
-            nibbles = unsigned[..., 0::2] | (unsigned[..., 1::2] << 4)
-            names = [
-                x,
-                constant(f"w{i}", nibbles),
-                constant(f"s{i}", np.ascontiguousarray(scale.T).reshape(-1)),
-                "",
-                "",
-                bias,
-            ]
-            level = 4 if case.activation != "none" else 0
-            options = {"K": case.k, "N": case.n, "bits": 4, "block_size": block, "accuracy_level": level}
-        elif operator == "MatMulIntegerToFloat":
-            one = [
-                constant(f"a{i}", np.float32(0.01)),
-                constant(f"s{i}", scale[0]),
-                constant(f"z{i}", np.uint8(128)),
-                "",
-            ]
-            names = [x, constant(f"w{i}", codes), *one, bias]
-        else:
-            names = [x, constant(f"w{i}", codes), constant(f"s{i}", scale[0]), "", bias]
-        while names and not names[-1]:
-            names.pop()
-        nodes.append(helper.make_node(operator, names, [y], domain="com.microsoft", **options))
-        if case.epilogue.activation == "gelu":
-            nodes.append(helper.make_node("Gelu", [y], [f"g{i}"], domain="com.microsoft"))
-            y = f"g{i}"
-        if case.epilogue.residual:
-            nodes.append(helper.make_node("Add", [y, "r"], [f"o{i}"]))
-            y = f"o{i}"
-        outputs.append(helper.make_tensor_value_info(y, TensorProto.FLOAT, (case.m, case.n)))
-    graph = helper.make_graph(nodes, "peer", inputs, outputs, constants)
-    opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.add_session_config_entry("session.x64quantprecision", "1")
-    model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
-    session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    binding = session.io_binding()
-    for name, array in feeds.items():
-        binding.bind_cpu_input(name, array)
-    for output in outputs:
-        binding.bind_output(output.name)
-    return lambda: session.run_with_iobinding(binding)
-
-
-def peers(case: Case) -> list[str]:
-    """ONNX Runtime's operators for the same product."""
-    if case.weight.bits == 8:
-        return ["MatMulIntegerToFloat", "DynamicQuantizeMatMul"] if case.activation != "none" else []
-    return ["MatMulNBits"] if case.weight.bits == 4 and case.weight.group and case.k % case.weight.group == 0 else []
+def peers(fmt: Format, k: int, n: int, m: int, copies: int, size: int, threads: int, target: Target, args) -> dict:
+    """Calls by name, None for peers that cannot do the product."""
+    found: dict[str, Call | None] = {}
+    group = fmt.group or k
+    if fmt.bits in (2, 4):
+        able = fmt.group and k % group == 0
+        found[f"nbits{fmt.bits}"] = ort.nbits(k, n, m, fmt.bits, group, copies, threads) if able else None
+        if fmt.bits == 2 and m == 1:
+            found["ort-lut"] = ort.nbits(k, n, m, 2, group, copies, threads, lut=True) if able else None
+    if fmt.bits == 8:
+        found["u8s8"] = ort.integers(k, n, m, copies, threads, quantize=False)
+        found["dynamic"] = ort.integers(k, n, m, copies, threads, quantize=True)
+    for kind in GGML.get(fmt.bits, []):
+        if args.library is None or k % ggml.BLOCK[kind]:
+            found[kind] = None
+            continue
+        product = ggml.Product(args.library, kind, k, n, m, copies, repack=True)
+        args.opened.append(product)
+        found[kind] = product.caller(threads)
+    for text in args.peer:
+        name, _, path = text.partition("=")
+        found[name] = library.product(path, k, n, m, fmt.bits, fmt.group, copies, threads)
+    if m == 1:
+        found["read"] = read.reader(size, copies, threads, target)
+    return found
 
 
 def measure(calls: dict[str, Call], copies: int, seconds: float, threads: int) -> dict[str, float]:
@@ -196,61 +121,71 @@ def measure(calls: dict[str, Call], copies: int, seconds: float, threads: int) -
     return {name: 1e6 * min(values) / copies for name, values in medians.items()}
 
 
+def line(fmt: str, k: int, n: int, m: int, threads: int, where: str, args) -> None:
+    """One line of the table."""
+    target = x86.host(cores=threads) if args.target == "native" else x86.named(args.target, threads)
+    tvm.get_global_func("runtime.config_threadpool")(1, threads)
+    problem = LinearProblem(k, n, parse_format(fmt), parse_activation("int8/token"), threads=threads)
+    own = Contender(problem, target, m, None, CACHE if where == "cache" else MEMORY)
+    others = peers(problem.weight, k, n, m, own.copies, own.size, threads, target, args)
+    calls = own.calls | {name: call for name, call in others.items() if call is not None}
+    us = measure(calls, own.copies, args.seconds, threads)
+    cells = [f"{us['ours']:9.1f}", f"{us['kernel']:9.1f}"]
+    cells += [f"{name} " + (f"{us[name]:.1f} ({us[name] / us['ours']:.2f}x)" if name in us else "-") for name in others]
+    head = f"{k:6}x{n:<6}{fmt:>10} {m:4} {threads:3} {where:>6} {own.choice.family.name:>12}"
+    print(head, *cells, sep="  ", flush=True)
+    for product in args.opened:
+        product.close()
+    args.opened.clear()
+    del own, others, calls
+    gc.collect()
+
+
+def cliff(fmt: str, k: int, m: int, args) -> None:
+    """Throughput over N: no width may fall far behind its neighbours."""
+    target = x86.host(cores=1)
+    tvm.get_global_func("runtime.config_threadpool")(1, 1)
+    widths, rates = list(range(64, 513, 32)), []
+    for n in widths:
+        problem = LinearProblem(k, n, parse_format(fmt), parse_activation("int8/token"))
+        own = Contender(problem, target, m, 4, CACHE)
+        us = measure({"kernel": own.calls["kernel"]}, own.copies, args.seconds, 1)["kernel"]
+        rates.append(m * k * n / us / 1e3)
+    worst = min(b / ((a + c) / 2) for a, b, c in zip(rates, rates[1:], rates[2:]))
+    print(f"{fmt}, K = {k}, M = {m}: " + " ".join(f"{n}:{rate:.0f}" for n, rate in zip(widths, rates)), end="")
+    print(f" G multiply-adds/s; lowest share of its neighbours {worst:.0%}", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", nargs="+", default=MINILM, metavar="KxN[:gelu|:residual]")
+    parser.add_argument("--shapes", nargs="+", default=SHAPES, metavar="KxN")
     parser.add_argument("--rows", nargs="+", type=int, default=[1, 4, 16, 128, 512])
-    parser.add_argument("--weights", nargs="+", default=["int8", "int4/g32"])
-    parser.add_argument("--activation", default="int8/token", help="int8/token, or none for weight-only kernels")
+    parser.add_argument("--weights", nargs="+", default=WEIGHTS)
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--target", default="native")
-    parser.add_argument("--from", dest="where", nargs="+", default=["cache"], choices=["cache", "memory"])
-    parser.add_argument("--seconds", type=float, default=0.3, help="per line")
+    parser.add_argument("--from", dest="where", nargs="+", default=["cache", "memory"], choices=["cache", "memory"])
+    parser.add_argument("--seconds", type=float, default=1.0, help="per line")
+    parser.add_argument("--ggml", metavar="FOLDER", help="holds libggml-base.so and libggml-cpu.so")
+    parser.add_argument("--peer", action="append", default=[], metavar="NAME=PATH", help="see peers/library.py")
+    parser.add_argument("--cliff", action="store_true", help="throughput over N instead of the table")
     args = parser.parse_args()
-    pool = tvm.get_global_func("runtime.config_threadpool")
-    header = [
-        "K",
-        "N",
-        "tail",
-        "weights",
-        "M",
-        "thr",
-        "from",
-        "GMAC/s",
-        "ours",
-        "quantize",
-        "peer",
-        "peer, quantizing",
-        "ratio",
-    ]
-    widths = [5, 5, 8, 8, 4, 3, 6, 7, 8, 8, 8, 16, 6]
-    print(" ".join(title.rjust(w) for title, w in zip(header, widths)))
-    for shape in args.shapes:
-        size, _, tail = shape.partition(":")
-        k, n = map(int, size.split("x"))
-        epilogue = Epilogue(True, tail if tail == "gelu" else "", tail == "residual")
-        for spelling in args.weights:
-            weight = parse_format(spelling)
+    args.opened = []
+    try:
+        args.library = ggml.Ggml(args.ggml)
+    except FileNotFoundError as error:
+        args.library = None
+        print(f"llama.cpp: {error}")
+    for fmt in args.weights:
+        if args.cliff:
             for m in args.rows:
-                for where in args.where:
-                    copies = max(2, -(-(CACHE if where == "cache" else MEMORY) * 8 // (k * n * weight.bits)))
-                    copies = min(copies, 8) if where == "cache" else copies
-                    case = Case(k, n, m, weight, args.activation, epilogue, copies)
+                cliff(fmt, int(args.shapes[0].partition("x")[0]), m, args)
+            continue
+        for shape in args.shapes:
+            k, n = map(int, shape.split("x"))
+            for m in args.rows:
+                for where in args.where if m == 1 else args.where[:1]:
                     for threads in args.threads:
-                        target = x86.host() if args.target == "native" else x86.named(args.target, max(args.threads))
-                        pool(1, threads)
-                        calls = {"ours": ours(case, target, False)[0]}
-                        if args.activation != "none":
-                            calls["quantize"] = ours(case, target, True)[0]
-                        calls |= {name: onnxruntime(case, name, threads) for name in peers(case)}
-                        us = measure(calls, copies, args.seconds, threads)
-                        alone = us.get("MatMulIntegerToFloat")
-                        whole = us.get("DynamicQuantizeMatMul", us.get("MatMulNBits"))
-                        best = us.get("quantize", us["ours"])
-                        cells = [k, n, tail or "-", spelling, m, threads, where, f"{m * k * n / us['ours'] / 1e3:.0f}"]
-                        cells += [f"{x:.1f}" if x else "-" for x in (us["ours"], us.get("quantize"), alone, whole)]
-                        cells.append(f"{whole / best:.2f}" if whole else "-")
-                        print(" ".join(str(c).rjust(w) for c, w in zip(cells, widths)), flush=True)
+                        line(fmt, k, n, m, threads, where, args)
 
 
 if __name__ == "__main__":

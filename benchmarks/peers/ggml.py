@@ -23,6 +23,10 @@ BLOCK = {"Q4_0": 32, "Q8_0": 32, "Q2_K": 256, "Q3_K": 256, "Q4_K": 256, "TQ2_0":
 """Weights along K in one block of a type; K must be a multiple."""
 
 
+REPACKED = ("Q4_0", "Q4_K")
+"""Types with a repacked layout for AVX2, which needs N to be a multiple of 8; ggml does not check."""
+
+
 class InitParams(Structure):
     """``struct ggml_init_params``."""
 
@@ -112,7 +116,7 @@ class Product:
         self.weights, self.work = ggml.init(room), ggml.init(room)
         tensors = [ggml.new_tensor_2d(self.weights, TYPES[kind], k, n) for _ in range(copies)]
         place = ggml.plain
-        if repack and "CPU_REPACK" in ggml.names():
+        if repack and kind in REPACKED and n % 8 == 0 and "CPU_REPACK" in ggml.names():
             place = ggml.buffer_types[ggml.names().index("CPU_REPACK")]
         self.layout = ggml.backend_buft_name(place).decode()
         self.buffer = ggml.backend_alloc_ctx_tensors_from_buft(self.weights, place)

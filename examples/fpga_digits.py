@@ -1,6 +1,6 @@
 """Handwritten digits from a float model to Verilog: trains a small network, compiles it, simulates the hardware on the test set.
 
-    python examples/fpga_digits.py mlp|cnn|vit|mixer [--simulator verilator|cxxrtl|c] [-o DIR]
+    python examples/fpga_digits.py mlp|cnn|vit [--simulator verilator|cxxrtl|c] [-o DIR]
 
 The data are the 1,797 images of 8 x 8 pixels that scikit-learn brings along; a quarter of them is the test set.
 """
@@ -99,21 +99,6 @@ class Block(nn.Module):
         return x + self.mlp(self.second(x))
 
 
-class MixerBlock(nn.Module):
-    """A block of an MLP mixer: one MLP across tokens, one across channels."""
-
-    def __init__(self, tokens: int, width: int) -> None:
-        super().__init__()
-        self.first, self.second = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.across = nn.Sequential(nn.Linear(tokens, 2 * tokens), nn.GELU(), nn.Linear(2 * tokens, tokens))
-        self.along = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """``(B, T, width)`` to the same."""
-        x = x + self.across(self.first(x).transpose(1, 2)).transpose(1, 2)
-        return x + self.along(self.second(x))
-
-
 class Pooled(nn.Module):
     """Patches, a block, the mean of all tokens, a classifier."""
 
@@ -131,7 +116,6 @@ MODELS = {
     "mlp": mlp,
     "cnn": cnn,
     "vit": lambda: Pooled(Block(32, 2), 32),
-    "mixer": lambda: Pooled(MixerBlock(16, 32), 32),
 }
 
 

@@ -196,7 +196,10 @@ def _operands(node: ir.Node) -> list[ir.Value]:
         return [v for v in node.inputs[: OPERANDS[node.op_type]] if v is not None and not _is_weight(v)]
     if node.op_type in JOINS:
         moving = [v for v in node.inputs if v is not None and not _is_weight(v)]
-        return moving if len(moving) > 1 else []
+        tables = [constant(v) for v in node.inputs if v is not None and _is_weight(v)]
+        # A table that differs between tokens (positions) is added to integers, not to the sums before a quantizer.
+        wide = any(t is not None and sum(extent > 1 for extent in t.shape) > 1 for t in tables)
+        return moving if len(moving) > 1 or wide else []
     return []
 
 

@@ -169,6 +169,22 @@ class Checked:
         return "; ".join(map(str, self.inputs))
 
 
+_files: dict[str, list[tuple[int, int]]] = {}
+
+
+def _own_name(path: str) -> str:
+    """A name of the file that no other file had in this process.
+
+    The loader takes a path it knows for the library it has, even if another file lies there by now.
+    """
+    status = os.stat(path)
+    known = _files.setdefault(path, [])
+    if (status.st_dev, status.st_ino) not in known:
+        known.append((status.st_dev, status.st_ino))
+    folder, name = os.path.split(path)
+    return os.path.join(folder, *["."] * known.index((status.st_dev, status.st_ino)), name)
+
+
 class Program(Checked):
     """A loaded program.
 
@@ -193,7 +209,7 @@ class Program(Checked):
 
         super().__init__(inputs, outputs)
         try:
-            module = tvm_ffi.load_module(os.path.abspath(library))
+            module = tvm_ffi.load_module(_own_name(os.path.abspath(library)))
             self._vm = module["vm_load_executable"]()
             self._vm["vm_initialization"](1, 0, 2)  # CPU, device 0, pooled allocator
             self._main = self._vm["main"]

@@ -145,6 +145,17 @@ def test_a_program_for_another_machine_is_refused(compiled, tmp_path, monkeypatc
         module.load(compiled.path)(**feed())
 
 
+def test_another_program_at_the_same_place_is_loaded(model, tmp_path):
+    """While the first is still in use."""
+    other = model.clone()
+    other.graph[1].replace_input_with(0, other.graph.inputs[1])  # the product of r alone
+    first = qcompile.compile(model, recipe="float", output=tmp_path / "a", progress=False)
+    y = first.run(feed())["y"]
+    second = qcompile.compile(other, recipe="float", output=tmp_path / "a", overwrite=True, progress=False)
+    np.testing.assert_allclose(second.run(feed())["y"], ort.run(other, feed())["y"], rtol=1e-4, atol=1e-5)
+    np.testing.assert_array_equal(first.run(feed())["y"], y)
+
+
 def test_equal_compiles_give_equal_files(model, compiled, tmp_path):
     """Whatever addresses objects get: the second compile runs in another process, with memory laid out differently."""
     ir.save(model, tmp_path / "net.onnx")

@@ -57,6 +57,17 @@ register_recipe(
 )
 register_recipe(
     Recipe(
+        "w4a4",
+        "Weights int4 in groups of 32 by GPTQ; whole rows rotated with random signs, tokens clipped and quantized to int4.",
+        "Ashkboos et al., QuaRot (2024)",
+        weight="int4/g32",
+        activation="int4/token",
+        solver="gptq",
+        transforms=(Step("rotate"), Step("rotate-online", {"everywhere": True, "signs": True}), Step("clip")),
+    )
+)
+register_recipe(
+    Recipe(
         "w3a8",
         "Weights int3 in groups of 32 by GPTQ, activations int8 per token.",
         weight="int3/g32/asym",

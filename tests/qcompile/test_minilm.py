@@ -40,7 +40,7 @@ def compile_minilm(captured, recipe, folder, samples):
     )
 
 
-@pytest.mark.parametrize(("recipe", "cosine", "megabytes"), [("w8a8", 0.998, 24.0), ("w4a8", 0.985, 19.0)])
+@pytest.mark.parametrize(("recipe", "cosine", "megabytes"), [("w8a8", 0.998, 24.0), ("w4a8", 0.985, 19.0), ("w4a4", 0.965, 19.5)])
 def test_quality_size_and_kernels(captured, graph, tmp_path, recipe, cosine, megabytes):
     model = compile_minilm(captured, recipe, tmp_path, samples=96)
     sentences = tmp_path / "some.txt"
@@ -62,10 +62,15 @@ def test_quality_size_and_kernels(captured, graph, tmp_path, recipe, cosine, meg
     assert np.linalg.norm(long - short) < 0.1 * np.linalg.norm(short)
 
     # Any batch and length from one program, and ONNX Runtime on the same bytes with its default settings.
+    # A value at the edge of a 4-bit step falls to either side by the order of a sum; six layers spread that.
+    tolerance = 0.15 if recipe.endswith("a8") else 0.4
     session = ort.session(model.onnx_path, settings={})
     for batch, length in ((1, 1), (3, 17), (2, 130)):
-        feed = {"input_ids": random.integers(0, 30000, (batch, length)), "attention_mask": np.ones((batch, length), np.int64)}
+        feed = {
+            "input_ids": random.integers(0, 30000, (batch, length)),
+            "attention_mask": np.ones((batch, length), np.int64),
+        }
         got, emitted = model.run(feed), ort.run(session, feed)
         for name in got:
             assert got[name].shape == emitted[name].shape
-            assert np.linalg.norm(got[name] - emitted[name]) < 0.15 * np.linalg.norm(emitted[name])
+            assert np.linalg.norm(got[name] - emitted[name]) < tolerance * np.linalg.norm(emitted[name])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -53,7 +54,14 @@ def _svg(figure: Any) -> str:
     with matplotlib.rc_context({"svg.hashsalt": "qcompile", "svg.fonttype": "none", "path.simplify": True}):
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None}, bbox_inches="tight")
     text = buffer.getvalue()
-    return text[text.index("<svg") :]
+    return _compact(text[text.index("<svg") :])
+
+
+def _compact(svg: str) -> str:
+    """The same picture in half the bytes: hundredths of a point, one font name, no indentation."""
+    svg = re.sub(r"(\.\d\d)\d+", r"\1", svg)
+    svg = re.sub(r"'DejaVu Sans'[^;\"]*sans-serif", "sans-serif", svg)
+    return re.sub(r"\n\s+", "\n", svg)
 
 
 def _figure(height: float, rows: int = 1, columns: int = 1, width: float = 9.0) -> tuple[Any, Any]:

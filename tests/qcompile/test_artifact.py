@@ -118,7 +118,10 @@ with staged(sys.argv[1]) as folder:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupt_leaves_nothing(tmp_path, number):
     process = subprocess.Popen(
-        [sys.executable, "-c", SLOW, str(tmp_path / "a")], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+        [sys.executable, "-c", SLOW, str(tmp_path / "a")],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # background jobs inherit that it is ignored
     )
     assert process.stdout.readline() == b"ready\n"
     process.send_signal(number)

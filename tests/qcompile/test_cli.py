@@ -208,7 +208,12 @@ def test_control_c_while_compiling_leaves_nothing(model, tmp_path):
         "--quiet",
     ]
     process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONUNBUFFERED": "1"}
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # background jobs inherit that it is ignored
     )
     deadline = time.time() + 60
     while not list(tmp_path.glob(".out.tmp-*")) and time.time() < deadline and process.poll() is None:

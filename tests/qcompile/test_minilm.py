@@ -40,7 +40,9 @@ def compile_minilm(captured, recipe, folder, samples):
     )
 
 
-@pytest.mark.parametrize(("recipe", "cosine", "megabytes"), [("w8a8", 0.998, 24.0), ("w4a8", 0.985, 19.0), ("w4a4", 0.965, 19.5)])
+@pytest.mark.parametrize(
+    ("recipe", "cosine", "megabytes"), [("w8a8", 0.998, 24.0), ("w4a8", 0.985, 19.0), ("w4a4", 0.965, 19.5)]
+)
 def test_quality_size_and_kernels(captured, graph, tmp_path, recipe, cosine, megabytes):
     model = compile_minilm(captured, recipe, tmp_path, samples=96)
     sentences = tmp_path / "some.txt"

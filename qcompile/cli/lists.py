@@ -43,6 +43,7 @@ def transforms(as_json: bool) -> None:
     """List the transforms that a recipe may name, with their options and defaults."""
     import dataclasses
 
+    import qcompile.transforms  # noqa: F401 (registers all)
     from qcompile.passes.asks import registered_asks
 
     rows = []

@@ -24,7 +24,7 @@ MIN_FREE_BYTES = 50_000_000
 
 
 class Cpu(Backend):
-    """Compiles and loads programs for x86."""
+    """Compiles and loads programs for x86; other processors derive from it."""
 
     options: ClassVar[Mapping[str, str]] = {"name": "prefix of the symbols of the C library (model)"}
     emits = ("c",)

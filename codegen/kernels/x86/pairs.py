@@ -7,9 +7,10 @@ covers its largest activation, and most are far smaller. So once per row
 
     a = main + excess,    sum_k w a  =  sum_k u main  +  sum_k u excess  -  128 sum_k a,
 
-where both parts keep the bound and the excess is a short list of groups of four activations. The list costs two or three
-percent of the product; what is gained are three instructions per 32 products instead of the four that widening to 16 bits
-takes (`wide.py`), and weights that are used as they are stored. Zero points take the place of 128.
+where both parts keep the bound and the excess is a short list of groups of four activations. With normal
+activations of 384 channels about 3 % of the pairs are split. What is gained are three instructions per 32 products instead of
+the four that widening to 16 bits takes (`wide.py`), and weights that are used as they are stored: 1.13 to 1.24 times its speed
+on one AVX2 core (AMD EPYC) at the shapes of MiniLM and 128 rows. Zero points take the place of 128.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ BOUND = 128
 """What the activations of one sign in a pair may add up to."""
 
 PREFETCH = 2048
-"""Bytes ahead of the weights in use that are asked for: the hardware alone leaves a third of the third-level cache's speed."""
+"""Bytes ahead of the weights in use that are asked for: a tenth of the time of 16 rows with weights in the third-level cache."""
 
 LANES = 8
 """32-bit lanes of a register."""

@@ -1,7 +1,8 @@
 """CUDA's converters of the operators in ``qcompile.kernel``.
 
-Linear operators, row kernels and attention are called by name and compiled apart from the rest of the program. Tensors between kernels are float32 matrices ``(rows, channels)``, except that
-what only linear operators read is written as they want it: float16, or int8 codes (signed, unlike on CPUs).
+Linear operators, row kernels and attention are called by name and compiled apart from the rest of the program. Tensors
+between kernels are float32 matrices ``(rows, channels)``, except that what only linear operators read is written as they
+want it: float16, or int8 codes (signed, unlike on CPUs).
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from qcompile.codegen.kernels.cuda.rowwise import CudaRowwise
 from qcompile.codegen.relax.attributes import attr
 from qcompile.codegen.relax.context import Context
 from qcompile.codegen.relax.dims import as_expr
-from qcompile.codegen.relax.kernels import DOMAIN, LinearRecord, calls, rows, shaped
+from qcompile.codegen.relax.kernels import DOMAIN, LinearRecord, calls, convert_rowwise, row_scale, rows, shaped
 from qcompile.codegen.relax.ops.attention import Heads, _biased, attention_scores, attention_values
 from qcompile.codegen.relax.registry import converter
 from qcompile.formats import Quantized, parse_activation, parse_format
@@ -97,7 +98,7 @@ def linear(ctx: Context, node: ir.Node, x: Any, scale: Any, *operands: Any) -> r
     packed = [ctx.param(f"{node.inputs[2].name}.{part}", array) for part, array in plan.pack(weight).items()]
     tensors = [_operand(ctx, rows(ctx, x), plan)]
     if problem.activation.bits:
-        tensors.append(_row_scale(ctx, scale, m))
+        tensors.append(row_scale(ctx, scale, m))
     tensors += packed
     if bias is not None:
         tensors.append(ctx.reshape(bias, [problem.n]))
@@ -141,69 +142,31 @@ def _workspace(ctx: Context, node: ir.Node) -> list[relax.Var]:
     return list(state.workspaces[key])
 
 
-def _row_scale(ctx: Context, scale: relax.Expr, m: Any) -> relax.Expr:
-    """Scales as a vector over rows; a static one is repeated."""
-    known = calls(ctx).matrices.get(scale)
-    if known is not None:
-        return known
-    if ctx.rank(scale) == 0:
-        return ctx.emit(relax.op.broadcast_to(ctx.reshape(scale, [1]), relax.ShapeExpr([m])))
-    return ctx.reshape(scale, [m])
-
-
 @converter(DOMAIN, "Rowwise", kinds=("cuda",), priority=1)
 def rowwise(ctx: Context, node: ir.Node, x: Any, gamma: Any = None, beta: Any = None, static: Any = None) -> list[Any]:
     """Norm, activation or gated product, with the activation quantizer fused."""
-    producer = attr(node, "producer")
-    shape = ctx.shape(x)
-    gated = {"swiglu": "silu", "geglu": "gelu", "geglu_tanh": "gelu_tanh"}
-    norm = {"layernorm": "layer", "rmsnorm": "rms"}.get(producer, "")
-    width = int(shape[-1]) // (2 if producer in gated else 1)
-    wanted = [bool(v.uses()) or v.is_graph_output() for v in node.outputs]
-    quantize = wanted[1] or wanted[2]
-    kernel = CudaRowwise(
-        width,
-        norm=norm,
-        gamma=gamma is not None,
-        beta=beta is not None,
-        epsilon=attr(node, "epsilon", 1e-5),
-        activation=gated.get(producer, producer if not norm and producer != "identity" else ""),
-        gated=producer in gated,
-        hadamard=attr(node, "hadamard", 0) if quantize else 0,
-        quantize=("token" if static is None else "tensor") if quantize else "",
-        bits=attr(node, "bits", 8),
-        clip=attr(node, "clip", 1.0) if quantize else 1.0,
-        dtype=ctx.storage(x),
-        out=_float_output(node.outputs[0], width) if wanted[0] else "",
-    )
-    lead = shape[:-1]
-    m = ctx.dims.product(lead)
-    outputs = [([m, width], kernel.out)] if kernel.out else []
-    if quantize:
-        outputs += [([m, width], "int8"), ([m], "float32")]
-    if static is not None and quantize:
-        static = ctx.reshape(static, [1])
-    operands = [rows(ctx, x), *(v for v in (gamma, beta, static if quantize else None) if v is not None)]
-    name = _named(cuda_calls(ctx).rowwise, kernel, f"rowwise_{producer}_{width}")
-    made = call(ctx, name, operands, outputs)
-    calls(ctx).uses[f"row-wise {producer}"] += 1
-    y = shaped(ctx, made.pop(0), lead, width) if wanted[0] else None
-    if not quantize:
-        return [y, None, None]
-    codes, scale = made
-    view = ctx.reshape(scale, [*lead, 1])
-    calls(ctx).matrices[view] = scale
-    return [y, shaped(ctx, codes, lead, width), view]
+    out = _float_output(node.outputs[0])
+
+    def run(options: dict[str, Any], floats: bool, operands: list[Any], outputs: list[Any]) -> list[Any]:
+        kernel = CudaRowwise(**options, dtype=ctx.storage(x), out=out if floats else "")
+        name = _named(cuda_calls(ctx).rowwise, kernel, f"rowwise_{attr(node, 'producer')}_{kernel.width}")
+        return call(ctx, name, operands, outputs)
+
+    return convert_rowwise(ctx, node, x, (gamma, beta, static), (out, "int8"), run)
 
 
-def _float_output(value: ir.Value, width: int) -> str:
-    """float16 if linear operators with float activations are all that read it."""
+def _float_output(value: ir.Value) -> str:
+    """float16 if linear operators with float activations are all that read it, and take rows of its width as they are."""
     readers = [use.node for use in value.uses()]
     only = all(
-        n.domain == DOMAIN and n.op_type == "Linear" and attr(n, "activation_format") == "none" and use.idx == 0
+        n.domain == DOMAIN
+        and n.op_type == "Linear"
+        and attr(n, "activation_format") == "none"
+        and use.idx == 0
+        and attr(n, "k") % 8 == 0
         for n, use in zip(readers, value.uses())
     )
-    return "float16" if only and not value.is_graph_output() and width % 8 == 0 else "float32"
+    return "float16" if only and not value.is_graph_output() else "float32"
 
 
 @converter(DOMAIN, "Attention", kinds=("cuda",), priority=1)

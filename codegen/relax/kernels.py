@@ -121,7 +121,7 @@ def linear(ctx: Context, node: ir.Node, x: Any, scale: Any, *operands: Any) -> r
     bias, residual = (*operands, *[None] * 5)[3:5]
     lead = ctx.shape(x)[:-1]
     m = ctx.dims.product(lead)
-    steps = None if scale is None else _row_scale(ctx, scale, m)
+    steps = None if scale is None else row_scale(ctx, scale, m)
     out = product(ctx, node, rows(ctx, x), steps, bias, None if residual is None else rows(ctx, residual))
     return shaped(ctx, out, lead, attr(node, "n"))
 
@@ -196,7 +196,7 @@ def product(
     return out
 
 
-def _row_scale(ctx: Context, scale: relax.Expr, m: Any) -> relax.Expr:
+def row_scale(ctx: Context, scale: relax.Expr, m: Any) -> relax.Expr:
     """Scales as a vector over rows; a static per-tensor scale is repeated."""
     known = calls(ctx).matrices.get(scale)
     if known is not None:
@@ -206,9 +206,26 @@ def _row_scale(ctx: Context, scale: relax.Expr, m: Any) -> relax.Expr:
     return ctx.reshape(scale, [m])
 
 
-@converter(DOMAIN, "Rowwise")
-def rowwise(ctx: Context, node: ir.Node, x: Any, gamma: Any = None, beta: Any = None, static: Any = None) -> list[Any]:
-    """Norm, activation or gated product, with the activation quantizer fused."""
+def convert_rowwise(
+    ctx: Context,
+    node: ir.Node,
+    x: Any,
+    vectors: tuple[Any, Any, Any],
+    types: tuple[str, str],
+    run: Callable[[dict[str, Any], bool, list[Any], list[tuple[list[Any], str]]], list[Any]],
+) -> list[Any]:
+    """The three results of a `Rowwise` node, None where nobody reads them.
+
+    Args:
+        ctx: the conversion.
+        node: norm, activation or gated product, with the activation quantizer fused.
+        x: its rows.
+        vectors: gamma, beta and the static scale, None where there is none.
+        types: of the float result and of the codes.
+        run: calls a kernel; takes the options kernels of all targets share, whether the float result is wanted,
+            operands, and shapes and types of the results.
+    """
+    gamma, beta, static = vectors
     producer = attr(node, "producer")
     shape = ctx.shape(x)
     gated = {"swiglu": "silu", "geglu": "gelu", "geglu_tanh": "gelu_tanh"}
@@ -216,31 +233,26 @@ def rowwise(ctx: Context, node: ir.Node, x: Any, gamma: Any = None, beta: Any = 
     width = int(shape[-1]) // (2 if producer in gated else 1)
     wanted = [bool(v.uses()) or v.is_graph_output() for v in node.outputs]
     quantize = wanted[1] or wanted[2]
-    kernel = Rowwise(
-        width,
-        norm=norm,
-        gamma=gamma is not None,
-        beta=beta is not None,
-        epsilon=attr(node, "epsilon", 1e-5),
-        activation=gated.get(producer, producer if not norm and producer != "identity" else ""),
-        gated=producer in gated,
-        f32_output=wanted[0],
-        quantize=("token" if static is None else "tensor") if quantize else "",
-        bits=attr(node, "bits", 8),
-        clip=attr(node, "clip", 1.0) if quantize else 1.0,
-        hadamard=attr(node, "hadamard", 0) if quantize else 0,
-    )
+    static = ctx.reshape(static, [1]) if static is not None and quantize else None
+    options = {
+        "width": width,
+        "norm": norm,
+        "gamma": gamma is not None,
+        "beta": beta is not None,
+        "epsilon": attr(node, "epsilon", 1e-5),
+        "activation": gated.get(producer, producer if not norm and producer != "identity" else ""),
+        "gated": producer in gated,
+        "quantize": ("token" if static is None else "tensor") if quantize else "",
+        "bits": attr(node, "bits", 8),
+        "clip": attr(node, "clip", 1.0) if quantize else 1.0,
+        "hadamard": attr(node, "hadamard", 0) if quantize else 0,
+    }
     lead = shape[:-1]
     m = ctx.dims.product(lead)
-    outputs = []
-    if wanted[0]:
-        outputs.append(([m, width], "float32"))
+    outputs = [([m, width], types[0])] if wanted[0] else []
     if quantize:
-        outputs += [([m, width], "uint8"), ([m], "float32")]
-    if static is not None and quantize:
-        static = ctx.reshape(static, [1])
-    operands = [rows(ctx, x), *(v for v in (gamma, beta, static if quantize else None) if v is not None)]
-    made = call(ctx, kernel, lambda: kernel.build(ctx.target), f"{producer}_{width}", operands, outputs)
+        outputs += [([m, width], types[1]), ([m], "float32")]
+    made = run(options, wanted[0], [rows(ctx, x), *(v for v in (gamma, beta, static) if v is not None)], outputs)
     calls(ctx).uses[f"row-wise {producer}"] += 1
     y = shaped(ctx, made.pop(0), lead, width) if wanted[0] else None
     if not quantize:
@@ -249,6 +261,18 @@ def rowwise(ctx: Context, node: ir.Node, x: Any, gamma: Any = None, beta: Any = 
     view = ctx.reshape(scale, [*lead, 1])
     calls(ctx).matrices[view] = scale
     return [y, shaped(ctx, codes, lead, width), view]
+
+
+@converter(DOMAIN, "Rowwise")
+def rowwise(ctx: Context, node: ir.Node, x: Any, gamma: Any = None, beta: Any = None, static: Any = None) -> list[Any]:
+    """Norm, activation or gated product, with the activation quantizer fused."""
+
+    def run(options: dict[str, Any], floats: bool, operands: list[Any], outputs: list[Any]) -> list[Any]:
+        kernel = Rowwise(**options, f32_output=floats)
+        name = f"{attr(node, 'producer')}_{kernel.width}"
+        return call(ctx, kernel, lambda: kernel.build(ctx.target), name, operands, outputs)
+
+    return convert_rowwise(ctx, node, x, (gamma, beta, static), ("float32", "uint8"), run)
 
 
 @converter(DOMAIN, "Attention")

@@ -1,0 +1,278 @@
+"""The code of `rowwise.CudaRowwise`: a row in the registers of a block, reductions, rotation, quantizer."""
+
+from __future__ import annotations
+
+from math import log2
+from typing import Any
+
+import numpy as np
+from tvm.script import tirx as T
+from tvm.tirx.script.builder import ir as B
+
+from qcompile.codegen.kernels.base import Epilogue
+from qcompile.codegen.kernels.cuda import emit as e
+from qcompile.codegen.kernels.cuda.rowwise import SCRATCH, CudaRowwise
+from qcompile.formats.hadamard import factors, hadamard_signs
+
+RADIX = 4
+"""Bits of the index one pass of the Walsh-Hadamard transform covers."""
+
+
+def emit(kind: CudaRowwise, name: str) -> Any:
+    """The PrimFunc."""
+    with e.kernel(name) as builder:
+        _Kernel(kind).emit()
+    return builder.get()
+
+
+class _Kernel:
+    """Names of one kernel while it is written."""
+
+    def __init__(self, kind: CudaRowwise) -> None:
+        self.k = kind
+
+    def emit(self) -> None:
+        k = self.k
+        m = T.int32()
+        self.x = e.argument("x", (m, k.width * (2 if k.gated else 1)), k.dtype)
+        self.gamma = e.argument("gamma", (k.width,), "float32") if k.gamma else None
+        self.beta = e.argument("beta", (k.width,), "float32") if k.beta else None
+        self.static = e.argument("static_scale", (1,), "float32") if k.quantize == "tensor" else None
+        self.y = e.argument("y", (m, k.width), k.out) if k.out else None
+        self.codes = e.argument("codes", (m, k.width), "int8") if k.quantize else None
+        self.scale = e.argument("scale", (m,), "float32") if k.quantize else None
+        T.device_entry()
+        self.row = T.cta_id([m])
+        self.tx = T.thread_id([k.threads])
+        self.arena = e.shared(k.shared_bytes)
+        self.reductions = 0
+        self.value = e.Registers((k.chunks, k.vector), "float32")
+        self._load()
+        self._normalise()
+        if self.y is not None:
+            self._each(lambda c, at: self._write(self.y, at, [self.value[c, i] for i in range(k.vector)], k.out))
+        if k.quantize:
+            if k.hadamard:
+                self._rotate()
+            self._quantize()
+
+    # Elements
+
+    def _each(self, use: Any, otherwise: Any = None) -> None:
+        """Call ``use(chunk, column)`` for every vector of this thread inside the row."""
+        k = self.k
+        for c in range(k.chunks):
+            at = e.let((c * k.threads + self.tx) * k.vector)
+            if (c + 1) * k.threads * k.vector <= k.width:
+                use(c, at)
+                continue
+            with T.If(at < k.width):
+                with T.Then():
+                    use(c, at)
+                if otherwise is not None:
+                    with T.Else():
+                        otherwise(c)
+
+    def _read(self, buffer: Any, index: list[Any], dtype: str) -> list[Any]:
+        """A vector as float32."""
+        k = self.k
+        if k.vector == 1:
+            return [T.cast(buffer[tuple(index)], "float32")]
+        words = e.Registers((k.vector if dtype == "float32" else k.vector // 2,), "uint32")
+        count = words.shape[0]
+        e.ptx(f"ld.global.nc.v{count}.b32", *[words[i] for i in range(count)], buffer.ptr_to(index))
+        if dtype == "float32":
+            return [T.reinterpret("float32", words[i]) for i in range(count)]
+        if dtype == "bfloat16":
+            halves = [
+                (words[i // 2] << e.u32(16)) if i % 2 == 0 else words[i // 2] & e.u32(0xFFFF0000) for i in range(4)
+            ]
+            return [T.reinterpret("float32", h) for h in halves]
+        halves = [T.cast(words[i // 2] >> e.u32(16 * (i % 2)), "uint16") for i in range(4)]
+        return [T.cast(T.reinterpret("float16", h), "float32") for h in halves]
+
+    def _write(self, buffer: Any, at: Any, values: list[Any], dtype: str) -> None:
+        if self.k.vector == 1:
+            B.buffer_store(buffer, T.cast(values[0], dtype), [self.row, at])
+            return
+        if dtype == "float32":
+            words = [T.reinterpret("uint32", v) for v in values]
+        else:
+            words = [e.pair(values[0], values[1], dtype), e.pair(values[2], values[3], dtype)]
+        e.ptx(f"st.global.v{len(words)}.b32", buffer.ptr_to([self.row, at]), *words)
+
+    def _load(self) -> None:
+        k = self.k
+        gate = e.Registers((1,), "float32")
+        nothing = Epilogue(activation=k.activation)
+
+        def zero(c: int) -> None:
+            for i in range(k.vector):
+                self.value[c, i] = T.float32(0)
+
+        def load(c: int, at: Any) -> None:
+            values = self._read(self.x, [self.row, at], k.dtype)
+            others = self._read(self.x, [self.row, at + k.width], k.dtype) if k.gated else None
+            for i, v in enumerate(values):
+                gate[0] = v
+                if not k.norm:
+                    gate[0] = e.activate(gate[0], nothing)
+                self.value[c, i] = gate[0] * others[i] if others is not None else gate[0]
+
+        self._each(load, zero)
+
+    def _reduce(self, value: Any, operator: str) -> Any:
+        """Over the block; zero must be neutral. Every reduction has scratch of its own, so that one barrier is enough."""
+        warps = self.k.threads // 32
+        value = e.let(T.cuda.warp_reduce(value, operator))
+        if warps == 1:
+            return value
+        place = self.reductions * SCRATCH
+        self.reductions += 1
+        lane = self.tx % 32
+        with T.If(lane == 0), T.Then():
+            B.buffer_store(self.arena, T.reinterpret("uint32", value), [place + self.tx // 32])
+        T.evaluate(T.cuda.cta_sync())
+        part = e.Registers((1,), "float32")
+        part[0] = T.float32(0)
+        with T.If(lane < warps), T.Then():
+            part[0] = T.reinterpret("float32", self.arena[place + lane])
+        return e.let(T.cuda.warp_reduce(part[0], operator))
+
+    def _sum(self, term: Any) -> Any:
+        """Of ``term(value)`` over the row."""
+        k = self.k
+        total = e.Registers((1,), "float32")
+        total[0] = T.float32(0)
+
+        def add(c: int, at: Any) -> None:
+            for i in range(k.vector):
+                total[0] = total[0] + term(self.value[c, i])
+
+        self._each(add)
+        return self._reduce(total[0], "sum")
+
+    def _normalise(self) -> None:
+        k = self.k
+        if not k.norm:
+            return
+        inverse = T.float32(1.0 / k.width)
+        if k.norm == "layer":
+            mean = e.let(self._sum(lambda v: v) * inverse)
+            for c in range(k.chunks):
+                for i in range(k.vector):
+                    self.value[c, i] = self.value[c, i] - mean
+        factor = e.let(T.float32(1) / T.sqrt(self._sum(lambda v: v * v) * inverse + T.float32(k.epsilon)))
+
+        def scale(c: int, at: Any) -> None:
+            gamma = self._read(self.gamma, [at], "float32") if self.gamma is not None else None
+            beta = self._read(self.beta, [at], "float32") if self.beta is not None else None
+            for i in range(k.vector):
+                v = self.value[c, i] * factor
+                v = v * gamma[i] if gamma is not None else v
+                self.value[c, i] = v + beta[i] if beta is not None else v
+                self.value[c, i] = e.activate(self.value[c, i], Epilogue(activation=k.activation))
+
+        self._each(scale)
+
+    # Rotation
+
+    def _place(self, index: Any) -> Any:
+        """Where element ``index`` of the row lies in shared memory; a word is left out after 32 against bank conflicts."""
+        return 3 * SCRATCH + index + index // 32
+
+    def _rotate(self) -> None:
+        k = self.k
+        core, power = factors(k.hadamard)
+
+        def put(c: int, at: Any) -> None:
+            for i in range(k.vector):
+                B.buffer_store(self.arena, T.reinterpret("uint32", self.value[c, i]), [self._place(at + i)])
+
+        def get(c: int, at: Any) -> None:
+            scale = T.float32(1 / np.sqrt(k.hadamard))
+            for i in range(k.vector):
+                self.value[c, i] = T.reinterpret("float32", self.arena[self._place(at + i)]) * scale
+
+        self._each(put)
+        T.evaluate(T.cuda.cta_sync())
+        done = 0
+        while done < power:
+            bits = min(RADIX, power - done)
+            self._pass(1 << done, 1 << bits, None)
+            done += bits
+        if core > 1:
+            self._pass(1 << power, core, hadamard_signs(core))
+        self._each(get)
+
+    def _pass(self, stride: int, radix: int, signs: np.ndarray | None) -> None:
+        """Transform ``radix`` points ``stride`` apart, all over the row: butterflies, or the matrix of ``signs``."""
+        k = self.k
+        groups = k.width // radix
+        with T.serial(-(-groups // k.threads)) as p:
+            g = e.let(p * k.threads + self.tx)
+            with T.If(g < groups), T.Then():
+                first = e.let(g // stride * (stride * radix) + g % stride)
+                points = e.Registers((radix,), "float32")
+                for i in range(radix):
+                    points[i] = T.reinterpret("float32", self.arena[self._place(first + i * stride)])
+                if signs is None:
+                    for level in range(int(log2(radix))):
+                        for i in range(radix):
+                            if i >> level & 1 == 0:
+                                a, b = i, i | 1 << level
+                                difference = e.Registers((1,), "float32")
+                                difference[0] = points[a] - points[b]
+                                points[a] = points[a] + points[b]
+                                points[b] = difference[0]
+                for i in range(radix):
+                    total = points[i]
+                    if signs is not None:  # row vector times matrix: column i
+                        total = points[0] if signs[0, i] > 0 else T.float32(0) - points[0]
+                        for j in range(1, radix):
+                            total = total + points[j] if signs[j, i] > 0 else total - points[j]
+                    at = self._place(first + i * stride)
+                    B.buffer_store(self.arena, T.reinterpret("uint32", total), [at])
+        T.evaluate(T.cuda.cta_sync())
+
+    # Quantizer
+
+    def _quantize(self) -> None:
+        k = self.k
+        top = (1 << k.bits - 1) - 1
+        step = e.Registers((1,), "float32")
+        if self.static is not None:
+            step[0] = self.static[0]
+            low, high, zero = -top - 1 - k.zero_point, top - k.zero_point, k.zero_point
+        else:
+            low, high, zero = -top, top, 0
+            largest = e.Registers((1,), "float32")
+            largest[0] = T.float32(0)
+
+            def grow(c: int, at: Any) -> None:
+                for i in range(k.vector):
+                    largest[0] = T.max(largest[0], T.abs(self.value[c, i]))
+
+            self._each(grow)
+            most = self._reduce(largest[0], "max")
+            e.ptx("div.rn.f32", step[0], most * T.float32(k.clip), T.float32(top))
+            step[0] = T.Select(step[0] == T.float32(0), T.float32(1), step[0])
+
+        def store(c: int, at: Any) -> None:
+            parts = []
+            for i in range(k.vector):
+                quotient = e.Registers((1,), "float32")
+                e.ptx("div.rn.f32", quotient[0], self.value[c, i], step[0])
+                bounded = T.max(T.min(T.nearbyint(quotient[0]), T.float32(high)), T.float32(low))
+                parts.append(e.let(T.cast(bounded, "int32") + zero))
+            if k.vector == 1:
+                B.buffer_store(self.codes, T.cast(parts[0], "int8"), [self.row, at])
+                return
+            word = T.cast(parts[0], "uint32") & e.u32(255)
+            for i in range(1, 4):
+                word = word | (T.cast(parts[i], "uint32") & e.u32(255)) << e.u32(8 * i)
+            e.ptx("st.global.b32", self.codes.ptr_to([self.row, at]), word)
+
+        self._each(store)
+        with T.If(self.tx == 0), T.Then():
+            B.buffer_store(self.scale, step[0], [self.row])

@@ -3,9 +3,7 @@
     python benchmarks/cuda_gemm.py --prepare            without a GPU: generate the sources of everything below
     python benchmarks/cuda_gemm.py [--out results.json] measure
 
-Every figure is the median over replays of a CUDA graph that calls one kernel on many copies of the weights in turn,
-together larger than the second-level cache, divided by the number of calls. Peers (`cuda_peers`) are timed the same way in
-the same process. Weights are random bits: values do not matter for time, the GPU tests check results.
+Peers (`cuda_peers`) are timed the same way in the same process; see `qcompile.codegen.kernels.cuda.measure`.
 """
 
 from __future__ import annotations
@@ -13,16 +11,16 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import pairwise
 from typing import Any
 
 import torch
-from cuda_peers import CACHE, PEERS
+from cuda_peers import PEERS
 
 from qcompile.codegen.kernels.cuda import build
-from qcompile.codegen.kernels.cuda.plan import ROWS, Plan, family
+from qcompile.codegen.kernels.cuda.measure import calls, copy_bandwidth, measure, weight_sets
+from qcompile.codegen.kernels.cuda.plan import ROWS, Plan
 from qcompile.kernels import plan
 from qcompile.targets.cuda import TARGETS
 
@@ -49,77 +47,6 @@ def layer_plan(layer: str, n: int, k: int, arch: str, rows: Sequence[int] = ROWS
     """The kernels of a layer of `LAYERS`."""
     weight, activation, *_ = LAYERS[layer]
     return plan(k, n, weight, activation, torch.float16, arch, rows=rows, configs=configs)
-
-
-def random_arrays(p: Plan) -> list[torch.Tensor]:
-    """Packed arrays of the right sizes with random codes."""
-    s = family(p.entries[0].family).shape(p.problem, p.entries[0].config)
-    arrays = [
-        torch.randint(0, 256, (s.tiles * s.blocks * plane.block_bytes,), dtype=torch.uint8, device="cuda")
-        for plane in s.layout.planes
-    ]
-    if s.meta_bytes:
-        size = s.tiles * s.meta_groups * 8 * s.meta_bytes
-        arrays.append(torch.rand(size // 2, device="cuda").half().view(torch.uint8))
-    return [*arrays, torch.rand(p.problem.n, device="cuda") * 0.01]
-
-
-def weight_sets(p: Plan) -> tuple[list[list[torch.Tensor]], int]:
-    """Copies of the packed arrays that leave the cache, and the bytes of one."""
-    first = random_arrays(p)
-    size = sum(a.numel() * a.element_size() for a in first)
-    return [first] + [[a.clone() for a in first] for _ in range(-(-CACHE // size))], size
-
-
-def calls(p: Plan, index: int, m: int, sets: list[list[torch.Tensor]], function: Any) -> list[Callable[[], Any]]:
-    """Closures that run kernel ``index`` of the layer on ``m`` rows, each on its own weights."""
-    entry = p.entries[index]
-    s = family(entry.family).shape(p.problem, entry.config)
-    if s.integer:
-        x = [torch.randint(-127, 128, (m, s.x_width), dtype=torch.int8, device="cuda"), torch.rand(m, device="cuda")]
-    else:
-        x = [torch.randn(m, s.x_width, device="cuda", dtype=torch.float16)]
-    elements, counters = family(entry.family).scratch(p.problem, entry.config, m)
-    partial = torch.empty(elements, device="cuda")
-    arrived = torch.zeros(counters, dtype=torch.int32, device="cuda")
-    out = torch.empty(m, p.problem.n, device="cuda", dtype=torch.float16)
-    return [lambda w=w: function(*x, *w, partial, arrived, out) for w in sets]
-
-
-def measure(functions: Sequence[Callable[[], Any]], replays: int = 9) -> float:
-    """Median seconds per call."""
-    for f in functions[:2]:
-        f()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    rounds = max(1, 20 // len(functions))
-    with torch.cuda.graph(graph):
-        for _ in range(rounds):
-            for f in functions:
-                f()
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(replays + 1)]
-    graph.replay()
-    events[0].record()
-    for event in events[1:]:
-        graph.replay()
-        event.record()
-    torch.cuda.synchronize()
-    times = sorted(a.elapsed_time(b) for a, b in pairwise(events))
-    return times[replays // 2] * 1e-3 / (rounds * len(functions))
-
-
-def copy_bandwidth() -> float:
-    """Bytes read and written per second by a large device-to-device copy; not in a graph, whose copies are slower."""
-    a = torch.empty(4 << 30, dtype=torch.uint8, device="cuda")
-    b = torch.empty_like(a)
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(10)]
-    b.copy_(a)
-    for event in events:
-        event.record()
-        b.copy_(a)
-    torch.cuda.synchronize()
-    times = sorted(first.elapsed_time(second) for first, second in pairwise(events))
-    return 2 * a.numel() / (times[len(times) // 2] * 1e-3)
 
 
 def peer(name: str, m: int, n: int, k: int) -> float | None:

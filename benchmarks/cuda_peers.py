@@ -21,8 +21,7 @@ from typing import Any
 
 import torch
 
-CACHE = 256 << 20
-"""Copies of the weights add up to at least this many bytes."""
+from qcompile.codegen.kernels.cuda.measure import CACHE
 
 Call = Callable[[], Any]
 

@@ -67,13 +67,18 @@ def _write(path: Path, text: str) -> None:
     os.replace(file.name, path)
 
 
+def place(description: dict[str, Any], target: CudaTarget) -> Path:
+    """Where the source for ``description`` is cached."""
+    return cache_directory() / f"{key(description, target)}.cu"
+
+
 def source(description: dict[str, Any], make: Callable[[], dict[str, Any]], target: CudaTarget, tail: str = "") -> Path:
     """The cached source for ``description``; ``make()`` returns the PrimFuncs by name if it must be generated.
 
     Args:
         tail: C++ that follows, and follows from the description.
     """
-    path = cache_directory() / f"{key(description, target)}.cu"
+    path = place(description, target)
     if not path.exists():
         _write(path, generate(make(), target) + tail)
     return path

@@ -70,6 +70,10 @@ class Plan:
         """The CUDA source; generated with TVM unless it is in the cache."""
         return build.source(self.describe(), self.functions, self.target)
 
+    def library_path(self) -> Path:
+        """Where `library` puts its result."""
+        return build.place(self.describe(), self.target).with_suffix(f".{self.target.cpu}.so")
+
     def library(self) -> Path:
         """The compiled library; see `build.compile_library` for errors."""
         return build.compile_library(self.source(), self.target)

@@ -1,13 +1,16 @@
 """``python tests/codegen/cuda/prepare.py [ARCH]``: write the sources of all GPU tests into QCOMPILE_CUDA_CACHE.
 
-``--libraries`` compiles them as well, one process per core; sources that are there already need no TVM.
+``--libraries`` compiles them as well, one process per core; sources that are there already need no TVM. ``--programs``
+compiles the programs of the tests.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import multiprocessing
+import shutil
 import sys
+import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -16,30 +19,50 @@ from qcompile.codegen.kernels.cuda import attention, build, rowwise
 from qcompile.targets.cuda import TARGETS
 
 
-def load_cases() -> Any:
-    """The module with the cases beside this file."""
-    spec = importlib.util.spec_from_file_location("cases", Path(__file__).with_name("cases.py"))
-    cases = importlib.util.module_from_spec(spec)
-    sys.modules["cases"] = cases
-    spec.loader.exec_module(cases)
-    return cases
+def load(name: str) -> Any:
+    """A module beside this file."""
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
 
 
 def prepare(index: int, arch: str, libraries: bool) -> str:
     """One case; the last two are the row kernels and attention."""
-    cases, target = load_cases(), TARGETS[arch]
+    cases, target = load("cases"), TARGETS[arch]
     rest = [lambda: rowwise.source(cases.ROWWISE, target), lambda: attention.source(cases.ATTENTION, target)]
     path = [*(lambda c=c: c.plan(arch).source() for c in cases.CASES), *rest][index]()
     return str(build.compile_library(path, target) if libraries else path)
 
 
+def prepare_programs(arch: str) -> None:
+    """Compile the programs of the tests."""
+    import onnx_ir as ir
+
+    import qcompile
+
+    models = load("models")
+    with tempfile.TemporaryDirectory() as folder:
+        ir.save(models.float_model(), Path(folder) / "m.onnx")
+        for recipe in models.RECIPES:
+            out = build.cache_directory() / "programs" / recipe
+            shutil.rmtree(out, ignore_errors=True)
+            out.parent.mkdir(parents=True, exist_ok=True)
+            options = {"target": "cuda", "variant": arch, "recipe": recipe, "output": out, "progress": False}
+            qcompile.compile(Path(folder) / "m.onnx", **options)
+            print(out, flush=True)
+
+
 def main() -> None:
     args = [a for a in sys.argv[1:] if not a.startswith("-")]
     arch, libraries = args[0] if args else "sm_90a", "--libraries" in sys.argv
-    count = len(load_cases().CASES) + 2
+    count = len(load("cases").CASES) + 2
     with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
         for name in pool.map(prepare, range(count), [arch] * count, [libraries] * count):
             print(name, flush=True)
+    if "--programs" in sys.argv:
+        prepare_programs(arch)
 
 
 if __name__ == "__main__":

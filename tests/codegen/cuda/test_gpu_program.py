@@ -1,4 +1,7 @@
-"""A compiled program on a CUDA device: the numbers of ``model.onnx``, torch tensors in and out, streams, CUDA graphs."""
+"""A compiled program on a CUDA device: the numbers of ``model.onnx``, torch tensors in and out, streams, CUDA graphs.
+
+Programs are those ``prepare.py --programs`` left in the cache, or are compiled here.
+"""
 
 from __future__ import annotations
 
@@ -11,18 +14,25 @@ import torch
 
 import qcompile
 from qcompile import ort
+from qcompile.codegen.kernels.cuda import build
 from qcompile.errors import InputError
 
-from .test_program import float_model
+from .models import RECIPES, float_model
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 
-@pytest.mark.parametrize("recipe", ["w8a8-rtn", "w4a8-rtn", "w8a16"])
+def program(recipe: str, folder: Path) -> qcompile.CompiledModel:
+    prepared = build.cache_directory() / "programs" / recipe
+    if prepared.exists():
+        return qcompile.load(prepared)
+    ir.save(float_model(), folder / "m.onnx")
+    return qcompile.compile(folder / "m.onnx", target="cuda", recipe=recipe, output=folder / "out", progress=False)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
 def test_program(recipe: str, tmp_path: Path) -> None:
-    model = tmp_path / "m.onnx"
-    ir.save(float_model(), model)
-    compiled = qcompile.compile(model, target="cuda", recipe=recipe, output=tmp_path / "out", progress=False)
+    compiled = program(recipe, tmp_path)
     session = ort.session(compiled.onnx_path)
     for rows in (1, 5, 17, 200):
         x = torch.randn(rows, 48, device="cuda")

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
-from onnxscript import FLOAT, script
-from onnxscript import opset23 as op
 
 from qcompile.codegen.program_cuda import build_cuda_program
 from qcompile.errors import TargetError
@@ -20,26 +17,12 @@ from qcompile.recipes import get_recipe
 from qcompile.report import Report
 from qcompile.targets import get_target
 
+from .models import float_model
+
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("QCOMPILE_CUDA_CACHE", str(tmp_path))
-
-
-def float_model() -> ir.Model:
-    """``y``: norm, projection with bias and activation, 48 -> 80 channels of ``x``."""
-    rng = np.random.default_rng(0)
-    gamma = rng.random(48).astype(np.float32)
-    weight = rng.standard_normal((48, 80)).astype(np.float32)
-    bias = rng.standard_normal(80).astype(np.float32)
-
-    @script(default_opset=op)
-    def model(x: FLOAT["rows", 48]) -> FLOAT["rows", 80]:  # noqa: F821, UP037
-        h = op.RMSNormalization(x, op.Constant(value=gamma))
-        y = op.Relu(op.Add(op.MatMul(h, op.Constant(value=weight)), op.Constant(value=bias)))
-        return y
-
-    return ir.serde.deserialize_model(model.to_model_proto())
 
 
 def quantized(recipe: str) -> ir.Model:

@@ -181,7 +181,9 @@ def _tensor(array: Any, float_type: Any, device: str = "cpu") -> Tensor:
     import torch
 
     if isinstance(array, torch.Tensor):
-        return array.to(device, float_type) if array.is_floating_point() else array.to(device)
+        if array.is_floating_point():
+            return array.to(device, float_type)
+        return array if array.dim() < 2 and array.numel() <= 16 else array.to(device)
     array = np.asarray(array)
     if array.dtype.kind == "V" or array.dtype.name in ("bfloat16", "float16"):
         array = array.astype(np.float32)

@@ -41,6 +41,7 @@ class Learned(Ask):
         clip_weights: learn the same of weights, for the simulation only: the solver chooses its own grid.
         round_weights: simulate the rounding of weights too, not of activations alone.
         adaptive: Cayley Adam instead of Cayley SGD.
+        holdout: share of the samples held out, at most 32; the parameters that serve them best are kept.
         seed: of starts and of the order of samples.
         store: a .safetensors file for what is learned: read instead of training if it is there, else written.
         device: torch's name of where to train: "cpu", "cuda".
@@ -59,6 +60,7 @@ class Learned(Ask):
     clip_weights: bool = True
     round_weights: bool = True
     adaptive: bool = True
+    holdout: float = 0.1
     seed: int = 0
     device: str = "cpu"
     store: str = ""
@@ -69,6 +71,8 @@ class Learned(Ask):
                 raise RecipeError(f"{self.name}: {option} must be at least 1, got {getattr(self, option)}")
         if self.seconds is not None and not self.seconds > 0:
             raise RecipeError(f"{self.name}: seconds must be positive, got {self.seconds}")
+        if not 0 <= self.holdout < 1:
+            raise RecipeError(f"{self.name}: holdout must be at least 0 and below 1, got {self.holdout}")
 
     @abstractmethod
     def build(self, context: Context, program: Program, rng: np.random.Generator) -> None:
@@ -155,7 +159,14 @@ class Learned(Ask):
         from qcompile.passes.learn.training import Schedule, train, train_blocks
 
         schedule = Schedule(
-            self.steps, self.seconds, self.batch, self.rotation_rate, self.rate, self.adaptive, self.seed
+            self.steps,
+            self.seconds,
+            self.batch,
+            self.rotation_rate,
+            self.rate,
+            self.adaptive,
+            self.seed,
+            self.holdout,
         )
         stage = context.data.stage or silent
         if not self.blockwise:

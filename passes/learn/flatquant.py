@@ -43,6 +43,6 @@ class FlatQuant(Learned):
 
         for space in rotating_spaces(context, self.name) if self.heads else ():
             if admits_linear(space):
-                program.freedoms.append(Linear(context.spaces, space, hadamards(space, rng), program.like))
+                program.freedoms.append(Linear(context.spaces, space, hadamards(space, self.seed), program.like))
         add_scales(context, program)
         add_kroneckers(context, program, rng, scaled=not self.orthogonal)

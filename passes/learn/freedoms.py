@@ -46,7 +46,13 @@ class Parameters:
 
 
 class Freedom(ABC):
-    """A learned part of an element, on one space."""
+    """A learned part of an element, on one space.
+
+    Attributes:
+        steady: whether every step does the same computations, so that one may be recorded and replayed.
+    """
+
+    steady = True
 
     def __init__(self, spaces: Spaces, space: Space) -> None:
         self.spaces, self.space = spaces, space
@@ -74,13 +80,22 @@ class Freedom(ABC):
             found.append((key, np.searchsorted(members, self.spaces.solution.cells[key])))
         return found
 
-    def _multiply(self, element: Element, matrices: Tensor) -> None:
-        """Put ``(cells, k, k)`` matrices in front of what the element does to the cells."""
-        for (key, order), matrix in zip(self._cells, matrices):
-            if not np.array_equal(order, np.arange(len(order))):
-                index = torch.as_tensor(order, device=matrix.device)
-                matrix = matrix[index][:, index]
-            element.blocks[key] = matrix @ element.blocks[key] if key in element.blocks else matrix
+    @cached_property
+    def _reorder(self) -> Tensor | None:
+        """``(cells, k)`` places of `_cells`; None if all are in order already."""
+        orders = np.stack([order for _, order in self._cells])
+        if (orders == np.arange(orders.shape[1])).all():
+            return None
+        return torch.as_tensor(orders, device=self.parameters.all()[0].device)
+
+    def _multiply(self, element: Element, matrices: Tensor, duals: Tensor) -> None:
+        """Put ``(cells, k, k)`` matrices A, of which A^-T is known, in front of what the element does to the cells."""
+        for part, known in ((element.blocks, matrices), (element.duals, duals)):
+            if self._reorder is not None:
+                at = torch.arange(len(known), device=known.device)[:, None, None]
+                known = known[at, self._reorder[:, :, None], self._reorder[:, None, :]]
+            for (key, _), matrix in zip(self._cells, known):
+                part[key] = matrix @ part[key] if key in part else matrix
 
 
 def _parameter(array: Any, like: Tensor) -> Tensor:
@@ -102,11 +117,13 @@ class Rotation(Freedom):
         if space.limit & Limit.FIX_ONES:
             self.basis = ones_complement(size)
             start = self.basis.T @ start @ self.basis
+            self._basis = torch.as_tensor(self.basis, dtype=like.dtype, device=like.device)
         self.matrix = _parameter(start, like)
         self.parameters = Parameters(orthogonal=[self.matrix])
 
     def learned(self, element: Element) -> None:
-        self._multiply(element, self._whole(self.matrix))
+        whole = self._whole(self.matrix)
+        self._multiply(element, whole, whole)
 
     def final(self, spaces: Spaces, element: Element) -> None:
         for cell, matrix in enumerate(self._whole(nearest_orthogonal(self.matrix)).numpy()):
@@ -115,7 +132,7 @@ class Rotation(Freedom):
     def _whole(self, matrix: Tensor) -> Tensor:
         if self.basis is None:
             return matrix
-        basis = torch.as_tensor(self.basis, dtype=matrix.dtype, device=matrix.device)
+        basis = self._basis.to(matrix)
         return 1 / len(basis) + basis @ matrix @ basis.T
 
 
@@ -148,11 +165,13 @@ class Scales(Freedom):
     def learned(self, element: Element) -> None:
         if not self.space.scalable:
             cells = int(self.space.cells.max()) + 1
-            self._multiply(element, torch.diag_embed(torch.exp(self.log[self.order]).reshape(cells, -1)))
+            log = self.log[self.order].reshape(cells, -1)
+            self._multiply(element, torch.diag_embed(torch.exp(log)), torch.diag_embed(torch.exp(-log)))
             return
         wanted = self.log.new_zeros(self.shape[0] * self.shape[1]).index_put((self.place,), self.log)
         change = (wanted.reshape(self.shape) @ self.completion).reshape(-1)
-        log = torch.as_tensor(element.log, dtype=self.log.dtype, device=self.log.device)
+        before = element.log
+        log = before if isinstance(before, torch.Tensor) else self.log.new_zeros(len(before))
         element.log = log.index_add(0, self.classes, change)
 
     def final(self, spaces: Spaces, element: Element) -> None:
@@ -170,7 +189,8 @@ class Linear(Freedom):
         self.parameters = Parameters(orthogonal=[self.left, self.right], free=[self.log])
 
     def learned(self, element: Element) -> None:
-        self._multiply(element, self.left * torch.exp(self.log)[:, None] @ self.right)
+        factor = torch.exp(self.log)[:, None]
+        self._multiply(element, self.left * factor @ self.right, self.left / factor @ self.right)
 
     def final(self, spaces: Spaces, element: Element) -> None:
         factor = torch.exp(self.log.detach().cpu().double())[:, None]
@@ -185,6 +205,8 @@ class Dominant(Freedom):
     Entries at distance d from the diagonal are held at zero until the training has reached the fraction d / k, and the
     off-diagonal part of each row is kept below ``share`` of its diagonal, so the matrix never comes near a singular one.
     """
+
+    steady = False
 
     def __init__(self, spaces: Spaces, space: Space, start: np.ndarray, like: Tensor, share: float = 0.9) -> None:
         """``start``: ``(size,)`` positive diagonal to begin with, in the order of the space's cells."""
@@ -204,7 +226,8 @@ class Dominant(Freedom):
         self.reach = 1 + int(fraction * self.distance.shape[0])
 
     def learned(self, element: Element) -> None:
-        self._multiply(element, self._matrices(self.log, self.rest))
+        matrices = self._matrices(self.log, self.rest)
+        self._multiply(element, matrices, torch.linalg.inv(matrices).mT)
 
     def final(self, spaces: Spaces, element: Element) -> None:
         matrices = self._matrices(self.log.detach().cpu().double(), self.rest.detach().cpu().double())

@@ -40,7 +40,7 @@ class OSTQuant(Learned):
         """Rotations and scales of all spaces that admit them."""
         from qcompile.passes.learn.starts import add_hadamards, add_rotations, add_scales
 
-        add_rotations(context, program, rng, self.name)
+        add_rotations(context, program, self.seed, self.name)
         add_scales(context, program)
         if self.online:
             add_hadamards(context, program, self.name)

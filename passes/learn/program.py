@@ -31,7 +31,7 @@ from qcompile.passes.spaces.act import Actor, Plans
 from qcompile.passes.spaces.fold import constant_values, overwritten_entries
 from qcompile.passes.spaces.translate import Translator
 
-SHARES = [float(s) for s in np.linspace(0.5, 0.99, 15)]
+SHARES = [float(s) for s in np.linspace(0.5, 0.98, 25)]
 """Clipped shares to begin with, of which the best is taken."""
 
 
@@ -114,26 +114,31 @@ class Program:
         self._gamma: dict[bytes, np.ndarray] = {}
         self._plans = Plans()
         self._moved: tuple[set[str], dict[str, np.ndarray]] | None = None
+        self._frontier: list[str] | None = None
 
     # -- parameters --------------------------------------------------------------------------------------------------
 
     def clip_activations(self, feed: Mapping[str, Any]) -> None:
         """Learn the clipped share of every activation that is rounded per token.
 
-        Begins with the share that has the least rounding error on the rows of one sample.
+        Begins with the share that has the least rounding error of the readers' outputs on the rows of one sample.
         """
         seen: dict[str, Tensor] = {}
         simulate, self.simulate = self.simulate, (False, False)
+        readers: dict[str, list[Tensor]] = {}
         with torch.no_grad():
-            self.run(self.step(), feed, self._results(), seen=seen)
+            step = self.step()
+            self.run(step, feed, self._results(), seen=seen)
+            for site in self.sites.values():
+                readers.setdefault(site.activation, []).append(step.rounded[site.node])
+            for site in self.sites.values():
+                fmt = site.precision.activation
+                if fmt is not None and fmt.granularity == "token" and site.activation not in self.clips:
+                    x, weight = seen[site.activation], torch.cat(readers[site.activation], -1)
+                    errors = [float(((round_tokens(x, fmt, s) - x) @ weight).square().sum()) for s in SHARES]
+                    start = logit(SHARES[int(np.argmin(errors))])
+                    self.clips[site.activation] = self.like.new_tensor(start).requires_grad_()
         self.simulate = simulate
-        for site in self.sites.values():
-            fmt = site.precision.activation
-            if fmt is not None and fmt.granularity == "token" and site.activation not in self.clips:
-                x = seen[site.activation]
-                errors = [float((round_tokens(x, fmt, share) - x).square().sum()) for share in SHARES]
-                start = logit(SHARES[int(np.argmin(errors))])
-                self.clips[site.activation] = self.like.new_tensor(start).requires_grad_()
 
     def _results(self) -> list[str]:
         return [v.name or "" for v in self.model.graph.outputs]
@@ -208,6 +213,30 @@ class Program:
             return y + step.offsets[site.node] if site.node in step.offsets else y
 
         return run(self.model, inputs, list(outputs), constants=step.folded, compute=compute, **common)
+
+    def prefix(self, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Values that nothing learned reaches and something learned is combined with: masks, rotary tables."""
+        if self._frontier is None:
+            self._frontier = self._border()
+        wanted = [name for name in self._frontier if name not in inputs]
+        with torch.no_grad():
+            dtype = str(self.like.dtype).removeprefix("torch.")
+            return run(self.model, inputs, wanted, constants=_Base(self), dtype=dtype, device=self.like.device.type)
+
+    def _border(self) -> list[str]:
+        moved, _ = self._changes(self._actor())
+        reached, border = set[str](), dict[str, None]()
+        for node in self.model.graph:
+            names = [v.name or "" for v in node.inputs if v is not None]
+            if node.name not in self.sites and not any(n in reached or n in moved for n in names):
+                continue
+            reached.update(v.name or "" for v in node.outputs)
+            border |= {
+                v.name or "": None
+                for v in node.inputs
+                if v is not None and v.producer() is not None and v.name not in reached
+            }
+        return list(border)
 
     def _input(self, site: Site, x: Tensor) -> Tensor:
         """The activation as the site's product reads it."""

@@ -38,6 +38,6 @@ class SpinQuant(Learned):
         """Rotations of all spaces that admit them."""
         from qcompile.passes.learn.starts import add_hadamards, add_rotations
 
-        add_rotations(context, program, rng, self.name)
+        add_rotations(context, program, self.seed, self.name)
         if self.online:
             add_hadamards(context, program, self.name)

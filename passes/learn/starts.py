@@ -30,16 +30,17 @@ def rotating_spaces(context: Context, name: str) -> list[Space]:
     return found
 
 
-def hadamards(space: Space, rng: np.random.Generator) -> np.ndarray:
-    """``(cells, k, k)`` random Hadamard matrices, in the group of the space."""
+def hadamards(space: Space, seed: int) -> np.ndarray:
+    """``(cells, k, k)`` random Hadamard matrices, in the group of the space: those that ``rotate`` takes for this seed."""
+    rng = np.random.default_rng([seed, space.index])
     size, fixed = equal_cells(space), bool(space.limit & Limit.FIX_ONES)
     return np.stack([random_hadamard(size, rng, fix_ones=fixed) for _ in range(int(space.cells.max()) + 1)])
 
 
-def add_rotations(context: Context, program: Program, rng: np.random.Generator, name: str) -> None:
+def add_rotations(context: Context, program: Program, seed: int, name: str) -> None:
     """A learned rotation, Hadamard at first, of every space that admits one."""
     for space in rotating_spaces(context, name):
-        program.freedoms.append(Rotation(context.spaces, space, hadamards(space, rng), program.like))
+        program.freedoms.append(Rotation(context.spaces, space, hadamards(space, seed), program.like))
 
 
 def add_scales(context: Context, program: Program, alpha: float | None = None) -> None:

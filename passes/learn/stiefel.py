@@ -41,22 +41,30 @@ class Cayley(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Move every matrix with a gradient."""
+        """Move every matrix with a gradient; those of one order together."""
         loss = None if closure is None else closure()
         for group in self.param_groups:
-            for r in group["params"]:
-                if r.grad is not None:
-                    direction = self._direction(r, group)
-                    bound = LARGEST_TURN * r.shape[-1] ** 0.5
-                    size = torch.linalg.matrix_norm(direction) * group["lr"]
-                    scale = group["lr"] * torch.clamp(bound / size.clamp_min(1e-30), max=1.0)
-                    r.copy_(orthonormal(cayley(direction * scale[..., None, None]) @ r))
+            for n, matrices in by_order(group["params"]).items():
+                if all(m.grad is None for m in matrices):
+                    continue
+                r = torch.cat([m.reshape(-1, n, n) for m in matrices])
+                gradients = [torch.zeros_like(m) if m.grad is None else m.grad for m in matrices]
+                gradient = torch.cat([g.reshape(-1, n, n) for g in gradients])
+                direction = self._direction(r, gradient, self.state[matrices[0]], group)
+                size = torch.linalg.matrix_norm(direction) * group["lr"]
+                bound = LARGEST_TURN * n**0.5
+                scale = group["lr"] * torch.clamp(bound / size.clamp_min(1e-30), max=1.0)
+                moved = orthonormal(cayley(direction * scale[..., None, None]) @ r)
+                for m, part in zip(matrices, moved.split([m.numel() // n**2 for m in matrices])):
+                    m.copy_(part.reshape(m.shape))
         return loss
 
-    def _direction(self, r: torch.Tensor, group: dict[str, Any]) -> torch.Tensor:
-        state = self.state[r]
-        assert r.grad is not None
-        product = r.grad @ r.mT
+    @staticmethod
+    def _direction(
+        r: torch.Tensor, gradient: torch.Tensor, state: dict[str, Any], group: dict[str, Any]
+    ) -> torch.Tensor:
+        """Skew-symmetric directions of ``(count, n, n)`` matrices; ``state`` is kept with the first of them."""
+        product = gradient @ r.mT
         skew = product - product.mT
         beta, beta2 = group["momentum"], group["adaptive"]
         if not state:
@@ -72,6 +80,14 @@ class Cayley(torch.optim.Optimizer):
         mean = state["mean"] / (1 - beta ** state["count"])
         square = state["square"] / (1 - beta2 ** state["count"])
         return mean / (square.sqrt() + 1e-12 + 1e-8 * square.amax((-2, -1), keepdim=True).sqrt())
+
+
+def by_order(matrices: Iterable[torch.Tensor]) -> dict[int, list[torch.Tensor]]:
+    """Matrices of one order together, since one batched operation is faster than many small ones."""
+    found: dict[int, list[torch.Tensor]] = {}
+    for m in matrices:
+        found.setdefault(m.shape[-1], []).append(m)
+    return found
 
 
 def cayley(skew: torch.Tensor) -> torch.Tensor:

@@ -3,6 +3,9 @@
 Both run a number of steps within a time budget. The length of a step falls linearly with the larger of two fractions,
 steps done and time used, so a training that runs out of time ends as gently as one that runs out of steps. Everything
 but the clock is deterministic for a given seed.
+
+Some samples are held out. They are looked at before the first step, ten times on the way and after the last one, and the
+parameters that served them best are kept: what is learned is never worse than where it began, on samples it has not seen.
 """
 
 from __future__ import annotations
@@ -22,11 +25,16 @@ from qcompile.passes.blocks import Block
 from qcompile.passes.learn.freedoms import Freedom, Tensor
 from qcompile.passes.learn.losses import choose, mse
 from qcompile.passes.learn.program import Program
+from qcompile.passes.learn.replay import Replay, tensor_cores
 from qcompile.passes.learn.stiefel import Cayley
 
 Feed = Mapping[str, np.ndarray]
 Stage = Callable[[str, int], contextlib.AbstractContextManager[Callable[..., None]]]
 """``(title, steps) -> context manager`` of a function to call after every step, maybe with a note."""
+
+
+FEWEST = 4
+"""Samples held out, at least, if any are."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +49,8 @@ class Schedule:
         rate: step length of logarithms of scales and the like.
         adaptive: Cayley Adam instead of Cayley SGD.
         seed: of the order of the samples.
+        holdout: share of the samples that are held out.
+        largest: most samples that are held out.
     """
 
     steps: int
@@ -50,6 +60,18 @@ class Schedule:
     rate: float
     adaptive: bool = True
     seed: int = 0
+    holdout: float = 0.0
+    largest: int = 32
+
+    def divide(self, count: int) -> tuple[list[int], list[int]]:
+        """Numbers of the samples to learn from and of those held out, the latter spread over all.
+
+        Fewer than `FEWEST` tell nothing, and none is held out.
+        """
+        kept = min(round(self.holdout * count), self.largest)
+        kept = kept if kept >= FEWEST else 0
+        held = {int(i) for i in (np.arange(kept) + 0.5) * count / max(kept, 1)}
+        return [i for i in range(count) if i not in held], sorted(held)
 
 
 @dataclass
@@ -73,14 +95,24 @@ class Clock:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Loss before and after, and how many steps were made."""
+    """Loss before and after, and how many steps were made.
+
+    Attributes:
+        held: loss of the samples held out, before and after; None if there are none.
+        note: why steps were slower than they could be.
+    """
 
     before: float
     after: float
     steps: int
+    held: tuple[float, float] | None = None
+    note: str = ""
 
     def __str__(self) -> str:
-        return f"loss {self.before:.4g} -> {self.after:.4g} in {self.steps} steps"
+        text = f"loss {self.before:.4g} -> {self.after:.4g} in {self.steps} steps"
+        if self.held is not None:
+            text += f", on samples held out {self.held[0]:.4g} -> {self.held[1]:.4g}"
+        return text + (f" ({self.note})" if self.note else "")
 
 
 class Descent:
@@ -116,15 +148,24 @@ class Descent:
         for optimizer, rates in zip(self.optimizers, self._rates):
             for group, rate in zip(optimizer.param_groups, rates):
                 group["lr"] = rate * max(1 - fraction, 0.01)
-            optimizer.zero_grad()
         for freedom in self.freedoms:
             freedom.progress(fraction)
 
+    @property
+    def parameters(self) -> list[Tensor]:
+        """Everything that moves."""
+        return [p for o in self.optimizers for g in o.param_groups for p in g["params"]]
+
+    @property
+    def steady(self) -> bool:
+        """Whether all steps do the same computations."""
+        return all(freedom.steady for freedom in self.freedoms)
+
     def step(self) -> None:
         """Move everything; a step without finite gradients is left out."""
-        for optimizer in self.optimizers:
-            parameters = [p for g in optimizer.param_groups for p in g["params"]]
-            if all(p.grad is None or bool(p.grad.isfinite().all()) for p in parameters):
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        if gradients and bool(torch.stack([g.isfinite().all() for g in gradients]).all()):
+            for optimizer in self.optimizers:
                 optimizer.step()
 
 
@@ -269,30 +310,93 @@ def _loop(
     nodes: Any,
 ) -> Outcome:
     rng = np.random.default_rng(schedule.seed)
-    count = len(feeds)
-    batch = min(schedule.batch, count)
+    learning, held = schedule.divide(len(feeds))
+    batch = min(schedule.batch, len(learning))
+
+    def joined(chosen: Sequence[int]) -> list[dict[str, Any]]:
+        parts = stacked(program.model, [feeds[i] for i in chosen])
+        return [{**feed, **program.prefix(feed)} for feed in parts]
+
+    def gradients(parts: Sequence[Feed]) -> Tensor:
+        """Mean loss; its gradients are left with the parameters."""
+        with tensor_cores():
+            made = program.step(names, nodes)
+            leaves, total = made.detached(), torch.zeros((), device=program.like.device)
+            for feed in parts:
+                value = sample_loss(leaves, feed) / len(parts)
+                value.backward()
+                total = total + value.detach()
+            made.backward(leaves)
+        return total
+
+    def judge() -> float:
+        with torch.no_grad(), tensor_cores():
+            made, values = program.step(names, nodes), []
+            for start in range(0, len(held), batch):
+                parts = joined(held[start : start + batch])
+                values += [
+                    float(sample_loss(made, feed)) * len(held[start : start + batch]) / len(parts) for feed in parts
+                ]
+        return sum(values) / len(held)
+
     order: list[int] = []
     clock = Clock(schedule, share)
     losses: list[float] = []
+    best = Best(descent.parameters, judge) if held and descent.optimizers else None
+    replay = Replay(gradients, descent.parameters) if descent.steady else gradients
     while clock.fraction < 1 and descent.optimizers:
         descent.begin(clock.fraction)
+        if best is not None:
+            best.look(clock.fraction)
         if len(order) < batch:
-            order += rng.permutation(count).tolist()
+            order += rng.permutation(learning).tolist()
         chosen, order = order[:batch], order[batch:]
-        made = program.step(names, nodes)
-        leaves = made.detached()
-        total = 0.0
-        joined = stacked(program.model, [feeds[i] for i in chosen])
-        for feed in joined:
-            value = sample_loss(leaves, feed) / len(joined)
-            value.backward()
-            total += float(value.detach())
-        made.backward(leaves)
+        for p in descent.parameters:
+            if p.grad is not None:
+                p.grad.zero_()
+        losses.append(float(replay(joined(chosen))))
         descent.step()
-        losses.append(total)
         clock.done += 1
         advance(f"loss {np.mean(losses[-10:]):.4g}")
-    edge = max(1, min(10, len(losses) // 4))
     if not losses:
         return Outcome(float("nan"), float("nan"), 0)
-    return Outcome(float(np.mean(losses[:edge])), float(np.mean(losses[-edge:])), len(losses))
+    edge = max(1, min(10, len(losses) // 4))
+    note = replay.refused if isinstance(replay, Replay) else ""
+    seen = best.finish() if best is not None else None
+    return Outcome(float(np.mean(losses[:edge])), float(np.mean(losses[-edge:])), len(losses), seen, note)
+
+
+class Best:
+    """The parameters that served the samples held out best.
+
+    Args:
+        parameters: what moves.
+        judge: their loss.
+        looks: how many times to look on the way.
+    """
+
+    def __init__(self, parameters: Sequence[Tensor], judge: Callable[[], float], looks: int = 10) -> None:
+        self.parameters, self.judge, self.looks = parameters, judge, looks
+        self.first = self.loss = float("inf")
+        self.kept: list[Tensor] = []
+        self.done = -1
+
+    def look(self, fraction: float) -> None:
+        """Judge the parameters if the next tenth of the training is done."""
+        if int(fraction * self.looks) == self.done:
+            return
+        loss = self.judge()
+        if self.done < 0:
+            self.first = loss
+        if loss < self.loss:
+            self.loss, self.kept = loss, [p.detach().clone() for p in self.parameters]
+        self.done = int(fraction * self.looks)
+
+    def finish(self) -> tuple[float, float]:
+        """Restore the best; returns the loss at first and at the best."""
+        self.done -= 1
+        self.look(1.0)
+        with torch.no_grad():
+            for p, kept in zip(self.parameters, self.kept):
+                p.copy_(kept)
+        return self.first, self.loss

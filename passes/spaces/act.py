@@ -60,10 +60,12 @@ class Plans:
     Attributes:
         axes: plans by the coordinates along an axis.
         follows: classes that follow a cell, the cell's own, and G, by number of the scaling and of the cell.
+        fixed: arrays that are the same for all of them, on the device, by what they are.
     """
 
     axes: dict[bytes, Plan] = field(default_factory=dict)
     follows: dict[tuple[int, int], tuple[np.ndarray, Array, Array, Array]] = field(default_factory=dict)
+    fixed: dict[str | bytes, Array] = field(default_factory=dict)
 
 
 class Actor:
@@ -89,14 +91,15 @@ class Actor:
         learned = [a for a in (element.log, *element.blocks.values()) if _is_torch(a)]
         self.xp: Any = _torch() if learned else np
         self._like: Any = learned[0] if learned else None
-        self.log = self._array(element.log)
-        self.sign = self._array(element.sign)
+        self.log = self._array(element.log) if _is_torch(element.log) else self._fixed("log", element.log)
+        self.sign = self._fixed("sign", element.sign)
         # Everything of a learned diagonal counts as moving, even where it is 1 now.
         self.scaled = np.full(count, True) if _is_torch(element.log) else (element.log != 0) | (element.sign != 1)
         self.cells: list[MixedCell] = []
         self.cell_of = np.full(count, -1)
         for cell, matrix in element.blocks.items():
-            self._add(self.solution.cells[cell], self._array(matrix))
+            dual = element.duals.get(cell)
+            self._add(self.solution.cells[cell], self._array(matrix), None if dual is None else self._array(dual))
         progress = True
         while progress:
             progress = False
@@ -114,6 +117,16 @@ class Actor:
         if self._like is None:
             return np.asarray(values, np.float64)
         return self.xp.as_tensor(values, dtype=self._like.dtype, device=self._like.device)
+
+    def _fixed(self, key: str | bytes, values: np.ndarray) -> Array:
+        """The same for numbers that do not change while an element is learned: copied to the device once."""
+        if self._like is None:
+            return self._array(values)
+        if key not in self.plans.fixed:
+            kept = values if values.dtype == bool else np.asarray(values, np.float64)
+            dtype = None if kept.dtype == bool else self._like.dtype
+            self.plans.fixed[key] = self.xp.as_tensor(kept, dtype=dtype, device=self._like.device)
+        return self.plans.fixed[key]
 
     def _index(self, positions: np.ndarray) -> Array | slice:
         """Positions as an index; a slice if they are consecutive."""
@@ -172,7 +185,7 @@ class Actor:
         """
         if overwritten is not None:
             mask = overwritten.reshape(tuple(array.shape))
-            mask = mask if self.xp is np else self.xp.as_tensor(mask, device=array.device)
+            mask = mask if self.xp is np else self._fixed(mask.tobytes() + bytes(str(mask.shape), "ascii"), mask)
             array = self.xp.where(mask, self.xp.ones_like(array), array)
         maps = [m for m in maps if self.touches(m)]
         where = [m.table for m in maps]

@@ -30,6 +30,7 @@ class Element:
         sign: +1 or -1 per class.
         source: the class whose content each class receives.
         blocks: matrices of cells, ``(k, k)`` float64, in the order of ``solution.cells[cell]``.
+        duals: ``A^-T`` of blocks, where whoever made the block knows it; else it is computed.
 
     While an element is learned, ``log`` and the blocks are torch tensors; the rest is fixed.
     """
@@ -39,6 +40,7 @@ class Element:
     sign: np.ndarray
     source: np.ndarray
     blocks: dict[int, Array] = field(default_factory=dict)
+    duals: dict[int, Array] = field(default_factory=dict)
 
     @classmethod
     def identity(cls, solution: Solution) -> Element:

@@ -17,6 +17,7 @@ import numpy as np
 import onnx_ir as ir
 
 from qcompile.codegen.kernels.base import StoredCodes
+from qcompile.codegen.kernels.cpu.levels import ENTRIES
 from qcompile.formats import BitLayout
 
 
@@ -131,12 +132,16 @@ def share_weights(
         if name in names:
             value.const_value = external(name)
     for index, node in enumerate(list(graph)):
-        if node.op_type != "DequantizeLinear" or node.domain not in ("", "ai.onnx") or node.inputs[0] is None:
+        if not node.op_type.startswith("Dequantize") or node.inputs[0] is None:
             continue
         if (place := stored.get(node.inputs[0].name or "")) is not None:
             # Short names: spelled out, they would take more room than the graph itself.
             _dequantize(Emitter(graph, node, f"u{index}", constants), node, place, array)
+            before = [value.producer() for value in node.inputs if value is not None]
             graph.remove(node, safe=True)
+            for product in before:  # of nested scales
+                if product is not None and not product.outputs[0].uses():
+                    graph.remove(product, safe=True)
     for name in [n for n, v in graph.initializers.items() if not v.uses() and not v.is_graph_output()]:
         del graph.initializers[name]
     _strip_metadata(emitted)
@@ -157,7 +162,7 @@ def _strip_metadata(model: ir.Model) -> None:
 
 
 def _dequantize(emit: Emitter, node: ir.Node, place: StoredWeight, array: Callable[[str], ir.Value]) -> None:
-    """Emit ``(codes - zero) * scale`` in place of a DequantizeLinear."""
+    """Emit ``(codes - zero) * scale``, or what a table or planes make of codes, in place of the node."""
     stored, names = place.codes, place.names
     packed = array(names["weight"])
     k_padded = len(stored.source)
@@ -177,25 +182,57 @@ def _dequantize(emit: Emitter, node: ir.Node, place: StoredWeight, array: Callab
         return emit("Slice", value, *(emit.constant(b) for b in bounds))
 
     def per_row(name: str) -> ir.Value:
-        """Parameters ``(panels, groups, width)`` as float32 ``(K, N)``."""
+        """Parameters ``(panels, groups, ..., width)`` as float32 ``(K, ..., N)``."""
         value = array(name)
-        panels, groups, width = _dims(value)
-        flat = emit("Transpose", emit("Cast", value, to=int(ir.DataType.FLOAT)), perm=[1, 0, 2])
-        flat = emit("Reshape", flat, emit.constant(np.array([groups, panels * width], np.int64)))
+        panels, groups, *planes, width = _dims(value)
+        order = [1, *range(2, 2 + len(planes)), 0, 2 + len(planes)]
+        flat = emit("Transpose", emit("Cast", value, to=int(ir.DataType.FLOAT)), perm=order)
+        flat = emit("Reshape", flat, emit.constant(np.array([groups, *planes, panels * width], np.int64)))
         index = np.minimum(np.arange(k, dtype=np.int64) // (stored.group or k), groups - 1)
         return emit("Gather", columns(flat), emit.constant(index), axis=0)
 
-    if stored.twos_complement:
-        # Inverting the sign bit adds its weight.
-        codes = emit("BitwiseXor", codes, emit.constant(np.array(stored.bias, np.uint8)))
-    real = emit("Cast", columns(codes), to=int(ir.DataType.FLOAT))
-    zero = per_row(names["zero"]) if "zero" in names else emit.constant(np.array(stored.bias, np.float32))
     scale = columns(emit("Mul", array(names["scale"]), emit.constant(np.array(stored.unit, np.float32))))
-    if "group_scale" in names:
-        scale = emit("Mul", per_row(names["group_scale"]), scale)
-    result = emit("Mul", emit("Sub", real, zero), scale)
+    codes = columns(codes)
+    if "offset" in names:
+        result = emit(
+            "Mul",
+            _planes(emit, codes, stored.layout.bits, per_row(names["group_scale"]), per_row(names["offset"])),
+            scale,
+        )
+    else:
+        if stored.twos_complement:
+            # Inverting the sign bit adds its weight.
+            codes = emit("BitwiseXor", codes, emit.constant(np.array(stored.bias, np.uint8)))
+        real = emit("Cast", codes, to=int(ir.DataType.FLOAT))
+        if "table" in names:
+            index = emit("Cast", codes, to=int(ir.DataType.INT32))
+            real = emit("Gather", _levels(emit, array(names["table"])), index)
+        zero = per_row(names["zero"]) if "zero" in names else emit.constant(np.array(stored.bias, np.float32))
+        if "group_scale" in names:
+            scale = emit("Mul", per_row(names["group_scale"]), scale)
+        result = emit("Mul", emit("Sub", real, zero), scale)
     result.shape, result.type = node.outputs[0].shape, node.outputs[0].type
     ir.convenience.replace_all_uses_with(node.outputs[0], result)
+
+
+def _levels(emit: Emitter, table: ir.Value) -> ir.Value:
+    """A table of 16 levels as float32: one byte each, or all low bytes before the high ones."""
+    levels = emit("Cast", table, to=int(ir.DataType.FLOAT))
+    if _dims(table)[0] == ENTRIES:
+        return levels
+    parts = emit("Reshape", levels, emit.constant(np.array([2, ENTRIES], np.int64)))
+    whole = emit("Mul", parts, emit.constant(np.array([[1], [256]], np.float32)))
+    return emit("ReduceSum", whole, emit.constant(np.array([0], np.int64)), keepdims=0)
+
+
+def _planes(emit: Emitter, codes: ir.Value, count: int, scales: ir.Value, offset: ir.Value) -> ir.Value:
+    """Bit planes of codes ``(K, N)`` times their scales ``(K, P, N)``, added up, and the offset ``(K, N)``."""
+    middle = emit.constant(np.array([1], np.int64))
+    shifts = emit.constant(np.arange(count, dtype=np.uint8)[:, None])
+    bits = emit("BitShift", emit("Unsqueeze", codes, middle), shifts, direction="RIGHT")
+    bits = emit("BitwiseAnd", bits, emit.constant(np.array(1, np.uint8)))
+    parts = emit("Mul", emit("Cast", bits, to=int(ir.DataType.FLOAT)), scales)
+    return emit("Add", emit("ReduceSum", parts, middle, keepdims=0), offset)
 
 
 def _dims(value: ir.Value) -> list[int]:

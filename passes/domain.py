@@ -78,6 +78,56 @@ DequantizePerToken (codes, scale) => (x)
 }
 """
 
+DEQUANTIZE_TABLE = """
+<domain: "qcompile", opset_import: ["" : 23]>
+DequantizeTable <block_size: int> (codes, table, scale) => (w)
+{
+    zero = Constant <value_int: int = 0> ()
+    one = Constant <value_int: int = 1> ()
+    block = Constant <value_int: int = @block_size> ()
+    rows = Shape <start: int = 0, end: int = 1> (codes)
+    count = Squeeze (rows)
+    k = Range (zero, count, one)
+    group = Div (k, block)
+    steps = Gather <axis: int = 0> (scale, group)
+    index = Cast <to: int = 6> (codes)
+    levels = Gather <axis: int = 0> (table, index)
+    w = Mul (levels, steps)
+}
+"""
+
+DEQUANTIZE_PLANES = """
+<domain: "qcompile", opset_import: ["" : 23]>
+DequantizePlanes <block_size: int> (codes, scale, offset) => (w)
+{
+    zero = Constant <value_int: int = 0> ()
+    one = Constant <value_int: int = 1> ()
+    first = Constant <value_ints: ints = [0]> ()
+    column = Constant <value_ints: ints = [-1, 1, 1]> ()
+    block = Constant <value_int: int = @block_size> ()
+    rows = Shape <start: int = 0, end: int = 1> (codes)
+    count = Squeeze (rows)
+    k = Range (zero, count, one)
+    group = Div (k, block)
+    planes = Shape <start: int = 0, end: int = 1> (scale)
+    bits = Squeeze (planes)
+    places = Range (zero, bits, one)
+    bytes = Cast <to: int = 2> (places)
+    shifts = Reshape (bytes, column)
+    wide = Cast <to: int = 2> (codes)
+    stacked = Unsqueeze (wide, first)
+    moved = BitShift <direction: string = "RIGHT"> (stacked, shifts)
+    lowest = Cast <to: int = 2> (one)
+    set = BitwiseAnd (moved, lowest)
+    real = Cast <to: int = 1> (set)
+    steps = Gather <axis: int = 1> (scale, group)
+    parts = Mul (real, steps)
+    total = ReduceSum <keepdims: int = 0> (parts, first)
+    shift = Gather <axis: int = 0> (offset, group)
+    w = Add (total, shift)
+}
+"""
+
 BLOCK_ROTATE = """
 <domain: "qcompile", opset_import: ["" : 23]>
 BlockRotate (x, matrix) => (y)
@@ -115,6 +165,8 @@ _BODIES = {
     "QuantizePerSample": QUANTIZE_PER_SAMPLE,
     "QuantizePerToken": QUANTIZE_PER_TOKEN,
     "DequantizePerToken": DEQUANTIZE_PER_TOKEN,
+    "DequantizeTable": DEQUANTIZE_TABLE,
+    "DequantizePlanes": DEQUANTIZE_PLANES,
     "BlockRotate": BLOCK_ROTATE,
     "Kronecker": KRONECKER,
 }

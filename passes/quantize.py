@@ -3,8 +3,8 @@
     x @ w        ->   DequantizePerToken(QuantizePerToken(x)) @ DequantizeLinear(codes, scale, zero_point)
     Conv(x, w)   ->   Conv(DequantizePerToken(QuantizePerSample(x)), Transpose(Reshape(DequantizeLinear(codes, ...))))
 
-What is quantized to which codes was decided before (formats, solvers); this pass only rewrites. The result runs in
-stock ONNX Runtime.
+`weights` has the forms of weights that are no integers. What is quantized to which codes was decided before (formats,
+solvers); this pass only rewrites. The result runs in stock ONNX Runtime.
 """
 
 from __future__ import annotations
@@ -15,14 +15,12 @@ import numpy as np
 import onnx_ir as ir
 
 from qcompile.errors import FormatError
-from qcompile.formats import ActivationFormat, Format, IntFormat, Quantized
+from qcompile.formats import ActivationFormat, Format, Quantized
 from qcompile.passes.domain import DOMAIN, add_functions
 from qcompile.passes.graph import add_initializer, constant_shape, insert_before, remove_unused_initializers, replace
 from qcompile.passes.sites import ConvSite, EmbeddingSite, LinearSite
+from qcompile.passes.weights import write_weight
 
-TRUE_BITS = "qcompile.bits"
-FORMAT = "qcompile.format"
-SITE = "qcompile.site"
 CLIP = "qcompile.clip"
 """Metadata of a value: the share of a token's largest magnitude that its quantizer represents."""
 
@@ -76,27 +74,10 @@ class Quantizer:
         site.node.replace_input_with(1, transpose.outputs[0])
 
     def weight(self, site: LinearSite | ConvSite, fmt: Format, weight: Quantized) -> ir.Value:
-        """Insert codes, scale, zero point and their DequantizeLinear; returns the float ``(K, N)`` value."""
-        if not isinstance(fmt, IntFormat):
-            raise FormatError(f"{site.name}: format {fmt} has no ONNX form yet; choose an integer format")
-        graph = self.model.graph
-        base = site.weight.name or site.name
-        per_channel = fmt.group == 0
-        codes = add_initializer(graph, f"{base}.codes", integer_tensor(weight.codes, fmt.bits), like=site.weight)
-        codes.metadata_props[TRUE_BITS] = str(fmt.bits)
-        codes.metadata_props[FORMAT] = str(fmt)
-        codes.metadata_props[SITE] = site.name
-        scale_array = weight.scale.astype(np.float32)
-        inputs = [codes, add_initializer(graph, f"{base}.scale", scale_array[0] if per_channel else scale_array)]
-        if weight.zero_point is not None:
-            zero = weight.zero_point[0] if per_channel else weight.zero_point
-            inputs.append(add_initializer(graph, f"{base}.zero_point", integer_tensor(zero.astype(np.uint8), fmt.bits)))
-        attributes: dict[str, int] = {"axis": 1} if per_channel else {"axis": 0, "block_size": fmt.group}
-        node = ir.node("DequantizeLinear", inputs, attributes=attributes, name=f"{base}.dequantize")
-        out = node.outputs[0]
-        out.name, out.shape, out.type = f"{base}.dequantized", ir.Shape(site.shape), ir.TensorType(ir.DataType.FLOAT)
-        insert_before(site.node, [node])
-        return out
+        """Insert codes, parameters and what makes floats of them; returns the float ``(K, N)`` value."""
+        nodes = write_weight(self.model.graph, site.weight.name or site.name, site.name, fmt, weight, site.weight)
+        insert_before(site.node, nodes)
+        return nodes[-1].outputs[0]
 
     def activation(self, x: ir.Value, fmt: ActivationFormat, before: ir.Node, *, sample: bool = False) -> ir.Value:
         """Insert the quantizer and dequantizer of ``x``, or reuse those that exist; dynamic ones per token or per sample."""
@@ -184,21 +165,3 @@ class Quantizer:
         remove_unused_initializers(self.model.graph)
         add_functions(self.model)
         return self.model
-
-
-def integer_tensor(codes: np.ndarray, bits: int) -> ir.TensorProtocol:
-    """Wrap codes in the narrowest ONNX integer type of opset 23 that holds ``bits`` bits: 4 or 8.
-
-    INT2 exists from opset 25 on, but ONNX Runtime 1.32 computes wrong results with it; the stored artifact packs
-    the true width anyway (see `qcompile.formats.layout`).
-    """
-    signed = codes.dtype.kind == "i"
-    storage = 4 if bits <= 4 else 8
-    types = {
-        (8, True): ir.DataType.INT8,
-        (8, False): ir.DataType.UINT8,
-        (4, True): ir.DataType.INT4,
-        (4, False): ir.DataType.UINT4,
-    }
-    dtype = types[storage, signed]
-    return ir.Tensor(codes.astype(dtype.numpy()), dtype=dtype)

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 import onnx_ir as ir
 
 from qcompile.calibration import ChannelStatistics, Feed
+from qcompile.calibration.patches import PatchMoments, patches_key
 from qcompile.calibration.sequential import SequentialStatistics
-from qcompile.formats import IntFormat, Quantized
+from qcompile.formats import BitPlane, DualInt4, Format, NvFp4, Quantized, joined
 from qcompile.passes.graph import module_path
 from qcompile.passes.quantize import Quantizer, clip_of
-from qcompile.passes.sites import ConvSite, EmbeddingSite, LinearSite, embedding_sites, linear_sites, matrix_sites
+from qcompile.passes.sites import (
+    ConvSite,
+    EmbeddingSite,
+    LinearSite,
+    conv_sites,
+    embedding_sites,
+    linear_sites,
+    matrix_sites,
+)
 from qcompile.recipes import Recipe
 from qcompile.report import LayerRecord, Report
 from qcompile.solvers import correct_weight, get_solver, output_error
@@ -33,10 +42,19 @@ def sites_with_hessian(model: ir.Model, recipe: Recipe) -> set[str]:
     }
 
 
+def convolution_moments(model: ir.Model, recipe: Recipe) -> dict[str, PatchMoments]:
+    """Empty second moments, by `patches_key`, of the convolutions whose solver wants some; always the float model's."""
+    return {
+        patches_key(site): PatchMoments(site)
+        for site in conv_sites(model)
+        if recipe.weight_format(site.name) is not None and _solver(recipe, site.name).needs_hessian
+    }
+
+
 def quantize_model(
     model: ir.Model,
     recipe: Recipe,
-    statistics: Mapping[str, ChannelStatistics],
+    statistics: Mapping[str, ChannelStatistics | PatchMoments],
     report: Report,
     progress: Callable[[str], None] | None = None,
     *,
@@ -47,7 +65,8 @@ def quantize_model(
     Args:
         model: a float model.
         recipe: formats and solver.
-        statistics: of the inputs of its linear sites, by value name; may be empty for data-free solvers.
+        statistics: of the inputs of its linear sites, by value name, and of convolutions, by `patches_key`; may be empty
+            for data-free solvers.
         report: receives one record per site, and what was left float.
         progress: called with the name of each finished site.
         feeds: calibration samples, for recipes whose Hessians are those of the quantized model.
@@ -55,18 +74,18 @@ def quantize_model(
     Raises:
         FormatError: static activations without statistics.
     """
-    scales = {name: _static_scale(s) for name, s in statistics.items()}
+    scales = {name: _static_scale(s) for name, s in statistics.items() if isinstance(s, ChannelStatistics)}
     scales = {name: scale for name, scale in scales.items() if scale > 0}
     quantizer = Quantizer(model, scales)
-    if recipe.hessian != "float" and feeds:
-        statistics = _sequential(model, recipe, feeds, scales)
+    linear = _sequential(model, recipe, feeds, scales) if recipe.hessian != "float" and feeds else statistics
     solved: dict[str, tuple[Quantized, LayerRecord]] = {}
     for site in matrix_sites(model):
         fmt, activation = recipe.weight_format(site.name), recipe.activation_format(site.name)
         if fmt is None:
             report.refuse("quantize", site.name, "the recipe leaves this weight float")
         else:
-            known = statistics.get(site.x.name or "") if isinstance(site, LinearSite) else None
+            convolution = isinstance(site, ConvSite)
+            known = statistics.get(patches_key(site)) if convolution else linear.get(site.x.name or "")
             key = f"{site.weight.name} {fmt} {site.x.name}"
             if key not in solved:
                 solved[key] = _solve(site, fmt, recipe, known)
@@ -109,22 +128,24 @@ def _solver(recipe: Recipe, site: str) -> Solver:
 
 
 def _solve(
-    site: LinearSite | ConvSite, fmt: object, recipe: Recipe, known: ChannelStatistics | None
+    site: LinearSite | ConvSite, fmt: Format, recipe: Recipe, known: ChannelStatistics | PatchMoments | None
 ) -> tuple[Quantized, LayerRecord]:
-    assert isinstance(fmt, IntFormat)
     weight = site.matrix()
     hessian = known.hessian if known is not None else None
     solver = _solver(recipe, site.name)
     wanted = weight
     if recipe.hessian == "corrected" and known is not None and known.cross is not None and hessian is not None:
         wanted = correct_weight(weight, hessian, known.cross)
-    quantized = half_scales(solver.solve(wanted, fmt, hessian=hessian), fmt)
+    quantized = half_scales(_codes(solver, wanted, fmt, hessian), fmt)
     decoded = fmt.decode(quantized)
     norm = float(np.linalg.norm(weight)) or 1.0
     error = None
     if hessian is not None:
-        whole = output_error(weight, np.zeros_like(weight), hessian)
-        error = (output_error(weight, decoded, hessian) / whole) ** 0.5 if whole > 0 else 0.0
+        whole, rest = (
+            sum(output_error(w, d, h) for w, d, h in _by_group(hessian, weight, against))
+            for against in (np.zeros_like(weight), decoded)
+        )
+        error = (rest / whole) ** 0.5 if whole > 0 else 0.0
     record = LayerRecord(
         site.name,
         "linear" if isinstance(site, LinearSite) else "convolution",
@@ -138,16 +159,34 @@ def _solve(
     return quantized, record
 
 
-def half_scales(quantized: Quantized, fmt: IntFormat) -> Quantized:
+def _by_group(hessian: np.ndarray, *matrices: np.ndarray) -> Iterator[tuple[np.ndarray, ...]]:
+    """Columns of ``(K, N)`` matrices and the Hessian of each group of a grouped convolution; else all at once."""
+    hessians = hessian.reshape(-1, *hessian.shape[-2:])
+    return zip(*(np.split(matrix, len(hessians), axis=1) for matrix in matrices), hessians)
+
+
+def _codes(solver: Solver, weight: np.ndarray, fmt: Format, hessian: np.ndarray | None) -> Quantized:
+    if hessian is None:
+        return solver.solve(weight, fmt)
+    parts = [solver.solve(columns, fmt, hessian=moment) for columns, moment in _by_group(hessian, weight)]
+    return parts[0] if len(parts) == 1 else joined(parts)
+
+
+def half_scales(quantized: Quantized, fmt: Format) -> Quantized:
     """Round group scales to 11 significant bits, so that kernels may store them as float16; below 0.03 % change.
 
-    Codes stay as they are. Per-channel scales stay float32.
+    Codes stay as they are. Per-channel scales stay float32, and so do scales that are small numbers times one per column.
     """
-    if not fmt.group:
+    planes = isinstance(fmt, BitPlane)
+    if not (fmt.group or planes) or isinstance(fmt, DualInt4 | NvFp4):
         return quantized
-    mantissa, exponent = np.frexp(quantized.scale.astype(np.float32))
-    scale = np.ldexp(np.rint(mantissa * 2048) / 2048, exponent).astype(np.float32)
-    return Quantized(quantized.codes, scale, quantized.zero_point, quantized.aux)
+    aux = {name: _eleven_bits(array) if planes and name == "offset" else array for name, array in quantized.aux.items()}
+    return Quantized(quantized.codes, _eleven_bits(quantized.scale), quantized.zero_point, aux)
+
+
+def _eleven_bits(values: np.ndarray) -> np.ndarray:
+    mantissa, exponent = np.frexp(values.astype(np.float32))
+    return np.ldexp(np.rint(mantissa * 2048) / 2048, exponent).astype(np.float32)
 
 
 def _static_scale(statistics: ChannelStatistics) -> float:

@@ -21,11 +21,11 @@ from qcompile.codegen.kernels.cpu.convolution import Depthwise, Geometry, Unfold
 from qcompile.codegen.relax.attributes import attr
 from qcompile.codegen.relax.context import Context
 from qcompile.codegen.relax.dims import as_expr
-from qcompile.codegen.relax.kernels import DOMAIN, call, calls, product
+from qcompile.codegen.relax.kernels import DOMAIN, call, calls, product, quantized_operand
 from qcompile.codegen.relax.ops import _kernels as kernels
 from qcompile.codegen.relax.ops._windows import Windows, windows
 from qcompile.codegen.relax.registry import converter
-from qcompile.formats import Quantized, parse_activation, parse_format
+from qcompile.formats import FixedPoint, Format, IntFormat, Ternary, parse_activation, parse_format
 
 ZERO = 128
 """The stored code of zero."""
@@ -79,8 +79,12 @@ def convolution(
     zero: Any = None,
     bias: Any = None,
     limits: Any = None,
+    *aux: Any,
 ) -> list[Any]:
-    """A convolution by a quantized weight, of codes or of floats; with ``limits`` it gives codes and their scale."""
+    """A convolution by a quantized weight, of codes or of floats; with ``limits`` it gives codes and their scale.
+
+    ``aux`` are further parameters of the weight, see `quantized_operand`.
+    """
     win = windows(ctx, node, x, attr(node, "kernel_shape"), ctx.shape(x)[1:-1])
     if attr(node, "group", 1) != 1:
         if (out := _depthwise(ctx, node, x, scale, win, bias, limits)) is None:
@@ -182,7 +186,7 @@ def _depthwise(
         geometry is None
         or not depthwise
         or scale is None
-        or weight_format.group
+        or not _channel_integers(weight_format)
         or attr(node, "k") * 255 * 256 >= 1 << 31
     ):
         return None
@@ -209,7 +213,7 @@ def _grouped(ctx: Context, node: ir.Node, x: Any, scale: Any, win: Windows, bias
     batch, *spatial, channels = ctx.shape(x)
     per_group, group_out = int(channels) // groups, n_out // groups
     weight_format = parse_format(attr(node, "weight_format"))
-    integer = parse_activation(attr(node, "activation_format")).bits and not weight_format.group
+    integer = parse_activation(attr(node, "activation_format")).bits and _channel_integers(weight_format)
     matrix, factor = _weight(ctx, node, weight_format, bool(integer))
     acc = "int32" if integer else "float32"
     weight = ctx.const(matrix.reshape(*win.kernel, per_group, n_out), name=f"{node.inputs[2].name}.grouped")
@@ -242,20 +246,20 @@ def _grouped(ctx: Context, node: ir.Node, x: Any, scale: Any, win: Windows, bias
     return _finish(ctx, node, out, scale, factor, bias, limits)
 
 
+def _channel_integers(fmt: Format) -> bool:
+    """Whether weights are integers with one scale per column."""
+    return isinstance(fmt, IntFormat | Ternary | FixedPoint) and not fmt.group
+
+
 def _weight(ctx: Context, node: ir.Node, weight_format: Any, integer: bool) -> tuple[np.ndarray, np.ndarray]:
     """The matrix ``(K, N)`` to multiply with, and what to multiply sums with ``(N,)``."""
-    codes, steps = ctx.constant(node.inputs[2]), ctx.constant(node.inputs[3])
-    zero = ctx.constant(node.inputs[4]) if len(node.inputs) > 4 and node.inputs[4] is not None else None
+    weight = quantized_operand(ctx, node, weight_format)
     if integer:
-        centred = codes.astype(np.int16) - (0 if zero is None else np.asarray(zero).astype(np.int16).reshape(1, -1))
+        zero = 0 if weight.zero_point is None else weight.zero_point.astype(np.int16)
+        centred = weight.codes.astype(np.int16) - zero
         fits = np.abs(centred).max(initial=0) < 128
-        return centred.astype(np.int8 if fits else np.int16), np.asarray(steps, np.float32).reshape(-1)
-    weight = Quantized(
-        codes.astype(np.int16).astype(np.int8 if weight_format.symmetric else np.uint8),
-        np.atleast_2d(steps),
-        None if zero is None else np.atleast_2d(zero).astype(np.uint8),
-    )
-    return weight_format.decode(weight).astype(np.float32), np.ones(codes.shape[1], np.float32)
+        return centred.astype(np.int8 if fits else np.int16), weight.scale.reshape(-1)
+    return weight_format.decode(weight).astype(np.float32), np.ones(attr(node, "n"), np.float32)
 
 
 def _finish(

@@ -26,7 +26,7 @@ from qcompile.codegen.relax.context import Context
 from qcompile.codegen.relax.dims import as_expr
 from qcompile.codegen.relax.registry import converter
 from qcompile.codegen.tune.database import shipped
-from qcompile.formats import IntFormat, Quantized, parse_activation, parse_format
+from qcompile.formats import DualInt4, Format, NvFp4, Quantized, parse_activation, parse_format
 
 DOMAIN = "qcompile.kernel"
 
@@ -148,18 +148,11 @@ def product(
     """
     k, n = attr(node, "k"), attr(node, "n")
     weight_format = parse_format(attr(node, "weight_format"))
-    assert isinstance(weight_format, IntFormat)
     activation = parse_activation(attr(node, "activation_format"))
     epilogue = Epilogue(bias is not None, attr(node, "epilogue"), residual is not None, limits is not None)
     problem = LinearProblem(k, n, weight_format, activation, epilogue, threads=ctx.target.cores)
     choice = select(problem, ctx.target, shipped(ctx.target))
-    codes, steps = ctx.constant(node.inputs[2]), ctx.constant(node.inputs[3])
-    zero = ctx.constant(node.inputs[4]) if len(node.inputs) > 4 and node.inputs[4] is not None else None
-    weight = Quantized(
-        codes.astype(np.int16).astype(np.int8 if weight_format.symmetric else np.uint8),
-        np.atleast_2d(steps),
-        None if zero is None else np.atleast_2d(zero).astype(np.uint8),
-    )
+    weight = quantized_operand(ctx, node, weight_format)
     name = node.inputs[2].name
     record = LinearRecord(
         attr(node, "sites"),
@@ -194,6 +187,21 @@ def product(
         [([ctx.shape(x)[0], n], "float32" if limits is None else "uint8")],
     )
     return out
+
+
+def quantized_operand(ctx: Context, node: ir.Node, fmt: Format) -> Quantized:
+    """The weight of a `Linear` or `Conv`: inputs 2 to 4, and those from 7 on that the attribute `weight_aux` names."""
+    codes, scale = ctx.constant(node.inputs[2]), ctx.constant(node.inputs[3])
+    zero = ctx.constant(node.inputs[4]) if len(node.inputs) > 4 and node.inputs[4] is not None else None
+    aux = {name: ctx.constant(value) for name, value in zip(attr(node, "weight_aux", ()), node.inputs[7:])}
+    steps = np.atleast_2d(scale).astype(np.float32)
+    if isinstance(fmt, NvFp4):
+        steps = steps * aux["tensor_scale"]
+    if isinstance(fmt, DualInt4):
+        aux["group_scale"] = aux["group_scale"].astype(np.uint8)
+    signed = codes.dtype.name.startswith("int")
+    narrow = codes.astype(np.int16).astype(np.int8 if signed else np.uint8)
+    return Quantized(narrow, steps, None if zero is None else np.atleast_2d(zero).astype(np.uint8), aux)
 
 
 def row_scale(ctx: Context, scale: relax.Expr, m: Any) -> relax.Expr:

@@ -13,7 +13,8 @@ are what kernels compute in one go:
 | `Quantize` | x (batch, ..., channels), static scale? | codes, scale (batch) |
 | `Conv` | x or codes (batch, ..., channels), scale?, weight codes, weight scale, weight zero point?, bias?, limits? | y, channels last; with limits (step, lowest, highest code): codes, scale (batch) |
 
-Activation codes are uint8 here: the signed code plus 128.
+Activation codes are uint8 here: the signed code plus 128. Weights that are no integers have further operands from the eighth
+on, whose names are the attribute `weight_aux`.
 """
 
 from __future__ import annotations

@@ -13,9 +13,9 @@ import onnx_ir as ir
 from qcompile.passes.domain import DOMAIN
 from qcompile.passes.graph import attribute, constant_shape, is_op, module_path, sole_use
 from qcompile.passes.lower.kernel_ops import kernel_node, take_over
-from qcompile.passes.lower.linear import QuantizedWeight, activation_name, operand, quantized_weight
+from qcompile.passes.lower.linear import AUX, activation_name, operand
 from qcompile.passes.lower.rowwise import static_scale
-from qcompile.passes.quantize import SITE
+from qcompile.passes.weights import SITE, QuantizedWeight, quantized_weight
 
 GEOMETRY = ("strides", "pads", "dilations", "auto_pad", "group")
 
@@ -29,7 +29,7 @@ def lower_convolutions(model: ir.Model) -> None:
 
 
 def _weight(value: ir.Value | None) -> QuantizedWeight | None:
-    """The codes ``(K, N)`` behind ``Transpose(Reshape(DequantizeLinear))``, as written by `quantize`."""
+    """The codes ``(K, N)`` behind ``Transpose(Reshape(weight))``, as written by `quantize`."""
     transpose = value.producer() if value is not None else None
     if not is_op(transpose, "Transpose"):
         return None
@@ -118,9 +118,13 @@ def _lower(
         fused.append(after)
     node = kernel_node(
         "Conv",
-        [codes, scale, weight.codes, weight.scale, weight.zero_point, operand(conv, 2)],
+        [
+            *(codes, scale, weight.codes, weight.scale, weight.zero_point, operand(conv, 2)),
+            *((None, *weight.aux.values()) if weight.aux else ()),
+        ],
         [None],
         {
+            **({AUX: list(weight.aux)} if weight.aux else {}),
             **{key: attribute(conv, key) for key in GEOMETRY if key in conv.attributes},
             "kernel_shape": list(kernel.numpy()[2:]),
             "weight_format": weight.format,

@@ -7,21 +7,16 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from qcompile.formats import ActivationFormat, IntFormat
+from qcompile.formats import ActivationFormat
 from qcompile.passes.domain import DOMAIN
 from qcompile.passes.graph import attribute, constant, constant_shape, is_op, module_path, sole_use
 from qcompile.passes.lower.kernel_ops import kernel_node, same_shape, take_over
-from qcompile.passes.quantize import FORMAT, SITE
+from qcompile.passes.weights import SITE, QuantizedWeight, quantized_weight
 
+AUX = "weight_aux"
+"""Attribute of a kernel operator: names of the weight's further parameters, which are its operands from `FIRST_AUX` on."""
 
-@dataclass(frozen=True)
-class QuantizedWeight:
-    """The constant operand of a quantized MatMul."""
-
-    codes: ir.Value
-    scale: ir.Value
-    zero_point: ir.Value | None
-    format: str
+FIRST_AUX = 7
 
 
 @dataclass(frozen=True)
@@ -31,43 +26,6 @@ class QuantizedActivation:
     codes: ir.Value
     scale: ir.Value | None
     format: str
-
-
-def quantized_weight(value: ir.Value | None) -> QuantizedWeight | None:
-    """Recognise ``DequantizeLinear`` of a constant ``(K, N)`` code matrix, as written by `quantize` or by others."""
-    node = value.producer() if value is not None else None
-    if not is_op(node, "DequantizeLinear"):
-        return None
-    assert node is not None
-    codes, scale = node.inputs[0], node.inputs[1]
-    zero = node.inputs[2] if len(node.inputs) > 2 else None
-    shape = constant_shape(codes)
-    scale_shape = constant_shape(scale)
-    if codes is None or scale is None or shape is None or scale_shape is None or len(shape) != 2:
-        return None
-    if zero is not None and constant_shape(zero) is None:
-        return None
-    spelling = codes.metadata_props.get(FORMAT)
-    if spelling is None:
-        spelling = _infer_format(node, codes, zero, scale_shape)
-    return None if spelling is None else QuantizedWeight(codes, scale, zero, spelling)
-
-
-def _infer_format(node: ir.Node, codes: ir.Value, zero: ir.Value | None, scale_shape: tuple[int, ...]) -> str | None:
-    assert codes.dtype is not None
-    widths = {ir.DataType.INT8: 8, ir.DataType.UINT8: 8, ir.DataType.INT4: 4, ir.DataType.UINT4: 4}
-    if codes.dtype not in widths:
-        return None
-    signed = codes.dtype in (ir.DataType.INT8, ir.DataType.INT4)
-    block, axis = int(attribute(node, "block_size", 0)), int(attribute(node, "axis", 1))  # type: ignore[call-overload]
-    if block and axis not in (0, -2):
-        return None
-    if not block and not (len(scale_shape) == 1 and axis in (1, -1)):
-        return None
-    zeros = constant(zero) if zero is not None else None
-    if signed and zeros is not None and np.any(zeros.astype(np.int32) != 0):
-        return None  # a signed asymmetric format has no spelling; the dequantized float path takes it
-    return str(IntFormat(widths[codes.dtype], block, signed))
 
 
 def quantized_activation(value: ir.Value) -> QuantizedActivation:
@@ -140,9 +98,19 @@ def _lower(graph: ir.Graph, matmul: ir.Node, weight: QuantizedWeight) -> None:
             fused.append(add)
     linear = kernel_node(
         "Linear",
-        [activation.codes, activation.scale, weight.codes, weight.scale, weight.zero_point, bias, residual],
+        [
+            activation.codes,
+            activation.scale,
+            weight.codes,
+            weight.scale,
+            weight.zero_point,
+            bias,
+            residual,
+            *weight.aux.values(),
+        ],
         [last.outputs[0]],
         {
+            **({AUX: list(weight.aux)} if weight.aux else {}),
             "weight_format": weight.format,
             "activation_format": activation.format,
             "epilogue": name,
@@ -178,7 +146,8 @@ def merge_linears(graph: ir.Graph, linears: list[ir.Node]) -> ir.Value | None:
     Returns the merged output; the outputs of ``linears`` keep their users, who are expected to be rewritten.
     """
     first = linears[0]
-    keys = ("weight_format", "activation_format", "k")
+    keys = ("weight_format", "activation_format", "k", *([AUX] if AUX in first.attributes else []))
+    aux = range(FIRST_AUX, FIRST_AUX + len(attribute(first, AUX, ())))  # type: ignore[arg-type]
     same = all(
         operand(node, 0) is operand(first, 0)
         and operand(node, 1) is operand(first, 1)
@@ -186,6 +155,7 @@ def merge_linears(graph: ir.Graph, linears: list[ir.Node]) -> ir.Value | None:
         and all(attribute(node, key) == attribute(first, key) for key in keys)
         and attribute(node, "epilogue") == ""
         and (operand(node, 4) is None) == (operand(first, 4) is None)
+        and all(_joinable(operand(node, index), operand(first, index)) for index in aux)
         for node in linears
     )
     if not same:
@@ -204,7 +174,8 @@ def merge_linears(graph: ir.Graph, linears: list[ir.Node]) -> ir.Value | None:
             np.zeros(w, np.float32) if v is None else constant(v).reshape(-1) if index == 5 else constant(v)  # type: ignore[union-attr]
             for v, w in zip(values, widths)
         ]
-        whole = np.concatenate(arrays, axis=-1)
+        shared = index >= FIRST_AUX and arrays[0].ndim < 2
+        whole = arrays[0] if shared else np.concatenate(arrays, axis=-1)
         names = [v.name for v in values if v is not None]
         like = next(v for v in values if v is not None)
         assert like.dtype is not None
@@ -222,7 +193,7 @@ def merge_linears(graph: ir.Graph, linears: list[ir.Node]) -> ir.Value | None:
 
     merged = kernel_node(
         "Linear",
-        [operand(first, 0), operand(first, 1), joined(2), joined(3), joined(4), joined(5), None],
+        [operand(first, 0), operand(first, 1), joined(2), joined(3), joined(4), joined(5), None, *map(joined, aux)],
         [None],
         {**{k: attribute(first, k) for k in keys}, "epilogue": "", "n": sum(widths), **lists},
         like=first,
@@ -233,3 +204,10 @@ def merge_linears(graph: ir.Graph, linears: list[ir.Node]) -> ir.Value | None:
         out.shape = ir.Shape([*first.outputs[0].shape[:-1], sum(widths)])
     graph.insert_before(first, [merged])
     return out
+
+
+def _joinable(a: ir.Value | None, b: ir.Value | None) -> bool:
+    """Whether one array can hold the parameters of both weights: those of columns, or equal ones."""
+    first, second = constant(a), constant(b)
+    assert first is not None and second is not None
+    return first.ndim > 1 or np.array_equal(first, second)

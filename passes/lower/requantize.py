@@ -42,14 +42,18 @@ def _merge(graph: ir.Graph, quantizer: ir.Node) -> None:
         low, high = (float(np.clip(np.rint(np.float32(b) / step.reshape(())), low, high)) for b in bounds)
         between.append(node)
         node = _only_reader(node.inputs[0])
-    if not is_kernel(node, "Conv") or len(node.inputs) > LIMITS:  # type: ignore[union-attr]
+    if not is_kernel(node, "Conv"):
         return
     assert node is not None
+    operands = [*node.inputs, *[None] * (LIMITS + 1 - len(node.inputs))]
+    if operands[LIMITS] is not None:
+        return
     limits = np.array([float(step.reshape(())), low, high], np.float32)
     codes, scale = quantizer.outputs
+    operands[LIMITS] = add_initializer(graph, f"{codes.name}.limits", limits)
     merged = ir.node(
         "Conv",
-        [*node.inputs, *[None] * (LIMITS - len(node.inputs)), add_initializer(graph, f"{codes.name}.limits", limits)],
+        operands,
         domain=node.domain,
         num_outputs=2,
         attributes=dict(node.attributes),

@@ -25,7 +25,8 @@ class FloatGemm(TiledGemm):
     float_tile = True
 
     def panels(self, problem: LinearProblem, config: dict[str, Any]) -> Panels:
-        fmt = problem.weight
+        fmt = self.integers(problem.weight)
+        assert fmt is not None
         lanes, vectors = config["lanes"], config["vectors"]
         return Panels(problem.k, problem.n, fmt, lanes, vectors, twos_complement=fmt.symmetric)
 

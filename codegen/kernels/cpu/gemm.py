@@ -25,7 +25,8 @@ from tvm.tirx.script.builder import ir as B
 from qcompile.codegen.kernels.base import LinearKernel, LinearProblem, StoredCodes, Support
 from qcompile.codegen.kernels.cpu import vector as v
 from qcompile.codegen.kernels.cpu import vmath
-from qcompile.codegen.kernels.cpu.panels import Panels, half_scales
+from qcompile.codegen.kernels.cpu.lut import group_scales
+from qcompile.codegen.kernels.cpu.panels import Panels, integer_format
 from qcompile.formats import Format, IntFormat, Quantized
 from qcompile.targets.target import Target
 
@@ -135,14 +136,14 @@ class TiledGemm(LinearKernel):
 
     def integers(self, fmt: Format) -> IntFormat | None:
         """The integer format that ``fmt`` is, or None if its codes are no integers with scales."""
-        return fmt if isinstance(fmt, IntFormat) else None
+        return integer_format(fmt)
 
     def levels(
         self, problem: LinearProblem, config: dict[str, Any], weight: Quantized
     ) -> tuple[np.ndarray, np.ndarray]:
         """Scales of groups ``(G, N)`` as they are stored, and float32 factors per column ``(N,)``."""
-        scale = weight.scale.astype(np.float32)
-        return half_scales(scale) if config["scales"] == "float16" else (scale, np.ones(problem.n, np.float32))
+        stored, column = group_scales(problem.weight, weight, config["scales"])
+        return stored[0], column
 
     def refuse(self, problem: LinearProblem, target: Target) -> str:
         """A reason of the family's own not to take the problem, or an empty string."""
@@ -153,7 +154,7 @@ class TiledGemm(LinearKernel):
         if target.kind != self.kind:
             return Support(False, f"{self.name} needs an {self.kind} target, not {target.kind}")
         if self.integers(fmt) is None:
-            return Support(False, f"{self.name} takes integer weights, not {fmt}")
+            return Support(False, f"{self.name} does not take {fmt} weights")
         if reason := self.refuse(problem, target):
             return Support(False, reason)
         return Support(True)

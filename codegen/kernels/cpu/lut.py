@@ -97,8 +97,8 @@ def group_scales(fmt: Format, weight: Quantized, kind: str = "float16") -> tuple
     scale = weight.scale.astype(np.float32)
     scale = scale[None] if scale.ndim == 2 else scale
     if isinstance(fmt, NvFp4):
-        whole = np.float32(weight.aux["tensor_scale"])
-        return (scale / whole).astype(np.float16).astype(kind), np.full(scale.shape[-1], whole, np.float32)
+        whole = np.broadcast_to(np.float32(weight.aux["tensor_scale"]), (1, scale.shape[-1]))
+        return (scale / whole).astype(np.float16).astype(kind), whole[0].copy()
     if kind == "float32":
         return scale, np.ones(scale.shape[-1], np.float32)
     offset = weight.aux.get("offset")

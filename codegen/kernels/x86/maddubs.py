@@ -10,19 +10,16 @@ import contextlib
 import itertools
 from typing import Any
 
-import numpy as np
 from tvm.script import tirx as T
 
 from qcompile.codegen.kernels.base import LinearProblem
 from qcompile.codegen.kernels.cpu import vector as v
 from qcompile.codegen.kernels.cpu.gemm import Emission, Register, Tile, TiledGemm
-from qcompile.codegen.kernels.cpu.lut import group_scales
-from qcompile.codegen.kernels.cpu.panels import Panels, integer_format
+from qcompile.codegen.kernels.cpu.panels import Panels
 from qcompile.codegen.kernels.cpu.unpack import as_bytes, field
 from qcompile.codegen.kernels.x86.instructions import MADDUBS, MADDWD, prefetch
 from qcompile.codegen.kernels.x86.signed import PaddedPanels, signed_rows
 from qcompile.codegen.kernels.x86.vnni import byte_refusal
-from qcompile.formats import Format, IntFormat, Quantized
 from qcompile.targets.target import Target
 
 UNROLLED = 4
@@ -41,15 +38,6 @@ class MaddubsGemm(TiledGemm):
 
     def lanes(self, target: Target) -> int:
         return 16 if target.has("avx512") else 8
-
-    def integers(self, fmt: Format) -> IntFormat | None:
-        return integer_format(fmt)
-
-    def levels(
-        self, problem: LinearProblem, config: dict[str, Any], weight: Quantized
-    ) -> tuple[np.ndarray, np.ndarray]:
-        stored, column = group_scales(problem.weight, weight, config["scales"])
-        return stored[0], column
 
     def refuse(self, problem: LinearProblem, target: Target) -> str:
         if not target.has("avx2", "fma", "f16c"):

@@ -75,7 +75,9 @@ class PairGemm(TiledGemm):
         return 0
 
     def panels(self, problem: LinearProblem, config: dict[str, Any]) -> OffsetPanels:
-        return OffsetPanels(problem.k, problem.n, problem.weight, config["lanes"], config["vectors"])
+        fmt = self.integers(problem.weight)
+        assert fmt is not None
+        return OffsetPanels(problem.k, problem.n, fmt, config["lanes"], config["vectors"])
 
     def unit(self, panels: Panels) -> int:
         return 1

@@ -34,7 +34,9 @@ class VnniGemm(TiledGemm):
             return f"{self.name} needs VNNI, which {target} does not have"
         if not problem.activation.bits:
             return f"{self.name} multiplies integer activations; this operator has float ones"
-        return byte_refusal(self.name, problem, problem.weight)
+        fmt = self.integers(problem.weight)
+        assert fmt is not None
+        return byte_refusal(self.name, problem, fmt)
 
     def speed(self, problem: LinearProblem, target: Target) -> tuple[float, float]:
         bits = problem.weight.bits
@@ -50,7 +52,8 @@ class VnniGemm(TiledGemm):
         return [(8, 3), (6, 4), (12, 2), (16, 1)]
 
     def panels(self, problem: LinearProblem, config: dict[str, Any]) -> Panels:
-        fmt = problem.weight
+        fmt = self.integers(problem.weight)
+        assert fmt is not None
         return Panels(problem.k, problem.n, fmt, config["lanes"], config["vectors"], twos_complement=fmt.symmetric)
 
     def unit(self, panels: Panels) -> int:

@@ -45,7 +45,8 @@ class WideGemm(TiledGemm):
         return 0
 
     def panels(self, problem: LinearProblem, config: dict[str, Any]) -> Panels:
-        fmt = problem.weight
+        fmt = self.integers(problem.weight)
+        assert fmt is not None
         return Panels(problem.k, problem.n, fmt, config["lanes"], config["vectors"], 2, 8, fmt.symmetric)
 
     def unit(self, panels: Panels) -> int:

@@ -21,10 +21,19 @@ from qcompile.codegen.kernels.cuda.rowwise import CudaRowwise
 from qcompile.codegen.relax.attributes import attr
 from qcompile.codegen.relax.context import Context
 from qcompile.codegen.relax.dims import as_expr
-from qcompile.codegen.relax.kernels import DOMAIN, LinearRecord, calls, convert_rowwise, row_scale, rows, shaped
+from qcompile.codegen.relax.kernels import (
+    DOMAIN,
+    LinearRecord,
+    calls,
+    convert_rowwise,
+    quantized_operand,
+    row_scale,
+    rows,
+    shaped,
+)
 from qcompile.codegen.relax.ops.attention import Heads, _biased, attention_scores, attention_values
 from qcompile.codegen.relax.registry import converter
-from qcompile.formats import Quantized, parse_activation, parse_format
+from qcompile.formats import parse_activation, parse_format
 
 BUCKETS = (1, 16, 64, 512)
 """Numbers of rows a program has kernels for."""
@@ -81,13 +90,7 @@ def linear(ctx: Context, node: ir.Node, x: Any, scale: Any, *operands: Any) -> r
     m = ctx.dims.product(lead)
     plan = plan_of(ctx, node)
     problem = plan.problem
-    codes, steps = ctx.constant(node.inputs[2]), ctx.constant(node.inputs[3])
-    zero = ctx.constant(node.inputs[4]) if len(node.inputs) > 4 else None
-    weight = Quantized(
-        codes.astype(np.int16).astype(np.int8 if problem.weight.symmetric else np.uint8),
-        np.atleast_2d(steps),
-        None if zero is None else np.atleast_2d(zero).astype(np.uint8),
-    )
+    weight = quantized_operand(ctx, node, problem.weight)
     first = plan.entries[0]
     chosen = "; ".join(f"up to {e.rows} rows {e.family}" for e in plan.entries)
     record = LinearRecord(

@@ -22,9 +22,10 @@ import torch
 
 from qcompile.codegen.kernels.base import Epilogue, LinearProblem
 from qcompile.codegen.kernels.cuda import build
+from qcompile.codegen.kernels.cuda.linear import FLOAT8, Float8Activation
 from qcompile.codegen.kernels.cuda.plan import ROWS, Entry, Plan, family, make_plan
-from qcompile.errors import FormatError, InputError, TargetError
-from qcompile.formats import ActivationFormat, Format, IntFormat, Quantized, parse_activation, parse_format
+from qcompile.errors import InputError, TargetError
+from qcompile.formats import ActivationFormat, Format, Quantized, parse_activation, parse_format
 from qcompile.targets.cuda import TARGETS, CudaTarget, for_capability
 
 __all__ = ["ROWS", "Plan", "QuantizedLinear", "linear", "plan", "quantize_rows"]
@@ -47,13 +48,17 @@ def plan(
         TargetError: no family takes the format on this target.
     """
     fmt = parse_format(format) if isinstance(format, str) else format
-    act = parse_activation(activation_format) if isinstance(activation_format, str) else activation_format
+    act = _activation(activation_format) if isinstance(activation_format, str) else activation_format
     chip = TARGETS[target] if isinstance(target, str) else target
     if dtype not in (torch.float16, torch.bfloat16):
         raise TargetError(f"CUDA layers take float16 or bfloat16 activations, not {dtype}")
     problem = LinearProblem(k, n, fmt, act, Epilogue(bias=bias))
     out = str(dtype).removeprefix("torch.")
     return make_plan(problem, chip, out, out, rows, configs)
+
+
+def _activation(spelling: str) -> ActivationFormat:
+    return Float8Activation() if spelling in ("e4m3/token", "fp8/token") else parse_activation(spelling)
 
 
 @functools.cache
@@ -64,7 +69,7 @@ def _launcher(description: str) -> tuple[LinearProblem, list[tuple[Entry, Any]]]
         spec["k"],
         spec["n"],
         parse_format(spec["weight"]),
-        parse_activation(spec["activation"]),
+        _activation(spec["activation"]),
         Epilogue(**spec["epilogue"]),
     )
     entries = tuple(Entry(**entry) for entry in spec["entries"])
@@ -77,6 +82,13 @@ def quantize_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     scale = x.abs().amax(-1).float() / 127
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))
     return torch.round(x.float() / scale[:, None]).clamp_(-127, 127).to(torch.int8), scale
+
+
+def quantize_rows_float8(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """``(M, K)`` to e4m3 ``(M, K)`` and float32 scales ``(M,)``: ``max|row| / 448``."""
+    scale = x.abs().amax(-1).float() / 448
+    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+    return (x.float() / scale[:, None]).clamp_(-448, 448).to(torch.float8_e4m3fn), scale
 
 
 @torch.library.custom_op("qcompile::linear", mutates_args=())
@@ -93,7 +105,9 @@ def _linear(
     shape = family(entry.family).shape(problem, entry.config)
     out = torch.empty((m, problem.n), device=x.device, dtype=getattr(torch, entry.config["out"]))
     if x.shape[1] != shape.x_width:
-        x = torch.nn.functional.pad(x, (0, shape.x_width - x.shape[1]))
+        # Padding does not know e4m3; a zero has the same bits in all types.
+        plain = x.view(torch.int8) if x.dtype == torch.float8_e4m3fn else x
+        x = torch.nn.functional.pad(plain, (0, shape.x_width - x.shape[1])).view(x.dtype)
     x = x.contiguous()
     if x.data_ptr() % 16:
         x = x.clone()
@@ -144,7 +158,8 @@ class QuantizedLinear(torch.nn.Module):
         flat = x.reshape(-1, x.shape[-1])
         scale = None
         if self.plan.problem.activation.bits:
-            flat, scale = quantize_rows(flat)
+            float8 = self.plan.shape().dtype == FLOAT8
+            flat, scale = quantize_rows_float8(flat) if float8 else quantize_rows(flat)
         packed = [getattr(self, name) for name in self.names]
         y = torch.ops.qcompile.linear(flat, scale, packed, self.arrived, self._description)
         return y.reshape(*x.shape[:-1], y.shape[-1])
@@ -162,19 +177,18 @@ def linear(
 
     Args:
         weight: float ``(N, K)`` as in `torch.nn.Linear`, or an already quantized ``(K, N)`` matrix.
-        format: ``int2``, ``int3``, ``int4`` or ``int8``, ``/g32``, ``/g64``, ``/g128`` .. or per channel, ``/asym``.
-        activation_format: ``none``, or ``int8/token`` (dynamic; symmetric weights of 2, 4 or 8 bits).
+        format: ``int2``, ``int3``, ``int4`` or ``int8``, ``/g32``, ``/g64``, ``/g128`` .. or per channel, ``/asym``; ``nf4``,
+            ``fp4``, ``mxfp4``, ``nvfp4``, ``codebook4``, ``fp8``; ``dual4/g128`` with integer activations.
+        activation_format: ``none``; ``int8/token`` (dynamic); ``e4m3/token`` for weights that e4m3 represents.
         bias: float ``(N,)``.
         dtype: of activations and results, float16 (default unless ``weight`` is bfloat16) or bfloat16.
         target: architecture; that of torch's current device by default.
 
     Raises:
         TargetError: no kernel for it, no device to ask for its architecture, or nvcc is missing (at `prepare`).
-        FormatError: the format is unknown or not an integer format.
+        FormatError: the format is unknown.
     """
     fmt = parse_format(format) if isinstance(format, str) else format
-    if not isinstance(fmt, IntFormat):
-        raise FormatError(f"CUDA layers take integer formats, not {fmt}")
     if target is None:
         if not torch.cuda.is_available():
             raise TargetError(f"there is no CUDA device to ask for its architecture; name one of {', '.join(TARGETS)}")

@@ -154,13 +154,15 @@ def pack_meta(scale: np.ndarray | None, zero: np.ndarray | None, groups: int, n:
     Args:
         scale: float16 ``(groups, n)``, or None where they are per column and applied at the end.
         zero: integers ``(groups, n)`` or None; stored in the type of the activations, as two equal bytes for int8.
-        dtype: of the activations.
+        dtype: of the activations; ``integer`` if ``scale`` holds integers.
     """
     parts = [p for p in (scale, zero) if p is not None]
     columns = -(-n // TILE) * TILE
     out = np.zeros((columns // TILE, groups, 8, len(parts), 2), np.uint16)
     for index, part in enumerate(parts):
-        if part is zero and dtype == "int8":
+        if dtype == "integer":
+            words = part.astype(np.uint16)
+        elif part is zero and dtype == "int8":
             words = part.astype(np.uint16) * np.uint16(0x0101)
         elif part is zero and dtype == "bfloat16":
             words = (part.astype(np.float32).view(np.uint32) >> 16).astype(np.uint16)  # small integers: exact

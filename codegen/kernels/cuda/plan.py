@@ -12,7 +12,7 @@ import numpy as np
 
 from qcompile.codegen.kernels.base import LinearProblem
 from qcompile.codegen.kernels.cuda import FAMILIES, build, tuned
-from qcompile.codegen.kernels.cuda.linear import CudaLinear
+from qcompile.codegen.kernels.cuda.linear import CudaLinear, activation_type
 from qcompile.errors import TargetError
 from qcompile.formats import Quantized
 from qcompile.targets.cuda import CudaTarget
@@ -129,7 +129,7 @@ def make_plan(
             f"no CUDA kernel multiplies {problem.weight} weights ({problem.k} x {problem.n}) by {problem.activation} "
             f"activations: {'; '.join(reasons)}"
         )
-    kind = "int8" if problem.activation.bits else dtype
+    kind = activation_type(problem.activation, dtype)
     entries = []
     for count in rows:
         given = dict((configs or {}).get(count, {}))

@@ -22,13 +22,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from qcompile.codegen.kernels.base import LinearProblem
+from qcompile.codegen.kernels.base import LinearProblem, Support
 from qcompile.codegen.kernels.cuda.layout import BLOCK, TILE
-from qcompile.codegen.kernels.cuda.linear import CudaLinear, LinearShape
+from qcompile.codegen.kernels.cuda.linear import FLOAT8, CudaLinear, LinearShape
+from qcompile.formats import IntFormat
 from qcompile.targets.target import Target
 
 ROWS = 8
 """Rows of x one instruction takes."""
+
+FLOATS = ("float16", "bfloat16")
 
 
 @dataclass(frozen=True)
@@ -100,11 +103,12 @@ class StreamShape(LinearShape):
     def registers(self) -> int:
         """Rough count per thread."""
         sums = self.tn * self.mt * 4 + (4 * self.mt if self.raw else 0)
-        return sums * (2 if self.weight.group or self.raw else 1) + self.mt * 4 + 8 * self.tn + 44
+        extra = self.table_words + (8 if self.levels else 0)
+        return sums * (2 if self.scaled or self.raw else 1) + self.mt * 4 + 8 * self.tn + 44 + extra
 
 
 class StreamLinear(CudaLinear):
-    """Weights of 2, 3, 4 or 8 bits, scales per channel or in groups, by float activations; any M, N and K.
+    """Integers of 2, 3, 4 or 8 bits, tables of up to 16 levels, or e4m3, by float activations; any M, N and K.
 
     Config: see `StreamShape`; ``dtype`` is ``float16`` or ``bfloat16``, ``out`` the type of the result.
     """
@@ -129,8 +133,9 @@ class StreamLinear(CudaLinear):
                         for stages in (3, 4, 6, 8):
                             config = {
                                 "rows": rows, "tn": tn, "nw": nw, "kw": kw, "split": split, "stages": stages,
-                                "raw": dtype == "float16" and rows <= 8 and problem.weight.bits in (2, 4),
-                                "dtype": dtype, "out": "float16" if dtype == "int8" else dtype,
+                                "raw": dtype == "float16" and rows <= 8 and isinstance(problem.weight, IntFormat)
+                                and problem.weight.bits in (2, 4),
+                                "dtype": dtype, "out": dtype if dtype in FLOATS else "float16",
                             }  # fmt: skip
                             shape = self.shape(problem, config)
                             if self.fits(shape, target):
@@ -183,7 +188,7 @@ class StreamLinear(CudaLinear):
 
 
 class StreamLinearInt8(StreamLinear):
-    """Weights of 2, 3, 4 or 8 bits by int8 activations with a scale per row; int32 sums are exact.
+    """Integers of 2, 3, 4 or 8 bits or dual4 by int8 activations with a scale per row; int32 sums are exact.
 
     Unlike on x86, ``x`` holds signed codes.
     """
@@ -191,3 +196,18 @@ class StreamLinearInt8(StreamLinear):
     name = "cuda-stream-int8"
     bits = (2, 3, 4, 8)
     dtypes = ("int8",)
+
+
+class StreamLinearFloat8(StreamLinear):
+    """Weights that e4m3 represents by e4m3 activations with a scale per row."""
+
+    name = "cuda-stream-fp8"
+    dtypes = (FLOAT8,)
+
+    def _needs(self, target: Target) -> Support:
+        return needs_float8(self.name, target)
+
+
+def needs_float8(name: str, target: Target) -> Support:
+    """Tensor cores for e4m3 came with sm_89."""
+    return Support(target.has("fp8"), f"{name} needs tensor cores that multiply e4m3 numbers, which {target} lacks")

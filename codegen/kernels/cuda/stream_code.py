@@ -11,12 +11,20 @@ from qcompile.codegen.kernels.base import Epilogue
 from qcompile.codegen.kernels.cuda import emit as e
 from qcompile.codegen.kernels.cuda.dequant import ExactDequantizer, IntegerDequantizer, RawDequantizer, raw_place
 from qcompile.codegen.kernels.cuda.layout import BLOCK, TILE
+from qcompile.codegen.kernels.cuda.linear import FLOAT8
 from qcompile.codegen.kernels.cuda.stream import ROWS, StreamShape
+from qcompile.codegen.kernels.cuda.tables import (
+    FLOAT8_EXPONENT,
+    DualDequantizer,
+    Float8Dequantizer,
+    TableDequantizer,
+)
 
 MMA = {
     "float16": "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32",
     "bfloat16": "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32",
     "int8": "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32",
+    FLOAT8: "mma.sync.aligned.m16n8k32.row.col.f32.e4m3.e4m3.f32",
 }
 
 ONES = 0x3C003C00
@@ -55,11 +63,12 @@ class _Kernel:
         s = self.s
         self.m = T.int32()
         self.x = e.argument("x", (self.m, s.x_width), s.dtype)
-        self.x_scale = e.argument("x_scale", (self.m,), "float32") if s.integer else None
+        self.x_scale = e.argument("x_scale", (self.m,), "float32") if s.narrow else None
         per_plane = [s.tiles * s.blocks * p.block_bytes for p in s.layout.planes]
         self.planes = [e.argument(f"codes{i}", (size,), "uint8") for i, size in enumerate(per_plane)]
         if s.meta_bytes:
             self.meta = e.argument("meta", (s.tiles * s.meta_groups * 8 * s.meta_bytes,), "uint8")
+        self.levels = e.argument("table", (s.table_words,), "uint32") if s.levels else None
         self.column = e.argument("column", (s.n,), "float32")
         self.bias = e.argument("bias", (s.n,), "float32") if self.epilogue.bias else None
         self.residual = e.argument("residual", (self.m, s.n), s.out) if self.epilogue.residual else None
@@ -69,21 +78,28 @@ class _Kernel:
 
     def _registers(self) -> None:
         s = self.s
-        self.grouped = bool(s.weight.group) or s.raw
-        self.sum_type = "uint32" if s.integer and not s.weight.group else "float32"
+        self.grouped = s.scaled or s.raw
+        self.sum_type = "uint32" if s.integer and not s.scaled else "float32"
         self.part_type = "uint32" if s.integer else "float32"
         self.total = e.Registers((s.tn, s.mt, 4), self.sum_type)
         self.part = e.Registers((s.tn, s.mt, 4), self.part_type) if self.grouped else self.total
         self.sum_x = e.Registers((s.mt, 4), "float32") if s.raw else None
-        self.ahead = 2 if s.mt > 1 or s.integer else 4
+        self.ahead = 2 if s.mt > 1 or s.narrow else 4
         self.xr = e.Registers((self.ahead, s.mt, 4), "uint32")
         self.w = e.Registers((4,), "uint32")
         self.codes = [e.Registers((s.tn, p.vectors, p.vector // 4), "uint32") for p in s.layout.planes]
         self.scale = e.Registers((s.tn, 2), "float32")
-        self.zero = None if s.weight.symmetric or s.raw else e.Registers((2,), "uint32")
+        # Zero points, or the integers of a group.
+        self.zero = e.Registers((2,), "uint32") if s.dual or not (s.symmetric or s.raw) else None
         self.meta_words = e.Registers((s.tn, 2), "uint32")
-        if s.integer:
-            self.dequantizer: Any = IntegerDequantizer(s.stored_bits, self.zero)
+        if s.levels:
+            self.dequantizer: Any = TableDequantizer(1 if s.narrow else 2, read_table(self.levels, s.table_words))
+        elif s.dual:
+            self.dequantizer = DualDequantizer(self.zero)
+        elif s.narrow:
+            self.dequantizer = IntegerDequantizer(s.stored_bits, self.zero)
+        elif s.float8:
+            self.dequantizer = Float8Dequantizer(s.dtype == "bfloat16")
         elif s.raw:
             self.dequantizer = RawDequantizer(s.weight.bits)
         else:
@@ -131,8 +147,8 @@ class _Kernel:
             if not s.meta_bytes:
                 continue
             for chunk in range(BLOCK // s.chunk):
-                if s.weight.group:
-                    group = T.min((block * BLOCK + chunk * s.chunk) // s.weight.group, s.meta_groups - 1)
+                if s.group:
+                    group = T.min((block * BLOCK + chunk * s.chunk) // s.group, s.meta_groups - 1)
                 else:
                     group = T.int32(0)
                 here = ((self.tile[j] * s.meta_groups + group) * 8 + self.lane // 4) * s.meta_bytes
@@ -203,10 +219,12 @@ class _Kernel:
         words = s.meta_bytes // 4
         at = slot + ((s.x_bytes + j * s.tile_bytes + s.code_bytes) // 4 + chunk * 32 * words) + self.lane * words
         e.read_shared([self.meta_words[j, c] for c in range(words)], self.arena.ptr_to([at]))
-        if s.weight.group:
+        if s.scaled:
             for a in range(2):
                 self.scale[j, a] = _half(self.meta_words[j, 0], a)
-        if self.zero is not None:
+        if s.dual:
+            self.dequantizer.begin(self.meta_words[j, 0])
+        elif self.zero is not None:
             for a in range(2):
                 word = self.meta_words[j, words - 1]
                 e.ptx("prmt.b32", self.zero[a], word, word, e.u32(0x3232 if a else 0x1010))
@@ -222,7 +240,8 @@ class _Kernel:
                 if s.meta_bytes:
                     for t in tiles:
                         self._read_meta(slot, chunk, t)
-                self.dequantizer.begin()
+                if not s.dual:
+                    self.dequantizer.begin()
                 for step in range(chunk * per_chunk, (chunk + 1) * per_chunk):
                     unit, tile = divmod(step, 2)
                     if j is not None and (tile == 0 or per_chunk == 1):
@@ -239,7 +258,7 @@ class _Kernel:
         """Dequantize one weight tile and multiply it by all rows."""
         s = self.s
         plane = s.layout.planes[0]
-        if s.integer and s.stored_bits == 8:
+        if s.narrow and s.stored_bits == 8:
             vector = 2 * unit + tile
         else:
             vector = unit * plane.vectors // s.layout.units
@@ -274,9 +293,9 @@ class _Kernel:
         assert self.sum_x is not None
         factor, shift = e.Registers((2,), "float32"), e.Registers((2,), "float32")
         for a in range(2):
-            scale = self.scale[j, a] if s.weight.group else T.float32(1)
+            scale = self.scale[j, a] if s.scaled else T.float32(1)
             zero = T.float32(1 << s.weight.bits - 1)
-            if not s.weight.symmetric:
+            if not s.symmetric:
                 zero = _half(self.meta_words[j, s.meta_bytes // 4 - 1], a)
             factor[a] = scale * T.float32(2.0 ** (24 - raw_place(s.weight.bits, a)))
             shift[a] = scale * zero
@@ -374,6 +393,8 @@ class _Kernel:
         if self.sum_type == "uint32":
             value = T.cast(T.reinterpret("int32", value), "float32")
         value = value * self.column[n]
+        if s.float8 and s.dtype == "float16":
+            value = value * T.float32(2.0**FLOAT8_EXPONENT)
         if self.x_scale is not None:
             value = value * self.x_scale[row]
         if self.bias is not None:
@@ -385,6 +406,14 @@ class _Kernel:
         if self.residual is not None:
             value = value + T.cast(self.residual[row, n], "float32")
         B.buffer_store(self.out, T.cast(value, s.out), [row, n])
+
+
+def read_table(levels: Any, words: int) -> e.Registers:
+    """The table of levels in registers."""
+    table = e.Registers((words,), "uint32")
+    for i in range(0, words, 4):
+        e.ptx("ld.global.nc.v4.b32", *[table[i + c] for c in range(4)], levels.ptr_to([i]))
+    return table
 
 
 def _half(word: Any, a: int) -> Any:

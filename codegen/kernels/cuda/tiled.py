@@ -14,7 +14,7 @@ The product is ``y^T = W^T x^T``: the operand that may come from registers is th
 lie in shared memory as `wgmma` wants them with 128-byte swizzling: panels of 128 bytes of K, chunk c of row r at c ^ (r % 8).
 PTX ISA, "Asynchronous warpgroup level matrix instructions".
 
-With int8 activations and scales per group, the integer sums of a group are added to float32 sums at its end.
+With 8-bit activations and scales per group, the sums of a group are added to float32 sums at its end.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from typing import Any, ClassVar
 
 from qcompile.codegen.kernels.base import LinearProblem, Support
 from qcompile.codegen.kernels.cuda.layout import BLOCK, TILE
-from qcompile.codegen.kernels.cuda.linear import CudaLinear, LinearShape
+from qcompile.codegen.kernels.cuda.linear import FLOAT8, CudaLinear, LinearShape
+from qcompile.codegen.kernels.cuda.stream import FLOATS, needs_float8
 from qcompile.targets.target import Target
 
 RASTER = 8
@@ -80,9 +81,9 @@ class TiledShape(LinearShape):
         return self.mt * self.rows // 2
 
     @property
-    def grouped_integer(self) -> bool:
-        """Whether integer sums are scaled at the end of a group."""
-        return self.integer and bool(self.weight.group)
+    def grouped_sums(self) -> bool:
+        """Whether sums are scaled at the end of a group, rather than operands."""
+        return self.narrow and self.scaled
 
     @property
     def panel_bytes(self) -> int:
@@ -129,11 +130,12 @@ class TiledShape(LinearShape):
         """Rough count per thread."""
         operands = self.mt * (16 if self.wgmma else 4)
         codes = self.mt * (8 if self.layout.bits == 8 else 4)
-        return self.sums * (2 if self.grouped_integer else 1) + operands + codes + 4 * self.mt + 36
+        tables = self.table_words + (8 if self.levels else 0)
+        return self.sums * (2 if self.grouped_sums else 1) + operands + codes + 4 * self.mt + 36 + tables
 
 
 class TiledLinear(CudaLinear):
-    """Weights of 2, 3, 4 or 8 bits, scales per channel or in groups, by float activations; any M, N and K.
+    """Integers of 2, 3, 4 or 8 bits, tables of up to 16 levels, or e4m3, by float activations; any M, N and K.
 
     Config: see `TiledShape`; ``dtype`` is ``float16`` or ``bfloat16``, ``out`` the type of the result.
     """
@@ -165,7 +167,7 @@ class TiledLinear(CudaLinear):
                             config = {
                                 "rows": rows, "wg": wg, "mt": mt, "split": split, "stages": stages,
                                 "wgmma": target.has("wgmma"), "dtype": dtype,
-                                "out": "float16" if dtype == "int8" else dtype,
+                                "out": dtype if dtype in FLOATS else "float16",
                             }  # fmt: skip
                             if self.fits(self.shape(problem, config), target):
                                 found.append(config)
@@ -193,7 +195,7 @@ class TiledLinear(CudaLinear):
         steps = BLOCK // (16 * s.layout.elements // 2)
         rate = 4.0 if s.wgmma else 2.0
         mma = steps * s.wg * s.mt * max(s.rows, 32) / 2 / (rate / 4)
-        dequant = s.wg * s.mt * steps * (14 if s.weight.bits < 8 else 8) + 60 * s.wg
+        dequant = s.wg * s.mt * steps * (26 if s.levels else 14 if s.weight.bits < 8 else 8) + 60 * s.wg
         codes = s.block_tiles * (s.code_bytes + 8 * s.meta_bytes * s.stage_chunks)
         caches = (s.x_bytes + codes) / 26
         memory = codes * sms / target.bandwidth * clock * (1 if m <= 4 * s.rows else 0.25)
@@ -220,8 +222,18 @@ class TiledLinear(CudaLinear):
 
 
 class TiledLinearInt8(TiledLinear):
-    """Symmetric weights of 2, 4 or 8 bits by int8 activations with a scale per row; int32 sums are exact."""
+    """Integers of 2, 3, 4 or 8 bits or dual4 by int8 activations with a scale per row; int32 sums are exact."""
 
     name = "cuda-tiled-int8"
     bits = (2, 3, 4, 8)
     dtypes = ("int8",)
+
+
+class TiledLinearFloat8(TiledLinear):
+    """Weights that e4m3 represents by e4m3 activations with a scale per row."""
+
+    name = "cuda-tiled-fp8"
+    dtypes = (FLOAT8,)
+
+    def _needs(self, target: Target) -> Support:
+        return needs_float8(self.name, target)

@@ -10,7 +10,14 @@ from qcompile.codegen.kernels.base import Epilogue
 from qcompile.codegen.kernels.cuda import emit as e
 from qcompile.codegen.kernels.cuda.dequant import IntegerDequantizer, ScaledDequantizer
 from qcompile.codegen.kernels.cuda.layout import BLOCK
-from qcompile.codegen.kernels.cuda.stream_code import MMA
+from qcompile.codegen.kernels.cuda.stream_code import MMA, read_table
+from qcompile.codegen.kernels.cuda.tables import (
+    FLOAT8_EXPONENT,
+    DualDequantizer,
+    Float8Dequantizer,
+    ScaledValues,
+    TableDequantizer,
+)
 from qcompile.codegen.kernels.cuda.tiled import RASTER, TiledShape
 from qcompile.codegen.kernels.cuda.tiled_tail import Tail
 
@@ -55,11 +62,12 @@ class _Kernel(Tail):
         s = self.s
         self.m = T.int32()
         self.x = e.argument("x", (self.m, s.x_width), s.dtype)
-        self.x_scale = e.argument("x_scale", (self.m,), "float32") if s.integer else None
+        self.x_scale = e.argument("x_scale", (self.m,), "float32") if s.narrow else None
         per_plane = [s.tiles * s.blocks * p.block_bytes for p in s.layout.planes]
         self.planes = [e.argument(f"codes{i}", (size,), "uint8") for i, size in enumerate(per_plane)]
         if s.meta_bytes:
             self.meta = e.argument("meta", (s.tiles * s.meta_groups * 8 * s.meta_bytes,), "uint8")
+        self.levels = e.argument("table", (s.table_words,), "uint32") if s.levels else None
         self.column = e.argument("column", (s.n,), "float32")
         self.bias = e.argument("bias", (s.n,), "float32") if self.epilogue.bias else None
         self.residual = e.argument("residual", (self.m, s.n), s.out) if self.epilogue.residual else None
@@ -81,20 +89,17 @@ class _Kernel(Tail):
 
     def _registers(self) -> None:
         s = self.s
-        self.sum_type = "uint32" if s.integer and not s.grouped_integer else "float32"
+        self.sum_type = "uint32" if s.integer and not s.grouped_sums else "float32"
+        self.part_type = "uint32" if s.integer else "float32"
         self.total = e.Registers((s.mt, s.rows // 2), self.sum_type)
-        self.part = e.Registers((s.mt, s.rows // 2), "uint32") if s.grouped_integer else self.total
+        self.part = e.Registers((s.mt, s.rows // 2), self.part_type) if s.grouped_sums else self.total
         self.operand = e.Registers((2 if s.wgmma else 1, s.mt, 2, 4), "uint32")
         self.codes = [e.Registers((s.mt, p.vector // 4), "uint32") for p in s.layout.planes]
         self.meta_words = e.Registers((s.mt, 2), "uint32")
-        if s.integer:
-            zero = [None if s.weight.symmetric else e.Registers((2,), "uint32") for _ in range(s.mt)]
-            self.dequantizers: list[Any] = [IntegerDequantizer(s.stored_bits, z) for z in zero]
-        else:
-            kind = (s.weight.bits, s.dtype == "bfloat16", bool(s.weight.group), s.weight.symmetric)
-            self.dequantizers = [ScaledDequantizer(*kind) for _ in range(s.mt)]
+        self.dequantizers = self._dequantizers()
         for registers in (self.total, self.part):
-            zero = T.float32(0) if registers is self.total and self.sum_type == "float32" else T.uint32(0)
+            kind = self.sum_type if registers is self.total else self.part_type
+            zero = T.float32(0) if kind == "float32" else T.uint32(0)
             for j in range(s.mt):
                 for c in range(s.rows // 2):
                     registers[j, c] = zero
@@ -106,6 +111,24 @@ class _Kernel(Tail):
         self.matrix_chunk = [
             e.let(T.bitwise_xor(pair * 2 + self.lane // 8 % 2, row) * 4) for pair in range(4 if not s.wgmma else 0)
         ]
+
+    def _dequantizers(self) -> list[Any]:
+        """One for every channel tile of a warp."""
+        s, each = self.s, range(self.s.mt)
+        if s.levels:
+            table = read_table(self.levels, s.table_words)
+            tables = [TableDequantizer(1 if s.narrow else 2, table) for _ in each]
+            return list(tables) if s.narrow else [ScaledValues(t, s.dtype == "bfloat16", s.scaled) for t in tables]
+        if s.dual:
+            return [DualDequantizer(e.Registers((2,), "uint32")) for _ in each]
+        if s.narrow:
+            zeros = [None if s.symmetric else e.Registers((2,), "uint32") for _ in each]
+            return [IntegerDequantizer(s.stored_bits, z) for z in zeros]
+        bf16 = s.dtype == "bfloat16"
+        if s.float8:
+            exponent = 0 if bf16 else FLOAT8_EXPONENT
+            return [ScaledValues(Float8Dequantizer(bf16), bf16, s.scaled, exponent) for _ in each]
+        return [ScaledDequantizer(s.weight.bits, bf16, s.scaled, s.symmetric) for _ in each]
 
     # Copies
 
@@ -131,8 +154,8 @@ class _Kernel(Tail):
             count = s.stage_chunks * per
 
             def meta(tile: Any, c: Any) -> Any:
-                if s.weight.group:
-                    group = T.min((block * BLOCK + c % count // per * s.chunk) // s.weight.group, s.meta_groups - 1)
+                if s.group:
+                    group = T.min((block * BLOCK + c % count // per * s.chunk) // s.group, s.meta_groups - 1)
                 else:
                     group = T.int32(0)
                 return self.meta.ptr_to([(tile * s.meta_groups + group) * (8 * s.meta_bytes) + c % per * 16])
@@ -272,7 +295,7 @@ class _Kernel(Tail):
                     self._multiply_warpgroup(buffer, unit, tiles, fresh)
                 else:
                     self._multiply_warp(slot, buffer, unit, tiles, fresh)
-                if s.grouped_integer and (step + len(tiles)) % per_chunk == 0:
+                if s.grouped_sums and (step + len(tiles)) % per_chunk == 0:
                     self._add_group()
 
     def _begin(self, slot: Any, chunk: int) -> None:
@@ -291,8 +314,8 @@ class _Kernel(Tail):
         place = (s.x_bytes + s.block_tiles * s.code_bytes) // 4
         at = slot + place + ((self.tile[j] * s.stage_chunks + chunk) * 8 + self.lane // 4) * words
         e.read_shared([self.meta_words[j, c] for c in range(words)], self.arena.ptr_to([at]))
-        scale = self.meta_words[j, 0] if s.weight.group else None
-        zero = None if s.weight.symmetric else self.meta_words[j, words - 1]
+        scale = self.meta_words[j, 0] if s.group else None
+        zero = None if s.symmetric else self.meta_words[j, words - 1]
         self.dequantizers[j].begin(scale, zero)
 
     def _dequantize(self, slot: Any, buffer: int, j: int, unit: int, tile: int) -> None:
@@ -317,13 +340,15 @@ class _Kernel(Tail):
         for tile in tiles:
             step = 2 * unit + tile
             offset = step // 4 * s.panel_bytes + step % 4 * 32
-            keep = T.bool(not (s.grouped_integer and fresh and tile == tiles[0]))
+            keep = T.bool(not (s.grouped_sums and fresh and tile == tiles[0]))
             for j in range(s.mt):
                 sums = [self.part[j, c] for c in range(s.rows // 2)]
                 weights = [self.operand[buffer, j, tile, r] for r in range(4)]
                 descriptor = self.descriptor + T.uint64(offset // 16)
                 if s.integer:
                     name, tail = f"m64n{s.rows}k32.s32.s8.s8", []
+                elif s.narrow:
+                    name, tail = f"m64n{s.rows}k32.f32.e4m3.e4m3", [1, 1]
                 else:
                     kind = "bf16" if s.dtype == "bfloat16" else "f16"
                     name, tail = f"m64n{s.rows}k16.f32.{kind}.{kind}", [1, 1, 0]
@@ -333,7 +358,7 @@ class _Kernel(Tail):
     def _multiply_warp(self, slot: Any, buffer: int, unit: int, tiles: list[int], fresh: bool) -> None:
         s = self.s
         x = e.Registers((4,), "uint32")
-        zero = T.uint32(0)
+        zero = T.uint32(0) if self.part_type == "uint32" else T.float32(0)
         for tile in tiles:
             step = 2 * unit + tile
             for i in range(s.rows // 16):
@@ -344,11 +369,11 @@ class _Kernel(Tail):
                     weights = [self.operand[buffer, j, tile, r] for r in range(4)]
                     for octet in range(2):
                         sums = [self.part[j, (2 * i + octet) * 4 + c] for c in range(4)]
-                        start = [zero] * 4 if s.grouped_integer and fresh and tile == tiles[0] else sums
+                        start = [zero] * 4 if s.grouped_sums and fresh and tile == tiles[0] else sums
                         e.ptx(MMA[s.dtype], *sums, *weights, x[2 * octet], x[2 * octet + 1], *start)
 
     def _add_group(self) -> None:
-        """Integer sums of a group times its scale to the float32 sums."""
+        """Sums of a group times its scale to the float32 sums."""
         s = self.s
         if s.wgmma:
             e.ptx("wgmma.wait_group.sync.aligned", 0)
@@ -358,5 +383,7 @@ class _Kernel(Tail):
                 bits = T.cast(self.meta_words[j, 0] >> e.u32(16 * a), "uint16")
                 scale[a] = T.cast(T.reinterpret("float16", bits), "float32")
             for c in range(s.rows // 2):
-                value = T.cast(T.reinterpret("int32", self.part[j, c]), "float32")
+                value = self.part[j, c]
+                if s.integer:
+                    value = T.cast(T.reinterpret("int32", value), "float32")
                 self.total[j, c] = self.total[j, c] + value * scale[c // 2 % 2]

@@ -86,7 +86,7 @@ class Tail:
             bias = e.Registers((2,), "float32")
             for a in range(2):
                 n = T.min(self._channel(j, a), s.n - 1)
-                column[a] = self.column[n] * T.float32(1 if s.integer else 2.0 ** self.dequantizers[j].exponent)
+                column[a] = self.column[n] * T.float32(1 if s.narrow else 2.0 ** self.dequantizers[j].exponent)
                 if self.bias is not None:
                     bias[a] = self.bias[n]
             for i in range(s.rows // 16):

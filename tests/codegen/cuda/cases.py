@@ -35,7 +35,7 @@ class Case:
     def configs(self) -> dict[int, dict[str, Any]]:
         """Config entries to force, by bucket of rows."""
         forced: dict[int, dict[str, Any]] = {rows: {"split": self.split} if self.split else {} for rows in BUCKETS}
-        integer = "-int8" if self.activation != "none" else ""
+        integer = {"none": "", "int8": "-int8", "e4m3": "-fp8"}[self.activation]
         tiled = {"family": "cuda-tiled" + integer}
         tiles: dict[int, dict[str, Any]] = {}
         if self.variant == "mma":
@@ -56,7 +56,12 @@ class Case:
                 64: {"rows": 48, "wg": 1, "mt": 2, "stages": 3},
                 128: {"rows": some, "wg": 4, "mt": 1, "stages": 3},
                 256: {"rows": 64, "wg": 1, "mt": 1, "stages": 6},
-                512: {"rows": 96 if "/g" in self.weight and integer else most, "wg": 2, "mt": 1, "stages": 3},
+                512: {
+                    "rows": 96 if integer and ("/g" in self.weight or "mx" in self.weight) else most,
+                    "wg": 2,
+                    "mt": 1,
+                    "stages": 3,
+                },
             }
         for rows, tile in tiles.items():
             forced[rows] = {"split": 1, **forced[rows], **tiled, **tile}
@@ -74,7 +79,7 @@ class Case:
             self.k,
             self.n,
             self.weight,
-            self.activation,
+            f"{self.activation}/token" if self.activation != "none" else "none",
             getattr(torch, self.dtype),
             target,
             self.bias,
@@ -114,6 +119,21 @@ CASES = [
     Case("int3/g32/asym", 520, 72, "int8", variant="wide"),
     Case("int3", 300, 80, "int8"),
     Case("int2/asym", 640, 100, "int8"),
+    Case("nf4/g64", 1100, 136),
+    Case("nf4", 520, 72, dtype="bfloat16", bias=True, variant="mma"),
+    Case("fp4/g128", 1031, 259, split=2),
+    Case("mxfp4", 640, 200, variant="wide"),
+    Case("nvfp4", 400, 100),
+    Case("nf3/g32", 700, 80, dtype="bfloat16"),
+    Case("codebook4/g64", 512, 96, variant="exact"),
+    Case("fp8", 777, 131),
+    Case("mxfp8", 500, 88, dtype="bfloat16"),
+    Case("dual4/g128", 1100, 328, "int8", bias=True),
+    Case("dual4/g32", 600, 90, "int8", split=2, variant="mma"),
+    Case("fp8", 1031, 259, "e4m3", bias=True),
+    Case("int4/g128", 1536, 200, "e4m3", split=3),
+    Case("int4", 640, 130, "e4m3", dtype="bfloat16", variant="mma"),
+    Case("mxfp4", 512, 264, "e4m3", variant="wide"),
 ]
 """Odd and even extents, all bits, groups, both kinds of zero points, both float types, with and without split-k."""
 

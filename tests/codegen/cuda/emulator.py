@@ -24,6 +24,9 @@ class Word:
     def __and__(self, other: Word) -> Word:
         return Word(self.bits & other.bits)
 
+    def __mul__(self, other: Word) -> Word:
+        return Word(self.bits * other.bits)
+
     def __sub__(self, other: Word) -> Word:
         return Word(self.bits - other.bits)
 
@@ -52,9 +55,16 @@ def _word(values: np.ndarray, kind: str) -> np.ndarray:
     return raw[..., 0] | raw[..., 1] << 16
 
 
-def _permute(a: Word, b: Word, select: int) -> np.ndarray:
-    both = [a.bits >> 8 * i & 255 for i in range(4)] + [b.bits >> 8 * i & 255 for i in range(4)]
-    return sum(both[select >> 4 * i & 7].astype(np.uint32) << np.uint32(8 * i) for i in range(4))
+def _permute(a: Word, b: Word, select: Word) -> np.ndarray:
+    lanes = np.broadcast(a.bits, b.bits, select.bits).shape
+    both = np.stack([np.broadcast_to(w.bits >> np.uint32(8 * i) & 255, lanes) for w in (a, b) for i in range(4)])
+    out = np.zeros(lanes, np.uint32)
+    for i in range(4):
+        nibble = np.broadcast_to(select.bits >> np.uint32(4 * i) & 15, lanes)
+        byte = np.take_along_axis(both, (nibble & 7)[None].astype(np.intp), 0)[0]
+        sign = np.where(byte >> 7, 255, 0)  # what a selector with its top bit set asks for
+        out |= np.where(nibble >> 3, sign, byte).astype(np.uint32) << np.uint32(8 * i)
+    return out
 
 
 def ptx(instruction: str, out: Word, *operands: Any) -> None:
@@ -66,7 +76,7 @@ def ptx(instruction: str, out: Word, *operands: Any) -> None:
         out.bits = a.bits & b.bits | c.bits
     elif instruction == "prmt.b32":
         a, b, select = operands
-        out.bits = _permute(a, b, int(select.bits))
+        out.bits = _permute(a, b, select)
     elif instruction == "cvt.rn.bf16x2.f32":
         high, low = operands
         out.bits = _word(np.stack(np.broadcast_arrays(low, high), -1), "bf16x2")
@@ -96,6 +106,7 @@ T = SimpleNamespace(
     cast=_cast,
     float32=np.float32,
     bitwise_xor=lambda a, b: Word(a.bits ^ b.bits),
+    bitwise_or=lambda a, b: Word(a.bits | b.bits),
 )
 """What stands for TIR."""
 

@@ -6,8 +6,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from qcompile.codegen.kernels.cuda import dequant
+from qcompile.codegen.kernels.cuda import dequant, tables
 from qcompile.codegen.kernels.cuda.layout import BLOCK, TILE, FragmentLayout
+from qcompile.formats.floats import minifloat_table
 
 from . import emulator
 
@@ -18,7 +19,8 @@ G, THREAD = LANE // 4, LANE % 4
 @pytest.fixture(autouse=True)
 def registers(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("ptx", "u32", "T", "Registers"):
-        monkeypatch.setattr(dequant, name, getattr(emulator, name))
+        for module in (dequant, tables):
+            monkeypatch.setattr(module, name, getattr(emulator, name))
 
 
 def words_of(layout: FragmentLayout, codes: np.ndarray) -> list[np.ndarray]:
@@ -111,3 +113,56 @@ def test_integers(bits: int, symmetric: bool) -> None:
         code = codes[k, n[:, None]]
         signed = np.where(code >> bits - 1, code - (1 << bits), code) << 8 - bits
         assert np.array_equal(got, signed if symmetric else code - zero[n][:, None])
+
+
+NARROW = "float8_e4m3fn"
+TYPES = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16, NARROW: ml_dtypes.float8_e4m3fn}
+
+
+def elements(bits: np.ndarray, dtype: str) -> np.ndarray:
+    """Numbers in the registers of all lanes, ``[lane, element]``."""
+    return np.ascontiguousarray(bits).view(TYPES[dtype]).reshape(32, -1).astype(np.float64)
+
+
+@pytest.mark.parametrize("dtype", list(TYPES))
+def test_tables(dtype: str) -> None:
+    rng = np.random.default_rng(1)
+    layout = FragmentLayout(4, dtype == NARROW)
+    levels = rng.uniform(-1, 1, 16).astype(TYPES[dtype]).astype(np.float32)
+    codes = rng.integers(0, 16, (BLOCK, TILE))
+    registers = emulator.Registers((8,))
+    for i, word in enumerate(tables.table_words(levels, dtype)):
+        registers[i] = emulator.Word(word)
+    dequantizer = tables.TableDequantizer(1 if dtype == NARROW else 2, registers)
+    for unit, tile, r, bits in operands(layout, codes, dequantizer):
+        k, n = positions(layout, unit, tile, r)
+        assert np.array_equal(elements(bits, dtype), levels[codes[k, n[:, None]]])
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("grouped", [False, True])
+def test_float8_codes(dtype: str, grouped: bool) -> None:
+    rng = np.random.default_rng(2)
+    layout, table = FragmentLayout(8, False), np.nan_to_num(minifloat_table(4, 3))
+    codes, scale = rng.integers(0, 256, (BLOCK, TILE)), np.exp2(rng.integers(-3, 1, TILE)).astype(np.float16)
+    codes[codes & 127 == 127] = 0  # NaN
+    bf16 = dtype == "bfloat16"
+    exponent = 0 if bf16 else tables.FLOAT8_EXPONENT
+    dequantizer = tables.ScaledValues(tables.Float8Dequantizer(bf16), bf16, grouped, exponent)
+    dequantizer.begin(pair(G, scale, np.float16) if grouped else None, None)
+    for unit, tile, r, bits in operands(layout, codes, dequantizer):
+        k, n = positions(layout, unit, tile, r)
+        want = table[codes[k, n[:, None]]] * (scale[n][:, None] if grouped else 1) / 2.0**exponent
+        assert np.array_equal(elements(bits, dtype), want)
+
+
+def test_dual_grained_codes_are_exact_int8() -> None:
+    rng = np.random.default_rng(3)
+    layout = FragmentLayout(4, True)
+    codes, factor = rng.integers(-8, 8, (BLOCK, TILE)), rng.integers(1, 16, TILE)
+    dequantizer = tables.DualDequantizer(emulator.Registers((2,)))
+    dequantizer.begin(emulator.Word(factor[G] | factor[G + 8] << 16))
+    for unit, tile, r, bits in operands(layout, codes + 8, dequantizer):
+        k, n = positions(layout, unit, tile, r)
+        got = np.ascontiguousarray(bits).view(np.int8).reshape(32, 4)
+        assert np.array_equal(got, codes[k, n[:, None]] * factor[n][:, None])

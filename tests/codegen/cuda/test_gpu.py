@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from qcompile.formats import parse_format
-from qcompile.kernels import QuantizedLinear, quantize_rows
+from qcompile.kernels import QuantizedLinear, quantize_rows, quantize_rows_float8
 from qcompile.targets.cuda import for_capability
 
 from .cases import CASES, ROWS, Case
@@ -40,13 +40,15 @@ def test_matches_float64(case: Case) -> None:
         got = layer(x).double()
         a = x.double()
         if case.activation != "none":
-            codes, scale = quantize_rows(x)
+            codes, scale = (quantize_rows_float8 if case.activation == "e4m3" else quantize_rows)(x)
             a = codes.double() * scale.double()[:, None]
         want = a @ weight + (0 if bias is None else bias)
-        # Scales of groups, and weights times those, are rounded to the type of x; sums to float32; the result to its type.
+        # Scales of groups, weights times those, and levels are rounded to the type of x; sums to float32, those of e4m3
+        # products to fewer bits; the result to its type.
         size = a.abs() @ weight.abs()
-        grouped = bool(layer.plan.problem.weight.group)
-        bound = 1.01 * step * want.abs() + size * (step / 2 if grouped else 2.0**-18.5) + 1e-6
+        rounded = step / 2 * (bool(layer.plan.problem.weight.group) + layer.plan.shape().levels)
+        rounded += 2.0**-12 if case.activation == "e4m3" else 2.0**-18.5
+        bound = 1.01 * step * want.abs() + size * rounded + 1e-6
         bad = (got - want).abs() > bound
         assert not bad.any(), f"{m} rows: {int(bad.sum())} of {bad.numel()} off, at most {(got - want).abs().max():.3g}"
 

@@ -128,7 +128,7 @@ def problem(weight: str, activation: ActivationFormat = FLOAT, k: int = 1024, n:
 
 def test_refusals_name_the_reason() -> None:
     target, act = TARGETS["sm_80"], ActivationFormat(8)
-    assert "groups of 32" in StreamLinear().supports(problem("int4/g48"), target).reason
+    assert "groups of 16" in StreamLinear().supports(problem("int4/g48"), target).reason
     assert "bits" in StreamLinear().supports(problem("int5"), target).reason
     assert "float activations" in StreamLinear().supports(problem("int4", act), target).reason
     assert "symmetric" in StreamLinearInt8().supports(problem("int8/asym", act), target).reason

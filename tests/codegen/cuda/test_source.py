@@ -84,7 +84,11 @@ def test_layer_on_a_machine_without_gpu() -> None:
         with pytest.raises(TargetError, match="no CUDA device"):
             linear(torch.randn(70, 300), "int4/g64")
     with pytest.raises(FormatError):
-        linear(torch.randn(70, 300), "nf4", target="sm_80")
+        linear(torch.randn(70, 300), "nf44", target="sm_80")
+    with pytest.raises(TargetError, match="16 levels"):
+        linear(torch.randn(70, 300), "nf5", target="sm_80")
+    with pytest.raises(TargetError, match="sm_80 lacks"):
+        linear(torch.randn(70, 300), "fp8", "e4m3/token", target="sm_80")
     with pytest.raises(TargetError, match="bits"):
         linear(torch.randn(70, 300), "int5", target="sm_80")
 

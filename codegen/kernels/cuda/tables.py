@@ -1,0 +1,185 @@
+"""Codes to tensor-core operands where codes are no plain integers: tables of levels, small floats, integers in integers.
+
+`TableDequantizer`: any set of up to 16 levels. A byte permutation picks four bytes out of eight by the low three bits of
+four selectors, which are four codes; twice for the two halves of the table, and once more by their fourth bits to choose
+between the halves. Levels of 16 bits are two tables of bytes.
+
+`Float8Dequantizer`: e4m3 is a fp16 number with its exponent moved: shifting the sign into bit 15 and the rest to bit 7
+makes ``2^-8`` of it, subnormals included; in bf16 the rest goes to bit 4 and makes ``2^-120`` of it.
+
+`DualDequantizer`: codes of 4 bits times the integer of their group are int8 weights (Zhang et al., "Dual Grained
+Quantization", 2023). All four codes of a register are multiplied at once: ``u g <= 15 15`` does not leave its byte, and
+``c g = u g - 8 g`` with ``u = c + 8``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from tvm.script import tirx as T
+
+from qcompile.codegen.kernels.cuda.dequant import AND_OR, half_pair
+from qcompile.codegen.kernels.cuda.emit import Registers, ptx, u32
+
+FLOAT8_EXPONENT = 8
+"""fp16 operands of `Float8Dequantizer` are ``2^-8`` of the weights."""
+
+
+def table_words(levels: np.ndarray, dtype: str) -> np.ndarray:
+    """Up to 16 levels as `TableDequantizer` takes them, uint32: 4 words of bytes, 8 of low and high bytes if they have 16 bits.
+
+    Args:
+        levels: representable numbers, or those that are rounded to ``dtype``.
+        dtype: ``float16``, ``bfloat16`` or ``float8_e4m3fn``.
+    """
+    import ml_dtypes
+
+    kind = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16, "float8_e4m3fn": ml_dtypes.float8_e4m3fn}[dtype]
+    full = np.zeros(16, np.float32)
+    full[: len(levels)] = levels
+    stored = full.astype(kind)
+    planes = stored.view(np.uint8).reshape(16, -1).T
+    return np.ascontiguousarray(planes).reshape(-1).view(np.uint32).copy()
+
+
+@dataclass
+class TableDequantizer:
+    """Emits the levels of 4-bit codes, fp16 or bf16 (``planes`` 2) or e4m3 (1).
+
+    Args:
+        planes: bytes of a level.
+        table: registers of `table_words`.
+    """
+
+    planes: int
+    table: Registers
+
+    def __post_init__(self) -> None:
+        self.bytes = Registers((self.planes, 2), "uint32")
+        self.part = Registers((2,), "uint32")
+        self.index, self.half = Registers((1,), "uint32"), Registers((1,), "uint32")
+
+    def begin(self, scale: Any = None, zero: Any = None) -> None:
+        """Nothing depends on the group."""
+
+    def _look_up(self, word: Any) -> None:
+        """Bytes of the levels of eight codes: ``bytes[plane, j]`` those of nibbles 4 j .. 4 j + 3."""
+        self.index[0] = word & u32(0x77777777)
+        # Selector i, or i + 4 for the upper half of the table.
+        ptx("lop3.b32", self.half[0], word >> u32(1), u32(0x44444444), u32(0x32103210), AND_OR)
+        for j in range(2):
+            index = self.index[0] >> u32(16) if j else self.index[0]
+            half = self.half[0] >> u32(16) if j else self.half[0]
+            for p in range(self.planes):
+                for upper in range(2):
+                    at = 4 * p + 2 * upper
+                    ptx("prmt.b32", self.part[upper], self.table[at], self.table[at + 1], index)
+                ptx("prmt.b32", self.bytes[p, j], self.part[0], self.part[1], half)
+
+    def tile(self, out: Any, low: list[Any], high: list[Any] | None, unit: int, tile: int) -> None:
+        """See `dequant.ExactDequantizer.tile`."""
+        if self.planes == 1:
+            for pair in range(2):
+                self._look_up(low[2 * tile + pair])
+                for a in range(2):
+                    select = u32(0x7531 if a else 0x6420)
+                    ptx("prmt.b32", out[2 * pair + a], self.bytes[0, 0], self.bytes[0, 1], select)
+            return
+        self._look_up(low[2 * (unit % 2) + tile])
+        # Nibble r + 4 e is element e of register r.
+        for pair in range(2):
+            for e in range(2):
+                select = u32(0x7362 if pair else 0x5140)
+                ptx("prmt.b32", self.part[e], self.bytes[0, e], self.bytes[1, e], select)
+            for a in range(2):
+                select = u32(0x7632 if a else 0x5410)
+                ptx("prmt.b32", out[2 * pair + a], self.part[0], self.part[1], select)
+
+
+@dataclass
+class Float8Dequantizer:
+    """Emits e4m3 codes as fp16 (times 2^-8) or bf16."""
+
+    bf16: bool
+
+    def __post_init__(self) -> None:
+        self.temporary = Registers((2,), "uint32")
+
+    def begin(self, scale: Any = None, zero: Any = None) -> None:
+        """Nothing depends on the group."""
+
+    def tile(self, out: Any, low: list[Any], high: list[Any] | None, unit: int, tile: int) -> None:
+        """See `dequant.ExactDequantizer.tile`."""
+        shift = 4 if self.bf16 else 1
+        rest = 0x7F00 >> shift
+        for r in range(4):
+            word, select = low[2 * tile + r // 2], (0x3424 if r % 2 else 0x1404)
+            ptx("prmt.b32", self.temporary[0], word, u32(0), u32(select))  # every byte above an empty one
+            self.temporary[1] = (self.temporary[0] >> u32(shift)) & u32(rest << 16 | rest)
+            ptx("lop3.b32", out[r], self.temporary[0], u32(0x80008000), self.temporary[1], AND_OR)
+            if self.bf16:
+                ptx("mul.rn.bf16x2", out[r], out[r], u32(half_pair(2.0**120, True)))
+
+
+class ScaledValues:
+    """Emits what ``inner`` emits, times the scale of the group.
+
+    Args:
+        inner: emits fp16 or bf16 (``bf16``).
+        grouped: whether there are scales of groups.
+        exponent: operands are ``2^-exponent`` of the weights.
+    """
+
+    def __init__(self, inner: Any, bf16: bool, grouped: bool, exponent: int = 0) -> None:
+        self.inner, self.bf16, self.grouped, self.exponent = inner, bf16, grouped, exponent
+        self.scale = Registers((2,), "uint32")
+
+    def begin(self, scale: Any, zero: Any) -> None:
+        """Take the scales of a group for both channel halves: a register of two fp16; None where there are none."""
+        if scale is None:
+            return
+        for a in range(2):
+            if self.bf16:
+                value = T.cast(T.reinterpret("float16", T.cast(scale >> u32(16 * a), "uint16")), "float32")
+                ptx("cvt.rn.bf16x2.f32", self.scale[a], value, value)
+            else:
+                ptx("prmt.b32", self.scale[a], scale, scale, u32(0x3232 if a else 0x1010))
+
+    def tile(self, out: Any, low: list[Any], high: list[Any] | None, unit: int, tile: int) -> None:
+        """See `dequant.ExactDequantizer.tile`."""
+        self.inner.tile(out, low, high, unit, tile)
+        for r in range(4) if self.grouped else ():
+            ptx(f"mul.rn.{'bf16x2' if self.bf16 else 'f16x2'}", out[r], out[r], self.scale[r % 2])
+
+
+@dataclass
+class DualDequantizer:
+    """Emits the int8 weights of ``dual4``.
+
+    Args:
+        factor: registers of the integers of the group, per channel half.
+    """
+
+    factor: Registers
+
+    def __post_init__(self) -> None:
+        self.offset = Registers((2,), "uint32")
+
+    def begin(self, scale: Any = None, zero: Any = None) -> None:
+        """Take the integers of a group, if they come with it: two of 16 bits in a register."""
+        if scale is not None:
+            self.factor[0] = scale & u32(0xFFFF)
+            self.factor[1] = scale >> u32(16)
+        for a in range(2):
+            self.offset[a] = self.factor[a] * u32(0x08080808)
+
+    def tile(self, out: Any, low: list[Any], high: list[Any] | None, unit: int, tile: int) -> None:
+        """See `dequant.ExactDequantizer.tile`."""
+        for r in range(4):
+            word, at, a = low[2 * tile + r // 2], 4 * (r % 2), r % 2
+            out[r] = ((word >> u32(at) if at else word) & u32(0x0F0F0F0F)) * self.factor[a]
+            # Bytes apart: with the top bits set nothing is borrowed; they are put right afterwards.
+            difference = T.bitwise_or(out[r], u32(0x80808080)) - self.offset[a]
+            out[r] = T.bitwise_xor(difference, T.bitwise_xor(out[r], u32(0x80808080)) & u32(0x80808080))

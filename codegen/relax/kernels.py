@@ -221,6 +221,7 @@ def convert_rowwise(
     vectors: tuple[Any, Any, Any],
     types: tuple[str, str],
     run: Callable[[dict[str, Any], bool, list[Any], list[tuple[list[Any], str]]], list[Any]],
+    factor: Any = None,
 ) -> list[Any]:
     """The three results of a `Rowwise` node, None where nobody reads them.
 
@@ -232,6 +233,7 @@ def convert_rowwise(
         types: of the float result and of the codes.
         run: calls a kernel; takes the options kernels of all targets share, whether the float result is wanted,
             operands, and shapes and types of the results.
+        factor: of each channel, before the quantizer, for targets whose kernels have the option `factor`.
     """
     gamma, beta, static = vectors
     producer = attr(node, "producer")
@@ -255,12 +257,14 @@ def convert_rowwise(
         "clip": attr(node, "clip", 1.0) if quantize else 1.0,
         "hadamard": attr(node, "hadamard", 0) if quantize else 0,
     }
+    if factor is not None:
+        options["factor"] = True
     lead = shape[:-1]
     m = ctx.dims.product(lead)
     outputs = [([m, width], types[0])] if wanted[0] else []
     if quantize:
         outputs += [([m, width], types[1]), ([m], "float32")]
-    made = run(options, wanted[0], [rows(ctx, x), *(v for v in (gamma, beta, static) if v is not None)], outputs)
+    made = run(options, wanted[0], [rows(ctx, x), *(v for v in (gamma, beta, factor, static) if v is not None)], outputs)
     calls(ctx).uses[f"row-wise {producer}"] += 1
     y = shaped(ctx, made.pop(0), lead, width) if wanted[0] else None
     if not quantize:
@@ -272,7 +276,9 @@ def convert_rowwise(
 
 
 @converter(DOMAIN, "Rowwise")
-def rowwise(ctx: Context, node: ir.Node, x: Any, gamma: Any = None, beta: Any = None, static: Any = None) -> list[Any]:
+def rowwise(
+    ctx: Context, node: ir.Node, x: Any, gamma: Any = None, beta: Any = None, static: Any = None, factor: Any = None
+) -> list[Any]:
     """Norm, activation or gated product, with the activation quantizer fused."""
 
     def run(options: dict[str, Any], floats: bool, operands: list[Any], outputs: list[Any]) -> list[Any]:
@@ -280,7 +286,7 @@ def rowwise(ctx: Context, node: ir.Node, x: Any, gamma: Any = None, beta: Any = 
         name = f"{attr(node, 'producer')}_{kernel.width}"
         return call(ctx, kernel, lambda: kernel.build(ctx.target), name, operands, outputs)
 
-    return convert_rowwise(ctx, node, x, (gamma, beta, static), ("float32", "uint8"), run)
+    return convert_rowwise(ctx, node, x, (gamma, beta, static), ("float32", "uint8"), run, factor)
 
 
 @converter(DOMAIN, "Attention")

@@ -35,6 +35,10 @@ SHARES = [float(s) for s in np.linspace(0.5, 0.98, 25)]
 """Clipped shares to begin with, of which the best is taken."""
 
 
+COLUMNS = 256
+"""Output channels of an activation's readers that this looks at, about."""
+
+
 @dataclass(frozen=True)
 class Site:
     """One quantized product ``activation @ weight``."""
@@ -135,6 +139,7 @@ class Program:
                 fmt = site.precision.activation
                 if fmt is not None and fmt.granularity == "token" and site.activation not in self.clips:
                     x, weight = seen[site.activation], torch.cat(readers[site.activation], -1)
+                    weight = weight[:, :: max(1, weight.shape[1] // COLUMNS)]
                     errors = [float(((round_tokens(x, fmt, s) - x) @ weight).square().sum()) for s in SHARES]
                     start = logit(SHARES[int(np.argmin(errors))])
                     self.clips[site.activation] = self.like.new_tensor(start).requires_grad_()

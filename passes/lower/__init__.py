@@ -6,7 +6,7 @@ are what kernels compute in one go:
 | operator | inputs | outputs |
 |---|---|---|
 | `Linear` | x or codes, scale?, weight codes, weight scale, weight zero point?, bias?, residual? | y |
-| `Rowwise` | x, gamma?, beta? | y?, codes?, scale? |
+| `Rowwise` | x, gamma?, beta?, static scale?, factor? | y?, codes?, scale? |
 | `Rope` | merged projections, cos, sin | same shape as the first input |
 | `Attention` | q, k, v or one merged matrix, mask? | y (batch, sequence, heads x head_dim) |
 | `Embedding` | codes, scale, ids | y |
@@ -35,19 +35,20 @@ from qcompile.passes.lower.rowwise import lower_rowwise
 __all__ = ["KERNEL_DOMAIN", "lower"]
 
 
-def lower(model: ir.Model, *, codes: bool = False) -> ir.Model:
+def lower(model: ir.Model, *, codes: bool = False, factors: bool = False) -> ir.Model:
     """Return a lowered copy of ``model`` (weights shared).
 
     Args:
         model: the quantized stage.
         codes: whether the target's convolutions can store codes instead of floats.
+        factors: whether the target's row kernels can multiply by a vector before they rotate and quantize.
     """
     lowered = model.clone()
     lower_linears(lowered)
     lower_convolutions(lowered)
     common.RemoveUnusedNodesPass()(lowered)  # a dequantizer nothing reads must not look like a reader of the codes
     lower_attention(lowered)
-    lower_rowwise(lowered)
+    lower_rowwise(lowered, factors=factors)
     lower_embeddings(lowered)
     sink_transposes(lowered)
     if codes:

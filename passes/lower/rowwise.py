@@ -13,14 +13,19 @@ from qcompile.passes.lower.kernel_ops import is_kernel, kernel_node, same_shape,
 from qcompile.passes.lower.linear import activation_name, merge_linears
 
 
-def lower_rowwise(model: ir.Model) -> None:
-    """Turn every per-token quantizer and every last-axis norm into a `Rowwise`, merging the two where they meet."""
+def lower_rowwise(model: ir.Model, *, factors: bool = False) -> None:
+    """Turn every per-token quantizer and every last-axis norm into a `Rowwise`, merging the two where they meet.
+
+    Args:
+        model: changed in place.
+        factors: also take in a multiplication by a constant vector before the rotation or the quantizer.
+    """
     graph = model.graph
     for node in list(graph):
         if node.graph is None:
             continue
         if is_op(node, "QuantizePerToken", domain=DOMAIN) or static_scale(node) is not None:
-            _quantizer(graph, node)
+            _quantizer(graph, node, factors)
     for node in list(graph):
         if node.graph is not None and (norm := _norm(node)) is not None:
             kind, inputs, attributes = norm
@@ -62,7 +67,7 @@ def _bias_codes(graph: ir.Graph, codes: ir.Value) -> None:
         reader.replace_input_with(index, byte.outputs[0])
 
 
-def _quantizer(graph: ir.Graph, quantize: ir.Node) -> None:
+def _quantizer(graph: ir.Graph, quantize: ir.Node, factors: bool) -> None:
     x, codes = quantize.inputs[0], quantize.outputs[0]
     assert x is not None
     readers = [use.node for use in codes.uses()]
@@ -83,12 +88,19 @@ def _quantizer(graph: ir.Graph, quantize: ir.Node) -> None:
     inputs: list[ir.Value | None] = [x]
     attributes: dict[str, object] = {}
     consumed: list[ir.Node] = []
-    reader = quantize
+    between: list[ir.Node] = []  # what lies between the row and its quantizer, last first
+    factor: ir.Value | None = None
     order = _hadamard_order(producer) if sole_use(x) is quantize else 0
     if order:
         assert producer is not None and producer.inputs[0] is not None
-        reader, x = producer, producer.inputs[0]
+        between, x = [producer], producer.inputs[0]
         inputs, producer = [x], x.producer()
+    if factors and sole_use(x) is [quantize, *between][-1] and (found := _scaled(producer, width)) is not None:
+        assert producer is not None
+        between.append(producer)
+        x, factor = found
+        inputs, producer = [x], x.producer()
+    reader = [quantize, *between][-1]
     keep_float = False
     if producer is not None and (norm := _norm(producer)) is not None:
         kind, inputs, attributes = norm
@@ -96,12 +108,12 @@ def _quantizer(graph: ir.Graph, quantize: ir.Node) -> None:
         consumed = [producer]
     elif producer is not None and sole_use(x) is reader and (gated := _gated(graph, producer)) is not None:
         kind, inputs, consumed = gated
-    elif producer is not None and sole_use(x) is reader and (found := activation_name(producer)):
-        kind, inputs, consumed = found, [producer.inputs[0]], [producer]
+    elif producer is not None and sole_use(x) is reader and (name := activation_name(producer)):
+        kind, inputs, consumed = name, [producer.inputs[0]], [producer]
     attributes = {"bits": bits, "clip": attribute(quantize, "clip", 1.0), "hadamard": order, **attributes}
     row = kernel_node(
         "Rowwise",
-        [*inputs, *[None] * (3 - len(inputs)), static],
+        [*inputs, *[None] * (3 - len(inputs)), static, *([factor] if factor is not None else [])],
         [x if keep_float else None, codes, scales[0] if scales else None],
         {"producer": kind, **attributes},
         like=producer if consumed else quantize,
@@ -120,20 +132,30 @@ def _quantizer(graph: ir.Graph, quantize: ir.Node) -> None:
         take_over(codes, row.outputs[1])
         if scales:
             take_over(scales[0], row.outputs[2])
-        graph.remove(quantize, safe=True)
-        if reader is not quantize:
-            graph.remove(reader, safe=True)
+        for node in (quantize, *between):
+            graph.remove(node, safe=True)
         take_over(x, row.outputs[0])
     else:
         row.outputs[0].name = ""
         take_over(codes, row.outputs[1])
         if scales:
             take_over(scales[0], row.outputs[2])
-        graph.remove(quantize, safe=True)
-        if reader is not quantize:
-            graph.remove(reader, safe=True)
+        for node in (quantize, *between):
+            graph.remove(node, safe=True)
     for node in consumed:
         graph.remove(node, safe=True)
+
+
+def _scaled(node: ir.Node | None, width: int) -> tuple[ir.Value, ir.Value] | None:
+    """The operands of a product of a row and a constant vector: ``x`` and ``(width,)``."""
+    if node is None or not is_op(node, "Mul"):
+        return None
+    for x, vector in (node.inputs, node.inputs[::-1]):
+        if x is None or vector is None or constant_shape(vector) != (width,) or x.shape is None:
+            continue
+        if len(x.shape) > 1 and x.shape[-1] == width:
+            return x, vector
+    return None
 
 
 def _hadamard_order(node: ir.Node | None) -> int:

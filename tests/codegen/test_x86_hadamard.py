@@ -49,3 +49,26 @@ def test_the_float_output_is_not_rotated():
     np.testing.assert_allclose(got["y"], want["y"], rtol=1e-5, atol=1e-6)
     assert np.abs(got["codes"].astype(int) - want["codes"].astype(int)).max() <= 1
     np.testing.assert_allclose(got["scale"], want["scale"], rtol=1e-5)
+
+
+@pytest.mark.parametrize("target", TARGETS, ids=str)
+@pytest.mark.parametrize("order", [0, 12])
+@pytest.mark.parametrize(
+    "options", [{}, {"norm": "layer"}, {"norm": "rms", "f32_output": True}, {"gated": True}], ids=str
+)
+def test_a_factor_acts_between_the_row_and_its_rotation(target, order, options):
+    """The float output is the row without it."""
+    rng = np.random.default_rng(1)
+    kernel = Rowwise(60, factor=True, hadamard=order, **options)
+    x = rng.standard_normal((7, 120 if kernel.gated else 60)).astype(np.float32)
+    vectors = {"gamma": rng.uniform(0.5, 2, 60), "beta": rng.standard_normal(60), "factor": rng.uniform(-2, 2, 60)}
+    given = [vectors[p.name].astype(np.float32) for p in kernel.params if p.name in vectors]
+    got, want = run(kernel, target, {"M": 7}, x, *given), kernel.reference(x, *given)
+    if kernel.f32_output:
+        np.testing.assert_allclose(got["y"], want["y"], rtol=1e-5, atol=1e-6)
+    plain = Rowwise(60, **options).reference(x, *given[:-1])["y"].astype(np.float64) * vectors["factor"]
+    matrix = hadamard_matrix(order) if order else np.eye(60)
+    rotated = (plain.reshape(7, -1, len(matrix)) @ matrix).reshape(7, 60)
+    np.testing.assert_allclose(got["scale"], np.abs(rotated).max(1) / 127, rtol=1e-5)
+    back = (got["codes"].astype(np.float64) - 128) * got["scale"][:, None]
+    assert (np.abs(back - rotated) <= 0.501 * got["scale"][:, None] + 1e-6).all()

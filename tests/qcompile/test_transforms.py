@@ -99,4 +99,48 @@ def test_online_rotations_compile_and_agree_with_onnx_runtime(tmp_path, width, o
     lowered = ir.load(next((tmp_path / "rotated-stages").glob("*lowered.onnx")))
     (row,) = [n for n in lowered.graph if n.op_type == "Rowwise"]
     assert row.attributes["hadamard"].value == order, "fused with the quantizer"
-    assert not any(n.op_type in ("BlockRotate", "Kronecker") for n in lowered.graph)
+    assert not any(n.op_type in ("BlockRotate", "Kronecker", "Mul") for n in lowered.graph)
+
+
+def test_signs_before_a_rotation_join_the_norm_that_others_read_too(tmp_path):
+    """LayerNorm -> signs -> rotation -> quantizer is one kernel, which also stores the norm for the residual."""
+    rng = np.random.default_rng(0)
+    model = norm_and_linear(rng, 48)
+    samples = rng.standard_normal((4, 6, 48)).astype(np.float32) + 1
+    compiled = qcompile.compile(
+        model,
+        recipe="w8a8-rtn",
+        transforms=(RotateOnline(everywhere=True, signs=True),),
+        calibration=[{"x": rows} for rows in samples],
+        output=tmp_path / "block",
+        keep_stages=tmp_path / "stages",
+        progress=False,
+    )
+    assert compiled.report.quality["program_to_onnx_error"] < 1e-2
+    lowered = ir.load(next((tmp_path / "stages").glob("*lowered.onnx")))
+    (row,) = [n for n in lowered.graph if n.op_type == "Rowwise"]
+    assert row.attributes["producer"].value == "layernorm" and row.attributes["hadamard"].value == 48
+    assert row.outputs[0].uses()
+    assert not any(n.op_type in ("Mul", "Kronecker", "BlockRotate") for n in lowered.graph)
+
+
+def norm_and_linear(rng: np.random.Generator, width: int) -> ir.Model:
+    """``n = LayerNorm(x); y = n + n W``, as a graph."""
+    x = ir.Value(name="x", shape=ir.Shape(["rows", width]), type=ir.TensorType(ir.DataType.FLOAT))
+    arrays = {"w": (width, width), "gamma": (width,), "beta": (width,)}
+    constants = {
+        k: ir.Value(
+            name=k, const_value=ir.tensor((rng.standard_normal(s) / 7 + (k == "gamma")).astype(np.float32), name=k)
+        )
+        for k, s in arrays.items()
+    }
+    norm = ir.node("LayerNormalization", [x, constants["gamma"], constants["beta"]], {"axis": -1}, name="norm")
+    linear = ir.node("MatMul", [norm.outputs[0], constants["w"]], name="linear")
+    total = ir.node("Add", [norm.outputs[0], linear.outputs[0]], name="total")
+    for node, name in ((norm, "n"), (linear, "l"), (total, "y")):
+        node.outputs[0].name, node.outputs[0].shape, node.outputs[0].type = name, x.shape, x.type
+    nodes = [norm, linear, total]
+    graph = ir.Graph(
+        [x], [total.outputs[0]], nodes=nodes, initializers=list(constants.values()), opset_imports={"": 23}, name="g"
+    )
+    return ir.Model(graph, ir_version=10)

@@ -4,7 +4,8 @@
     n = (s - mean(s)) / sqrt(var(s) + epsilon) * gamma + beta  if `norm` is "layer"
         s / sqrt(mean(s^2) + epsilon) * gamma                  if `norm` is "rms"
     a = activation(n), or activation(n[:D]) * n[D:]        the latter if `gated`
-    codes, scale = quantize(a), or quantize(a @ blockdiag(H, ..., H)) with orthonormal Walsh-Hadamard blocks, if `quantize`
+    r = a, a * factor if `factor`, and then @ blockdiag(H, ..., H) with orthonormal Walsh-Hadamard blocks if `hadamard`
+    codes, scale = quantize(r)                             if `quantize`
 
 Every row is read from memory once and its intermediate values stay in the first-level cache.
 
@@ -48,8 +49,8 @@ class Rowwise:
     """A kernel over the rows of ``x``; see the module docstring for what it computes.
 
     Parameters of the PrimFunc, in this order, float32 unless said: ``x (M, D)`` (``(M, 2 D)`` = gate and up side by
-    side if `gated`); ``residual (M, D)``; ``gamma (D,)``; ``beta (D,)``; ``static_scale (1,)`` if `quantize` is
-    "tensor"; then the outputs ``sum (M, D)``; ``y (M, D)``; ``codes (M, D)`` uint8 = signed code + 128 and
+    side if `gated`); ``residual (M, D)``; ``gamma (D,)``; ``beta (D,)``; ``factor (D,)``; ``static_scale (1,)`` if
+    `quantize` is "tensor"; then the outputs ``sum (M, D)``; ``y (M, D)``; ``codes (M, D)`` uint8 = signed code + 128 and
     ``scale (M,)``. Parameters whose option is off are absent; `params` lists those present. ``M`` is known at run time.
 
     Attributes:
@@ -58,6 +59,7 @@ class Rowwise:
         norm: ``""``, ``"layer"`` or ``"rms"``; `gamma` and `beta` say whether it has a gain and an offset.
         activation: a key of `ACTIVATIONS`.
         gated: a gated linear unit over the two halves of ``x``; excludes `residual` and `norm`.
+        factor: multiply the row by a vector before it is rotated and quantized; ``y`` is stored without it.
         hadamard: order of the Walsh-Hadamard blocks that rotate the row before it is quantized; a divisor of `width`, or 0.
         sum_output: store ``x + residual`` too; needs `norm` (without it the sum is ``y``).
         f32_output: store ``y``.
@@ -75,6 +77,7 @@ class Rowwise:
     epsilon: float = 1e-5
     activation: str = ""
     gated: bool = False
+    factor: bool = False
     hadamard: int = 0
     sum_output: bool = False
     f32_output: bool = False
@@ -103,6 +106,8 @@ class Rowwise:
             if self.gated and (self.residual or self.norm)
             else "sum_output needs residual and norm; without norm the sum is the f32 output"
             if self.sum_output and not (self.residual and self.norm)
+            else "a factor serves the quantizer, and there is none"
+            if self.factor and not self.quantize
             else "no output asked for"
             if not (self.f32_output or self.quantize)
             else ""
@@ -119,6 +124,7 @@ class Rowwise:
             (self.residual, v.Param("residual", ("M", d))),
             (bool(self.norm) and self.gamma, v.Param("gamma", (d,))),
             (self.norm == "layer" and self.beta, v.Param("beta", (d,))),
+            (self.factor, v.Param("factor", (d,))),
             (self.quantize == "tensor", v.Param("static_scale", (1,))),
             (self.sum_output, v.Param("sum", ("M", d), output=True)),
             (self.f32_output, v.Param("y", ("M", d), output=True)),
@@ -158,8 +164,9 @@ class Rowwise:
 
     def _rows(self, begin: Any, end: Any, names: dict[str, Any], lanes: int) -> None:
         d = self.width
-        derived = self.residual or self.norm or self.activation or self.gated or self.hadamard or "x" not in names
-        own = self.quantize and derived and (not self.f32_output or self.hadamard)
+        changed = self.factor or self.hadamard  # what is quantized is not ``y``
+        derived = self.residual or self.norm or self.activation or self.gated or changed or "x" not in names
+        own = self.quantize and derived and (not self.f32_output or changed)
         scratch = B.alloc_buffer((d,), "float32") if own else None
         total = B.alloc_buffer((d,), "float32") if self.residual and self.norm and not self.sum_output else None
         with v.span(begin, end) as i:
@@ -168,7 +175,7 @@ class Rowwise:
                 return lambda s: [s] if buffer is scratch or buffer is total else [i, s]
 
             y = names.get("y") if scratch is None else scratch
-            copy = names.get("y") if self.hadamard else None
+            copy = names.get("y") if changed else None
             value = self._input(i, names, total if total is not None else names.get("sum"), lanes)
             value = self._normalised(value, names, lanes)
             value = self._activated(value, i, names)
@@ -178,9 +185,11 @@ class Rowwise:
 
                 def keep(s: Any, n: int) -> Any:
                     a = v.let(value(s, n))
-                    v.store(y, at_y(s), a, n)
                     if copy is not None:
                         v.store(copy, [i, s], a, n)
+                    if self.factor:
+                        a = v.let(a * v.load(names["factor"], [s], n))
+                    v.store(y, at_y(s), a, n)
                     return _magnitude(a, n)
 
                 if self.quantize == "token" and not self.hadamard:
@@ -326,6 +335,9 @@ class Rowwise:
         out["y"] = a.astype(np.float32)
         if self.quantize:
             rotated = out["y"]
+            if self.factor:
+                rotated = rotated * given["factor"]
+                a = a * given["factor"]
             if self.hadamard:
                 blocks = a.reshape(len(a), -1, self.hadamard) @ hadamard_matrix(self.hadamard)
                 rotated = blocks.reshape(a.shape).astype(np.float32)

@@ -35,7 +35,8 @@ def weights(rng, k, n, fmt):
 
 def operands(rng, m, problem):
     if problem.activation.bits:
-        return rng.integers(0, 256, (m, problem.k)).astype(np.uint8), rng.uniform(0.01, 1, m).astype(np.float32)
+        lowest = 1 if problem.activation.granularity == "token" else 0
+        return rng.integers(lowest, 256, (m, problem.k)).astype(np.uint8), rng.uniform(0.01, 1, m).astype(np.float32)
     return rng.normal(size=(m, problem.k)).astype(np.float32), None
 
 
@@ -49,6 +50,8 @@ def magnitude(problem, x, scale, weight):
 
 def small(config, mr=2, vectors=2):
     """The same with a small tile of whole quads of columns, which compiles fast."""
+    if "columns" in config:
+        return {**config, "rows": mr, "columns": 8 * vectors, "block_rows": 2 * mr}
     return {**config, "mr": mr, "vectors": vectors * max(1, 4 // config["lanes"]), "panels": 2}
 
 
@@ -184,8 +187,9 @@ def test_sums_are_exact_where_they_are_largest(cpu, emulation):
         weight.codes[:, 0], weight.codes[:, 1] = problem.weight.qmin, problem.weight.qmax
         for family in able(problem, batch.target):
             name, packed = batch.add(family, problem, small(family.configs(problem, batch.target)[0]), weight)
-            for value in (0, 255):
-                x, scale = np.full((1 + value % 2, 1100), value, np.uint8), np.ones(1 + value % 2, np.float32)
+            for value in (1, 255):
+                rows = 2 if value == 255 else 1
+                x, scale = np.full((rows, 1100), value, np.uint8), np.ones(rows, np.float32)
                 checks.append((batch.call(name, packed, x, scale), family, problem, x, scale, weight))
     batch.run()
     for got, family, problem, x, scale, weight in checks:
@@ -224,6 +228,26 @@ def test_selection_prefers_what_the_processor_has():
     assert chosen("cortex-a76", "int4/g32", "none").family.name == "arm-float"
     with pytest.raises(TargetError, match="overflow"):
         select(LinearProblem(1 << 17, 8, IntFormat(8), parse_activation("int8")), get_target("arm"))
+
+
+def test_tables_cost_six_instructions_per_128_bits_of_weights(emulation):
+    """Beyond loads and scales. Counted, so that a scheduler which spills or reorders is seen."""
+    from qcompile.codegen.kernels.arm.harness import Executable
+    from qcompile.codegen.kernels.arm.lut import TableLookupGemm
+
+    target, family, rng = get_target("cortex-a76", cores=1), TableLookupGemm(), np.random.default_rng(4)
+    for spelling, most in (("int1/g128", 0.085), ("int2/g128", 0.145), ("int3/g128", 0.215)):
+        problem = LinearProblem(512, 256, parse_format(spelling), parse_activation("int8"))
+        x = np.clip(rng.normal(128, 30, (1, 512)), 1, 255).astype(np.uint8)
+        config = family.configs(problem, target)[0]
+        packed = family.pack(problem, config, weights(rng, 512, 256, problem.weight))
+        program = Executable({"gemm": family.build(problem, config, target, "gemm")}, target)
+        try:
+            given = [x, np.ones(1, np.float32), *packed.values(), np.empty((1, 256), np.float32)]
+            count = program.counts({"gemm": given})["gemm"]
+        except TargetError as reason:
+            pytest.skip(str(reason))
+        assert count < most * 512 * 256, spelling
 
 
 def test_two_bit_weights_cost_two_instructions_per_sixteen_products(emulation):

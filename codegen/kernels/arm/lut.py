@@ -1,0 +1,493 @@
+"""Bit-serial GEMV and GEMM by table look-up on NEON: weights of 1 to 4 bits, ternary ones, and sums of scaled bit planes.
+
+See `cpu.lut` for the method. A call turns the activation codes of a block of rows into tables (`lut_tables`), then goes once
+through the weights, 16 consecutive k of a panel at a time, which is four tables:
+
+    for group, chunk of steps:   uint16 += uadalp(tbl2(T0 T1, low nibbles)) + uadalp(tbl2(T2 T3, high nibbles))
+                                 float32 tile += scale * sums
+
+A register of weights holds one plane of 8 columns; the two bytes of a column are nibbles of neighbouring tables. The odd bytes
+of an index register have bit 4 set, which makes TBL read the second of its two tables, and SRI and BIF replace the four
+bits below without touching it. UADALP then adds the two entries of a column, so that a register costs six instructions for 128
+one-bit weights: SRI, BIF, and TBL and UADALP twice. SDOT needs 16 for as many, and 16 for 128 two-bit ones where tables need 12.
+No instruction is beyond ARMv8.0.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from tvm.script import tirx as T
+from tvm.tirx.script.builder import ir as B
+
+from qcompile.codegen.kernels.arm.lut_tables import STEP, STEP_BYTES, TableBuffers, bytes_of, look_up, pairs
+from qcompile.codegen.kernels.arm.products import BYTES, LANES
+from qcompile.codegen.kernels.base import LinearKernel, LinearProblem, StoredCodes, Support
+from qcompile.codegen.kernels.cpu import vector as v
+from qcompile.codegen.kernels.cpu import vmath
+from qcompile.codegen.kernels.cpu.gemm import BANDWIDTH, CLOCK, ON_STACK, Register, finish, opaque, tail_params
+from qcompile.codegen.kernels.cpu.lut import PlanePanels, PlaneSum, group_scales, plane_sum
+from qcompile.formats import BitLayout, Quantized
+from qcompile.targets.target import Target
+
+CACHE = 256 << 10
+"""Bytes the tables of a block of rows may take."""
+
+COLUMNS = 8
+"""Columns of a register of weights."""
+
+REGISTERS = 32
+"""Vector registers of the processor."""
+
+TURNS = 4
+"""Registers of indices: each is read and written by one instruction, which would be a chain over all weights with one."""
+
+IN_FLIGHT = 2
+"""Registers of weights that LLVM may reorder among: with all of a step it defers the additions until registers run out."""
+
+PER_CYCLE = 2.8
+"""Instructions per cycle that `cost` assumes; the other families' rates stand for about as many."""
+
+
+class StepPanels(PlanePanels):
+    """Panels whose groups are padded to whole steps of 16 k, see the module docstring."""
+
+    @property
+    def steps_per_group(self) -> int:
+        """Steps of one group."""
+        return -(-self.group // STEP)
+
+    @property
+    def pairs_per_group(self) -> int:
+        """Pairs of tables of one group."""
+        return 2 * self.steps_per_group
+
+    @cached_property
+    def layout(self) -> BitLayout:
+        """The bit permutation from padded codes ``(K', N)``: k2 chooses the table of a pair, k1 the nibble."""
+        n = (-1, self.width // COLUMNS, COLUMNS)
+        return BitLayout(self.planes.bits, (-1, 2, 2, 4), n, "n0 k0 n1 b n2 k2 k1 k3")
+
+
+@dataclass
+class Emission:
+    """What a micro-kernel needs while its PrimFunc is written.
+
+    Attributes:
+        names: parameters of the PrimFunc and run-time extents.
+        m: number of rows, int32.
+        tables: of the rows of the block.
+        tile: the tile's result ``(rows, width)``, float32, or int32 where one group is all of K.
+        index: registers of indices, whose odd bytes keep bit 4, used in turns.
+    """
+
+    problem: LinearProblem
+    panels: StepPanels
+    names: dict[str, Any]
+    m: Any
+    tables: TableBuffers
+    tile: Any
+    index: list[Register]
+
+
+class TableLookupGemm(LinearKernel):
+    """TBL on pairs of tables.
+
+    Config: ``columns`` of a panel, ``rows`` of a tile, ``block_rows`` whose tables are built together, ``scales``
+    (``float16`` or ``float32``, of groups).
+    """
+
+    name = "arm-tbl"
+    stores_codes = True
+
+    def supports(self, problem: LinearProblem, target: Target) -> Support:
+        if target.kind != "arm":
+            return Support(False, f"{self.name} needs an arm target, not {target.kind}")
+        if not problem.activation.bits:
+            return Support(False, f"{self.name} looks integer activations up; this operator has float ones")
+        planes = plane_sum(problem.weight)
+        if planes is None:
+            return Support(False, f"{self.name}: {problem.weight} codes are no sums of scaled bit planes")
+        if planes.bits > 4:
+            return Support(False, f"{self.name}: {planes.bits} look-ups are more work than one byte product")
+        if problem.k * 128 * 15 >= 1 << 31:
+            return Support(False, f"{self.name}: {problem.k} products may overflow an int32 accumulator")
+        return Support(True)
+
+    # Geometry
+
+    def panels(self, problem: LinearProblem, config: dict[str, Any]) -> StepPanels:
+        """Geometry of the packed weights."""
+        planes = plane_sum(problem.weight)
+        assert planes is not None
+        return StepPanels(problem.k, problem.n, planes, config["columns"], adjacent=False)
+
+    @staticmethod
+    def grouped(planes: PlaneSum) -> bool:
+        """Whether groups are added up in float32; otherwise all of K in int32."""
+        return bool(planes.group) or not planes.uniform or planes.offset != "constant"
+
+    def stored(self, problem: LinearProblem, config: dict[str, Any]) -> StoredCodes:
+        panels = self.panels(problem, config)
+        bias = panels.planes.bias if panels.planes.offset == "constant" else 0
+        return StoredCodes(panels.layout, panels.source(), panels.planes.group, bias=bias)
+
+    # Packing
+
+    def pack(self, problem: LinearProblem, config: dict[str, Any], weight: Quantized) -> dict[str, np.ndarray]:
+        panels = self.panels(problem, config)
+        packed = {"weight": panels.pack_codes(weight)}
+        if not self.grouped(panels.planes):
+            return {**packed, "scale": panels.columns(weight.scale[0].astype(np.float32))}
+        scale, column = group_scales(problem.weight, weight, config["scales"])
+        packed["group_scale"] = panels.by_panel(scale[0] if panels.planes.uniform else scale)
+        if panels.planes.offset == "zero":
+            assert weight.zero_point is not None
+            packed["zero"] = panels.by_panel(weight.zero_point.astype(np.uint8))
+        if panels.planes.offset == "free":
+            packed["offset"] = panels.by_panel((weight.aux["offset"] / column).astype(config["scales"]))
+        return {**packed, "scale": panels.columns(column)}
+
+    def params(self, problem: LinearProblem, config: dict[str, Any], panels: StepPanels) -> list[v.Param]:
+        """The parameters of the PrimFunc in the order of `LinearKernel`."""
+        groups = (panels.count, panels.groups)
+        planes = () if panels.planes.uniform else (panels.planes.bits,)
+        params = [v.Param("x", ("m", problem.k), "uint8"), v.Param("x_scale", ("m",))]
+        params.append(v.Param("weight", (panels.count, panels.pairs, panels.pair_bytes), "uint8"))
+        if self.grouped(panels.planes):
+            params.append(v.Param("group_scale", (*groups, *planes, panels.width), config["scales"]))
+            if panels.planes.offset == "zero":
+                params.append(v.Param("zero", (*groups, panels.width), "uint8"))
+            if panels.planes.offset == "free":
+                params.append(v.Param("offset", (*groups, panels.width), config["scales"]))
+        return [*params, *tail_params(problem, panels.count * panels.width)]
+
+    # Configs and cost
+
+    def configs(self, problem: LinearProblem, target: Target) -> list[dict[str, Any]]:
+        planes = plane_sum(problem.weight)
+        assert planes is not None
+        tiles = [(64, 1), (32, 1), (64, 2), (32, 2), (16, 2)]
+        if planes.bits > 2:
+            tiles = [(32, 1), (16, 2), (64, 1), (32, 2)]
+        padded = {columns: -(-problem.n // columns) * columns for columns, _ in tiles}
+        order = sorted(tiles, key=lambda t: (padded[t[0]] > 1.1 * min(padded.values()), tiles.index(t)))
+        table = -(-problem.k // STEP) * STEP_BYTES
+        block = max(2, min(16, CACHE // table // 2 * 2))
+        kinds = ("float16", "float32") if self.grouped(planes) else ("float32",)
+        return [
+            {"columns": columns, "rows": rows, "block_rows": block, "scales": kind}
+            for kind in kinds
+            for columns, rows in order
+        ]
+
+    def cost(self, problem: LinearProblem, config: dict[str, Any], target: Target, m: int) -> float:
+        """The slower of the instructions and reading the weights, plus building tables and waking the threads."""
+        panels = self.panels(problem, config)
+        threads, planes = max(1, problem.threads), panels.planes.bits
+        blocks = panels.count * panels.width // COLUMNS
+        tiles = -(-m // config["rows"])
+        steps = panels.groups * panels.steps_per_group
+        look_up = blocks * steps * planes * (4 * m + 3 * tiles)
+        loop = panels.count * steps * (4 * m + 3 * tiles)
+        scale = blocks * panels.groups * m * (12 + 4 * planes)
+        balance = -(-panels.count // threads) / panels.count
+        width = 2 if config["scales"] == "float16" else 4
+        stored = panels.count * (panels.pairs * panels.pair_bytes + panels.groups * panels.width * width)
+        work = (look_up + loop + scale) * balance / PER_CYCLE / CLOCK
+        tables = m * steps * 65 / min(threads, m) / PER_CYCLE / CLOCK if m else 0.0
+        return max(work, stored / BANDWIDTH) + tables + (2e-6 if threads > 1 else 0)
+
+    # Code
+
+    def build(self, problem: LinearProblem, config: dict[str, Any], target: Target, name: str) -> Any:
+        panels = self.panels(problem, config)
+        block, high = config["block_rows"], config["rows"]
+        serial = problem.threads == 1
+        with v.kernel(name, self.params(problem, config, panels)) as (builder, names):
+            m = opaque(T.cast(names["m"], "int32"))
+            buffers = TableBuffers(panels, panels.steps_per_group, Sums.steps(problem, panels), block)
+            with T.serial(T.truncdiv(m + (block - 1), block)) as index:
+                start = v.let(index * block)
+                here = v.let(T.min(m - start, block))
+                with T.serial(here) if serial else T.parallel(here) as row:
+                    buffers.build(names["x"], start + row, row)
+                with T.serial(panels.count) if serial else T.parallel(panels.count) as panel:
+                    dtype = "float32" if self.grouped(panels.planes) else "int32"
+                    tile = B.alloc_buffer((high, panels.width), dtype, annotations=ON_STACK)
+                    nibbles = [Register("uint8", BYTES) for _ in range(TURNS)]
+                    for register in nibbles:
+                        register.set(bytes_of([0, 16] * COLUMNS))
+                    e = Emission(problem, panels, names, m, buffers, tile, nibbles)
+                    tiles = v.let(T.truncdiv(here + (high - 1), high))
+                    height = v.let(T.truncdiv(here, tiles))
+                    taller = v.let(here - height * tiles)
+                    with T.serial(tiles) as t:
+                        first = opaque(t * height + T.min(t, taller))
+                        rows = opaque(height + T.cast(t < taller, "int32"))
+                        for count in range(high, 0, -1):
+                            with T.If(rows == count), T.Then():
+                                self.micro(e, panel, first, count)
+                        finish(problem, names, tile, panels, LANES, panel, start + first, rows)
+        return builder.get()
+
+    def micro(self, e: Emission, panel: Any, first: Any, rows: int) -> None:
+        """Emit the product of ``rows`` rows of the block from ``first`` on with one panel, into ``e.tile``."""
+        p, t = e.panels, e.tables
+        blocks = range(p.width // COLUMNS)
+        tile = Totals(e, rows)
+        sums = [[Sums(e) for _ in blocks] for _ in range(rows)]
+        kept = Kept(e, rows) if t.chunks_per_group > 1 and tile.dtype == "float32" else None
+        with T.serial(p.groups) as group:
+            if kept is not None:
+                kept.clear()
+            bases = [v.let(t.base[first + r, group]) for r in range(rows)]
+            with T.serial(t.chunks_per_group) as piece:
+                begin = v.let(piece * t.steps_per_chunk)
+                for r, row in enumerate(sums):
+                    for block in row:
+                        block.start(bases[r])
+                self._steps(e, panel, v.let(group * t.steps_per_group + begin), begin, first, sums)
+                for r in range(rows):
+                    chunk = v.let(group * t.chunks_per_group + piece)
+                    low, high = v.let(t.begin[first + r, chunk]), v.let(t.begin[first + r, chunk + 1])
+                    with T.serial(low, high) as entry:
+                        self._look_up(e, panel, t.step[first + r, entry], [sums[r]], [(t.extra, first + r, entry)])
+                if t.chunks_per_group > 1:
+                    for r, row in enumerate(sums):
+                        for index, block in enumerate(row):
+                            (kept or tile).add_chunk(r, index, block)
+            for r, row in enumerate(sums):
+                total = v.let(t.total[first + r, group])
+                for index, block in enumerate(row):
+                    if kept is not None:
+                        here = kept.values(r, index)
+                    elif t.chunks_per_group == 1:
+                        here = block.values()
+                    else:
+                        here = []
+                    self._add_group(e, tile, (panel, group, r, index), here, bases[r], total)
+        tile.store()
+
+    def _steps(self, e: Emission, panel: Any, start: Any, begin: Any, first: Any, sums: list[list[Sums]]) -> None:
+        """Emit the look-ups of a chunk. The bound of the loop is one that LLVM cannot limit, so that it does not unroll it."""
+        t = e.tables
+        whole, left = t.steps_per_group % t.steps_per_chunk == 0, t.steps_per_group - begin
+        turns = T.max(t.steps_per_chunk, t.steps_per_chunk - e.m) if whole else T.min(left, t.steps_per_chunk)
+        with T.serial(turns) as i:
+            step = v.let(start + i)
+            self._look_up(e, panel, step, sums, [(t.tables, first + r, step) for r in range(len(sums))])
+
+    def _look_up(self, e: Emission, panel: Any, step: Any, sums: list[list[Sums]], tables: list[Any]) -> None:
+        """Add the entries at the nibbles of one step to the sums of each row."""
+        p = e.panels
+        loaded = [
+            [v.let(v.load(buffer, [row, at, BYTES * place], BYTES)) for place in range(4)] for buffer, row, at in tables
+        ]
+        for block in range(p.width // COLUMNS):
+            for plane in range(p.planes.bits):
+                place = (block * p.planes.bits + plane) * BYTES
+                pair, at = (step * 2, place) if place < p.pair_bytes else (step * 2 + 1, place - p.pair_bytes)
+                raw = v.let(v.load(e.names["weight"], [panel, pair, at], BYTES))
+                index = e.index[(block * p.planes.bits + plane) % TURNS]
+                index.set(T.call_llvm_pure_intrin("uint8x16", "llvm.aarch64.neon.vsri", index.get(), raw, T.int32(4)))
+                high = v.let(index.get())
+                low = T.bitwise_or(
+                    T.bitwise_and(raw, v.const(15, BYTES, "uint8")), T.bitwise_and(high, v.const(0xF0, BYTES, "uint8"))
+                )
+                low = v.let(low)
+                for row, four in zip(sums, loaded):
+                    row[block].add(plane, v.let(look_up(four[0], four[1], low)))
+                    row[block].add(plane, v.let(look_up(four[2], four[3], high)))
+            if (block + 1) * p.planes.bits % IN_FLIGHT < p.planes.bits:
+                schedule_barrier(sums[0][block].registers[0].get())
+
+    def _add_group(self, e: Emission, tile: Totals, at: Any, sums: list[list[Any]], base: Any, total: Any) -> None:
+        """Add a group to a block of a row of the tile: offsets and scales. ``sums`` are int32 ``[plane or one][quad]``."""
+        panel, group, r, block = at
+        planes = e.panels.planes
+        column = block * COLUMNS
+        for half in range(2):
+            here = [values[half] for values in sums]
+            if tile.dtype == "int32":
+                value = tile.get(r, block, half)
+                if not Sums.signed(e.problem, e.panels):
+                    value = value + v.splat(base, LANES)
+                tile.set(r, block, half, value + here[0] if here else value)
+                continue
+            if not Sums.signed(e.problem, e.panels):
+                here = [v.let(value + v.splat(base, LANES)) for value in here]
+            if planes.offset == "zero":
+                zero = v.cast(self._half(e.names["zero"], [panel, group, column], half), "int32", LANES)
+                here = [v.let(here[0] - (zero - v.const(planes.centre, LANES, "int32")) * v.splat(total, LANES))]
+            value = v.let(tile.get(r, block, half))
+            for plane, part in enumerate(here):
+                place = [panel, group, column] if planes.uniform else [panel, group, plane, column]
+                scale = v.cast(self._half(e.names["group_scale"], place, half), "float32", LANES)
+                value = v.let(vmath.fma(v.cast(part, "float32", LANES), scale, value))
+            if planes.offset == "free":
+                offset = v.cast(self._half(e.names["offset"], [panel, group, column], half), "float32", LANES)
+                value = v.let(vmath.fma(v.splat(T.cast(total, "float32"), LANES), offset, value))
+            tile.set(r, block, half, value)
+
+    @staticmethod
+    def _half(buffer: Any, at: list[Any], half: int) -> Any:
+        """Four of eight consecutive elements."""
+        return v.shuffle(v.load(buffer, at, COLUMNS), range(half * LANES, (half + 1) * LANES))
+
+
+class Sums:
+    """The 16-bit sums of one block of 8 columns of one row: a register per plane.
+
+    Where the result of a group fits in 16 signed bits, the first register starts from what belongs to no plane, and the
+    planes are merged modulo 2^16 (`signed`). Otherwise the sums are unsigned, and a chunk ends before they overflow.
+    """
+
+    def __init__(self, e: Emission) -> None:
+        self.e, self.planes = e, e.panels.planes
+        self.registers = [Register("uint16", COLUMNS) for _ in range(self.planes.bits)]
+        self.is_signed = self.signed(e.problem, e.panels)
+
+    @staticmethod
+    def signed(problem: LinearProblem, panels: StepPanels) -> bool:
+        """Whether a group of any activations ends within 16 signed bits."""
+        planes = panels.planes
+        weight = max(planes.centre, (1 << planes.bits) - 1 - planes.centre) if planes.uniform else 1
+        return panels.steps_per_group * STEP * _largest(problem) * weight <= 32767
+
+    @staticmethod
+    def merged(panels: StepPanels) -> bool:
+        """Whether unsigned sums of a chunk are merged in 16 bits."""
+        return panels.planes.uniform and panels.planes.bits <= 2
+
+    @classmethod
+    def steps(cls, problem: LinearProblem, panels: StepPanels) -> int:
+        """Steps of a chunk: a divisor of those of a group where there is one not much smaller than the limit."""
+        steps = panels.steps_per_group
+        if cls.signed(problem, panels):
+            return steps
+        weight = (1 << panels.planes.bits) - 1 if cls.merged(panels) else 1
+        most = max(1, min(steps, 65535 // (STEP * _largest(problem) * weight)))
+        return next((n for n in range(most, most // 2, -1) if steps % n == 0), most)
+
+    def start(self, base: Any) -> None:
+        """Assign the base, or zero where the sums are unsigned."""
+        for i, register in enumerate(self.registers):
+            if self.is_signed and (i == 0 or not self.planes.uniform):
+                register.set(v.splat(T.cast(base, "uint16"), COLUMNS))
+            else:
+                register.set(v.const(0, COLUMNS, "uint16"))
+
+    def add(self, plane: int, found: Any) -> None:
+        """Add one register of table entries."""
+        register = self.registers[plane]
+        register.set(register.get() + pairs(found))
+
+    def values(self) -> list[list[Any]]:
+        """The sums as int32 ``[plane][quad]``, of all planes together if they are multiples of one scale."""
+        narrow = [register.get() for register in self.registers]
+        if self.planes.uniform and (self.is_signed or self.merged(self.e.panels)):
+            merged = narrow[0]
+            for plane, value in enumerate(narrow[1:], 1):
+                merged = merged + T.shift_left(value, v.const(plane, COLUMNS, "uint16"))
+            return [self._wide(v.let(merged))]
+        wide = [self._wide(value) for value in narrow]
+        if not self.planes.uniform:
+            return wide
+        sums = wide[0]
+        for plane, values in enumerate(wide[1:], 1):
+            sums = [v.let(s + T.shift_left(w, v.const(plane, LANES, "int32"))) for s, w in zip(sums, values)]
+        return [sums]
+
+    def _wide(self, value: Any) -> list[Any]:
+        kind = v.bits_of(value, "int16", COLUMNS) if self.is_signed else value
+        return [v.let(v.cast(v.shuffle(kind, range(i, i + LANES)), "int32", LANES)) for i in (0, LANES)]
+
+
+class Totals:
+    """The tile while groups are added to it: in registers where they suffice, else in memory.
+
+    Attributes:
+        dtype: float32, or int32 where one group is all of K.
+    """
+
+    def __init__(self, e: Emission, rows: int) -> None:
+        self.e, self.rows, self.dtype = e, rows, str(e.tile.dtype)
+        p = e.panels
+        self.quads = p.width // LANES
+        used = rows * (self.quads + p.planes.bits * (p.width // COLUMNS) + 4) + 4
+        self.registers: list[list[Register]] = []
+        if used <= REGISTERS:
+            self.registers = [[Register(self.dtype, LANES) for _ in range(self.quads)] for _ in range(rows)]
+        for r in range(rows):
+            for quad in range(self.quads):
+                self._set(r, quad, v.const(0, LANES, self.dtype))
+
+    def get(self, r: int, block: int, half: int) -> Any:
+        """Four columns."""
+        quad = 2 * block + half
+        return self.registers[r][quad].get() if self.registers else v.load(self.e.tile, [r, quad * LANES], LANES)
+
+    def set(self, r: int, block: int, half: int, value: Any) -> None:
+        """Assign four columns."""
+        self._set(r, 2 * block + half, value)
+
+    def add_chunk(self, r: int, block: int, sums: Sums) -> None:
+        """Add a chunk to an int32 tile."""
+        for half, value in enumerate(sums.values()[0]):
+            self.set(r, block, half, self.get(r, block, half) + value)
+
+    def store(self) -> None:
+        """Bring the tile to memory."""
+        for r, line in enumerate(self.registers):
+            for quad, register in enumerate(line):
+                v.store(self.e.tile, [r, quad * LANES], register.get(), LANES)
+
+    def _set(self, r: int, quad: int, value: Any) -> None:
+        if self.registers:
+            self.registers[r][quad].set(value)
+        else:
+            v.store(self.e.tile, [r, quad * LANES], value, LANES)
+
+
+class Kept:
+    """int32 sums of a group that is several chunks, ``(rows, planes or 1, width)`` in memory."""
+
+    def __init__(self, e: Emission, rows: int) -> None:
+        self.planes = 1 if e.panels.planes.uniform else e.panels.planes.bits
+        self.rows, self.width = rows, e.panels.width
+        self.buffer = B.alloc_buffer((rows, self.planes, self.width), "int32", annotations=ON_STACK)
+
+    def clear(self) -> None:
+        """Begin a group."""
+        for r in range(self.rows):
+            for plane in range(self.planes):
+                for column in range(0, self.width, LANES):
+                    v.store(self.buffer, [r, plane, column], v.const(0, LANES, "int32"), LANES)
+
+    def add_chunk(self, r: int, block: int, sums: Sums) -> None:
+        """Add a chunk."""
+        for plane, values in enumerate(sums.values()):
+            for half, value in enumerate(values):
+                at = [r, plane, block * COLUMNS + half * LANES]
+                v.store(self.buffer, at, v.load(self.buffer, at, LANES) + value, LANES)
+
+    def values(self, r: int, block: int) -> list[list[Any]]:
+        """The sums of the group, int32 ``[plane or one][quad]``."""
+        return [
+            [v.let(v.load(self.buffer, [r, plane, block * COLUMNS + half * LANES], LANES)) for half in (0, 1)]
+            for plane in range(self.planes)
+        ]
+
+
+def schedule_barrier(value: Any) -> None:
+    """Keep LLVM's scheduler from moving instructions across; costs none. ``value`` is any that is alive."""
+    T.evaluate(T.call_llvm_intrin("void", "llvm.fake.use", value))
+
+
+def _largest(problem: LinearProblem) -> int:
+    """Largest magnitude of an activation code: that of a static quantizer may be -128."""
+    return 128 if problem.activation.granularity == "tensor" else 127

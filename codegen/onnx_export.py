@@ -19,6 +19,7 @@ import onnx_ir as ir
 from qcompile.codegen.kernels.base import StoredCodes
 from qcompile.codegen.kernels.cpu.levels import ENTRIES
 from qcompile.formats import BitLayout
+from qcompile.formats.superblock import SUPER
 
 
 @dataclass(frozen=True)
@@ -181,14 +182,14 @@ def _dequantize(emit: Emitter, node: ir.Node, place: StoredWeight, array: Callab
         bounds = (np.array([b], np.int64) for b in (place.start, place.stop, -1))
         return emit("Slice", value, *(emit.constant(b) for b in bounds))
 
-    def per_row(name: str) -> ir.Value:
+    def per_row(name: str, length: int = stored.group) -> ir.Value:
         """Parameters ``(panels, groups, ..., width)`` as float32 ``(K, ..., N)``."""
         value = array(name)
         panels, groups, *planes, width = _dims(value)
         order = [1, *range(2, 2 + len(planes)), 0, 2 + len(planes)]
         flat = emit("Transpose", emit("Cast", value, to=int(ir.DataType.FLOAT)), perm=order)
         flat = emit("Reshape", flat, emit.constant(np.array([groups, *planes, panels * width], np.int64)))
-        index = np.minimum(np.arange(k, dtype=np.int64) // (stored.group or k), groups - 1)
+        index = np.minimum(np.arange(k, dtype=np.int64) // (length or k), groups - 1)
         return emit("Gather", columns(flat), emit.constant(index), axis=0)
 
     scale = columns(emit("Mul", array(names["scale"]), emit.constant(np.array(stored.unit, np.float32))))
@@ -208,9 +209,15 @@ def _dequantize(emit: Emitter, node: ir.Node, place: StoredWeight, array: Callab
             index = emit("Cast", codes, to=int(ir.DataType.INT32))
             real = emit("Gather", _levels(emit, array(names["table"])), index)
         zero = per_row(names["zero"]) if "zero" in names else emit.constant(np.array(stored.bias, np.float32))
-        if "group_scale" in names:
+        real = emit("Sub", real, zero)
+        if "super_scale" in names:
+            real = emit("Mul", real, emit("Mul", per_row(names["group_scale"]), per_row(names["super_scale"], SUPER)))
+            if "block_offset" in names:
+                shift = emit("Mul", per_row(names["block_offset"]), per_row(names["super_offset"], SUPER))
+                real = emit("Sub", real, shift)
+        elif "group_scale" in names:
             scale = emit("Mul", per_row(names["group_scale"]), scale)
-        result = emit("Mul", emit("Sub", real, zero), scale)
+        result = emit("Mul", real, scale)
     result.shape, result.type = node.outputs[0].shape, node.outputs[0].type
     ir.convenience.replace_all_uses_with(node.outputs[0], result)
 

@@ -128,6 +128,31 @@ DequantizePlanes <block_size: int> (codes, scale, offset) => (w)
 }
 """
 
+DEQUANTIZE_SUPER_BLOCKS = """
+<domain: "qcompile", opset_import: ["" : 23]>
+DequantizeSuperBlocks <block_size: int, super_size: int> (codes, block_scale, super_scale, block_offset, super_offset) => (w)
+{
+    zero = Constant <value_int: int = 0> ()
+    one = Constant <value_int: int = 1> ()
+    block = Constant <value_int: int = @block_size> ()
+    super = Constant <value_int: int = @super_size> ()
+    rows = Shape <start: int = 0, end: int = 1> (codes)
+    count = Squeeze (rows)
+    k = Range (zero, count, one)
+    inner = Div (k, block)
+    outer = Div (k, super)
+    scale = Gather <axis: int = 0> (block_scale, inner)
+    unit = Gather <axis: int = 0> (super_scale, outer)
+    steps = Mul (scale, unit)
+    offset = Gather <axis: int = 0> (block_offset, inner)
+    least = Gather <axis: int = 0> (super_offset, outer)
+    shift = Mul (offset, least)
+    real = Cast <to: int = 1> (codes)
+    scaled = Mul (real, steps)
+    w = Sub (scaled, shift)
+}
+"""
+
 BLOCK_ROTATE = """
 <domain: "qcompile", opset_import: ["" : 23]>
 BlockRotate (x, matrix) => (y)
@@ -167,6 +192,7 @@ _BODIES = {
     "DequantizePerToken": DEQUANTIZE_PER_TOKEN,
     "DequantizeTable": DEQUANTIZE_TABLE,
     "DequantizePlanes": DEQUANTIZE_PLANES,
+    "DequantizeSuperBlocks": DEQUANTIZE_SUPER_BLOCKS,
     "BlockRotate": BLOCK_ROTATE,
     "Kronecker": KRONECKER,
 }

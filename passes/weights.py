@@ -5,6 +5,7 @@
     tables of levels                  DequantizeTable(codes, table, scale)
     NVFP4                             DequantizeTable(codes, table, Mul(scale, tensor_scale))
     scaled bit planes                 DequantizePlanes(codes, scale, offset)
+    super-blocks                      DequantizeSuperBlocks(codes, block_scale, super_scale, block_offset, super_offset)
 
 The operators that are not ONNX's own are functions of the domain `qcompile`, so that ONNX Runtime runs all of them. Codes
 are ``(K, N)``, scales ``(G, N)``, those of planes ``(P, G, N)``, with a group of ``block_size`` consecutive k per row.
@@ -27,10 +28,12 @@ from qcompile.formats import (
     IntFormat,
     NvFp4,
     Quantized,
+    SuperBlock,
     Ternary,
     parse_format,
 )
 from qcompile.formats.levels import LevelFormat
+from qcompile.formats.superblock import SUPER
 from qcompile.passes.domain import DOMAIN
 from qcompile.passes.graph import add_initializer, attribute, constant, constant_shape, is_op
 
@@ -38,13 +41,17 @@ TRUE_BITS = "qcompile.bits"
 FORMAT = "qcompile.format"
 SITE = "qcompile.site"
 
+SUPER_BLOCKS = ("block_scale", "super_scale", "block_offset", "super_offset")
+"""Operands of `DequantizeSuperBlocks` after the codes. Offsets are 0 in formats without them."""
+
 
 @dataclass(frozen=True)
 class QuantizedWeight:
     """The constant operand of a quantized MatMul.
 
     Attributes:
-        codes, scale, zero_point: as in `qcompile.formats.Quantized`; the scale of NVFP4 is that of its blocks alone.
+        codes, scale, zero_point: as in `qcompile.formats.Quantized`; where blocks have scales of two levels (NVFP4,
+            super-blocks), ``scale`` is that of blocks alone.
         format: as it is spelled.
         aux: the further parameters of the format, by name.
     """
@@ -118,6 +125,13 @@ def write_weight(
     elif isinstance(fmt, BitPlane):
         parameters = [floats("scale", weight.scale), floats("offset", weight.aux["offset"])]
         nodes.append(ir.node("DequantizePlanes", [codes, *parameters], domain=DOMAIN, attributes=block))
+    elif isinstance(fmt, SuperBlock):
+        parts = fmt.parts(weight)
+        if fmt.symmetric:
+            parts |= {name: np.zeros_like(parts[name.replace("offset", "scale")]) for name in SUPER_BLOCKS[2:]}
+        parameters = [floats(name, parts[name]) for name in SUPER_BLOCKS]
+        sizes = {**block, "super_size": SUPER}
+        nodes.append(ir.node("DequantizeSuperBlocks", [codes, *parameters], domain=DOMAIN, attributes=sizes))
     else:
         raise FormatError(f"{site}: there is no ONNX form of {fmt}; choose another format")
     nodes[-1].name = f"{base}.dequantize"
@@ -150,9 +164,9 @@ def integer_tensor(codes: np.ndarray, bits: int) -> ir.TensorProtocol:
 def quantized_weight(value: ir.Value | None) -> QuantizedWeight | None:
     """The constant ``(K, N)`` codes behind ``value``, as written by `write_weight`, or DequantizeLinear of others."""
     node = value.producer() if value is not None else None
-    if is_op(node, "DequantizeTable", "DequantizePlanes", domain=DOMAIN):
+    if is_op(node, "DequantizeTable", "DequantizePlanes", "DequantizeSuperBlocks", domain=DOMAIN):
         assert node is not None
-        return _table_or_planes(node)
+        return _of_domain(node)
     if not is_op(node, "DequantizeLinear"):
         return None
     assert node is not None
@@ -172,17 +186,21 @@ def quantized_weight(value: ir.Value | None) -> QuantizedWeight | None:
     return None if spelling is None else QuantizedWeight(codes, scale, zero, spelling)
 
 
-def _table_or_planes(node: ir.Node) -> QuantizedWeight | None:
-    codes, second, third = node.inputs
+def _of_domain(node: ir.Node) -> QuantizedWeight | None:
+    codes, second, third = node.inputs[:3]
     assert codes is not None and second is not None and third is not None
     spelling = codes.metadata_props.get(FORMAT)
     if spelling is None or constant_shape(codes) is None:
         return None
+    fmt = parse_format(spelling)
+    if isinstance(fmt, SuperBlock):
+        used = list(zip(SUPER_BLOCKS, node.inputs[1:]))[: 2 if fmt.symmetric else 4]
+        return QuantizedWeight(codes, second, None, spelling, {name: v for name, v in used[1:] if v is not None})
     if node.op_type == "DequantizePlanes":
         return QuantizedWeight(codes, second, None, spelling, {"offset": third})
     if (factors := _nested(third)) is not None:
         return QuantizedWeight(codes, factors[0], None, spelling, {"tensor_scale": factors[1]})
-    aux = {"codebook": second} if isinstance(parse_format(spelling), Codebook) else {}
+    aux = {"codebook": second} if isinstance(fmt, Codebook) else {}
     return QuantizedWeight(codes, third, None, spelling, aux)
 
 

@@ -10,7 +10,7 @@ import onnx_ir as ir
 from qcompile.calibration import ChannelStatistics, Feed
 from qcompile.calibration.patches import PatchMoments, patches_key
 from qcompile.calibration.sequential import SequentialStatistics
-from qcompile.formats import BitPlane, DualInt4, Format, NvFp4, Quantized, joined
+from qcompile.formats import BitPlane, DualInt4, Format, NvFp4, Quantized, SuperBlock, joined
 from qcompile.passes.graph import module_path
 from qcompile.passes.quantize import Quantizer, clip_of
 from qcompile.passes.sites import (
@@ -178,7 +178,7 @@ def half_scales(quantized: Quantized, fmt: Format) -> Quantized:
     Codes stay as they are. Per-channel scales stay float32, and so do scales that are small numbers times one per column.
     """
     planes = isinstance(fmt, BitPlane)
-    if not (fmt.group or planes) or isinstance(fmt, DualInt4 | NvFp4):
+    if not (fmt.group or planes) or isinstance(fmt, DualInt4 | NvFp4 | SuperBlock):
         return quantized
     aux = {name: _eleven_bits(array) if planes and name == "offset" else array for name, array in quantized.aux.items()}
     return Quantized(quantized.codes, _eleven_bits(quantized.scale), quantized.zero_point, aux)

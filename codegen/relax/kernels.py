@@ -26,7 +26,7 @@ from qcompile.codegen.relax.context import Context
 from qcompile.codegen.relax.dims import as_expr
 from qcompile.codegen.relax.registry import converter
 from qcompile.codegen.tune.database import shipped
-from qcompile.formats import DualInt4, Format, NvFp4, Quantized, parse_activation, parse_format
+from qcompile.formats import DualInt4, Format, NvFp4, Quantized, SuperBlock, parse_activation, parse_format
 
 DOMAIN = "qcompile.kernel"
 
@@ -195,12 +195,14 @@ def quantized_operand(ctx: Context, node: ir.Node, fmt: Format) -> Quantized:
     zero = ctx.constant(node.inputs[4]) if len(node.inputs) > 4 and node.inputs[4] is not None else None
     aux = {name: ctx.constant(value) for name, value in zip(attr(node, "weight_aux", ()), node.inputs[7:])}
     steps = np.atleast_2d(scale).astype(np.float32)
+    signed = codes.dtype.name.startswith("int")
+    narrow = codes.astype(np.int16).astype(np.int8 if signed else np.uint8)
+    if isinstance(fmt, SuperBlock):
+        return fmt.assemble(narrow, {"block_scale": steps, **aux})
     if isinstance(fmt, NvFp4):
         steps = steps * aux["tensor_scale"]
     if isinstance(fmt, DualInt4):
         aux["group_scale"] = aux["group_scale"].astype(np.uint8)
-    signed = codes.dtype.name.startswith("int")
-    narrow = codes.astype(np.int16).astype(np.int8 if signed else np.uint8)
     return Quantized(narrow, steps, None if zero is None else np.atleast_2d(zero).astype(np.uint8), aux)
 
 
@@ -264,7 +266,9 @@ def convert_rowwise(
     outputs = [([m, width], types[0])] if wanted[0] else []
     if quantize:
         outputs += [([m, width], types[1]), ([m], "float32")]
-    made = run(options, wanted[0], [rows(ctx, x), *(v for v in (gamma, beta, factor, static) if v is not None)], outputs)
+    made = run(
+        options, wanted[0], [rows(ctx, x), *(v for v in (gamma, beta, factor, static) if v is not None)], outputs
+    )
     calls(ctx).uses[f"row-wise {producer}"] += 1
     y = shaped(ctx, made.pop(0), lead, width) if wanted[0] else None
     if not quantize:

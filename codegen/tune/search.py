@@ -26,7 +26,7 @@ from qcompile.targets.target import Target
 
 @dataclass(frozen=True)
 class Trial:
-    """One measurement: seconds for each number of rows."""
+    """One measurement: seconds (or millions of instructions, see `Runner`) for each number of rows."""
 
     family: str
     config: dict[str, Any]
@@ -81,15 +81,17 @@ def tune(
     trials: int,
     journal: Path | None = None,
     progress: Callable[[Trial], None] | None = None,
+    typical: Sequence[int] = (),
 ) -> Measured:
     """Measure up to ``trials`` configs of one problem, those in the journal among them, and return the fastest.
 
-    Where ``problem.m`` is unknown, several numbers of rows count, each relative to the fastest measured for it.
+    Where ``problem.m`` is unknown, several numbers of rows count, each relative to the fastest measured for it: ``typical``,
+    or 1, 16 and 128.
 
     Raises:
         TargetError: no family takes the problem.
     """
-    rows = (problem.m,) if problem.m is not None else TYPICAL_ROWS
+    rows = (problem.m,) if problem.m is not None else tuple(typical) or TYPICAL_ROWS
     name = describe(problem, target, rows)
     log = Journal(journal)
     done = {trial.name: trial for trial in log.read(name)}
@@ -116,9 +118,10 @@ def tune(
         problem.threads,
         best.family,
         best.config,
-        tuple(round(1e6 * s, 1) for s in best.seconds),
+        () if runner.counts else tuple(round(1e6 * s, 1) for s in best.seconds),
         len(done),
         runner.machine,
+        tuple(round(1e6 * s) for s in best.seconds) if runner.counts else (),
     )
 
 
@@ -174,16 +177,16 @@ def tune_all(
     path: Path,
     progress: Callable[[LinearProblem, Trial], None] | None = None,
     finished: Callable[[Measured], None] | None = None,
+    typical: Sequence[int] = (),
 ) -> Database:
-    """Tune several problems into the database at ``path``, which is written after each of them."""
+    """Tune several problems into the database at ``path``, which is written after each of them; ``typical`` as in `tune`."""
     database = Database.load(path) if path.exists() else Database(str(target))
     if database.target != str(target):
         raise TargetError(f"{path} holds measurements of {database.target}, not of {target}; name another file")
     journal = path.with_suffix(".trials.jsonl")
     for problem in problems:
-        entry = tune(
-            problem, target, runner, trials, journal, functools.partial(progress, problem) if progress else None
-        )
+        report = functools.partial(progress, problem) if progress else None
+        entry = tune(problem, target, runner, trials, journal, report, typical)
         database.add(entry)
         database.save(path)
         if finished is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +26,12 @@ if TYPE_CHECKING:
     "--weight", "weights", multiple=True, help="Weight format of KxN; may be given several times (int4/g128)."
 )
 @click.option("--activation", default="int8/token", show_default=True, help="Activation format of KxN, or none.")
-@click.option("--rows", type=int, help="Tune for this number of rows alone, instead of 1, 16 and 128 together.")
+@click.option(
+    "--rows",
+    type=click.IntRange(1),
+    multiple=True,
+    help="Number of rows to tune for; several count alike. Default: 1, 16 and 128.",
+)
 @click.option("--threads", default=1, show_default=True, help="Threads to measure with.")
 @click.option("--rpc", metavar="HOST:PORT", help="Measure on a board, through the TVM RPC tracker at this address.")
 @click.option("--key", help="Under which the board has registered with the tracker.")
@@ -38,7 +44,7 @@ def tune(
     trials: int,
     weights: tuple[str, ...],
     activation: str,
-    rows: int | None,
+    rows: tuple[int, ...],
     threads: int,
     rpc: str | None,
     key: str | None,
@@ -47,6 +53,7 @@ def tune(
 ) -> None:
     """Measure kernels for the products of an artifact, or for shapes KxN, and keep the fastest.
 
+    For ARM targets that this machine is not, and without a board, the instructions of kernels are counted under qemu.
     A search that was stopped goes on where it was. `qcompile compile` uses what was found; a file of your own is used
     where the environment variable QCOMPILE_TUNED names it.
     """
@@ -56,35 +63,66 @@ def tune(
 
     machine = resolve_target(target, variant) if variant else resolve_target(target)
     problems = list(_problems(what, weights or ("int4/g128",), activation, rows, threads))
+    if machine.kind == "cuda":
+        _tune_cuda(problems, machine, rows, trials, database, as_json)
+        return
     runner = _runner(machine, rpc, key)
     path = Path(database) if database else file_of(machine)
 
     def progress(problem: LinearProblem, trial: Trial) -> None:
-        times = " ".join(f"{1e6 * s:.0f}" for s in trial.seconds)
-        click.echo(f"  {problem.k}x{problem.n} {problem.weight}: {times} us  {trial.name}", err=True)
+        costs = " ".join(f"{1e6 * s:.0f}" for s in trial.seconds)
+        unit = "instructions" if runner.counts else "us"
+        click.echo(f"  {problem.k}x{problem.n} {problem.weight}: {costs} {unit}  {trial.name}", err=True)
 
     def finished(entry: Measured) -> None:
-        times = ", ".join(f"{us:.0f} us for {m} rows" for m, us in zip(entry.rows, entry.microseconds))
+        unit = "instructions" if entry.instructions else "us"
+        costs = zip(entry.rows, entry.instructions or entry.microseconds)
+        text = ", ".join(f"{cost:.0f} {unit} for {m} rows" for m, cost in costs)
         click.echo(
-            f"{entry.k}x{entry.n} {entry.weight}: {entry.family} {json.dumps(entry.config)}: {times}", err=as_json
+            f"{entry.k}x{entry.n} {entry.weight}: {entry.family} {json.dumps(entry.config)}: {text}", err=as_json
         )
 
-    found = tune_all(problems, machine, runner, trials, path, progress, finished)
+    found = tune_all(problems, machine, runner, trials, path, progress, finished, rows)
     if as_json:
         click.echo(json.dumps([vars(entry) for entry in found.entries.values()]))
     else:
         click.echo(f"written to {path}")
 
 
+def _tune_cuda(
+    problems: list[LinearProblem], machine: Any, rows: tuple[int, ...], trials: int, database: str | None, as_json: bool
+) -> None:
+    """The same on this machine's GPU, where every number of rows has a kernel of its own."""
+    from qcompile.codegen.kernels.cuda import tuned
+    from qcompile.codegen.kernels.cuda.plan import ROWS
+    from qcompile.codegen.tune.cuda import tune as search
+
+    def progress(key: str, trial: Trial) -> None:
+        click.echo(f"  {key}: {1e6 * trial.seconds[0]:.2f} us  {trial.name}", err=True)
+
+    path = Path(database) if database else tuned.FILE
+    wanted = sorted({next((r for r in ROWS if r >= m), ROWS[-1]) for m in rows}) or ROWS
+    best = search([replace(p, m=None) for p in problems], machine, path, wanted, trials, progress).best()
+    if as_json:
+        click.echo(
+            json.dumps({key: {"seconds": t.seconds[0], "family": t.family, **t.config} for key, t in best.items()})
+        )
+        return
+    for key, trial in sorted(best.items()):
+        click.echo(f"{key}: {trial.name}: {1e6 * trial.seconds[0]:.2f} us")
+    click.echo(f"written to {path}")
+
+
 def _problems(
-    what: tuple[str, ...], weights: tuple[str, ...], activation: str, rows: int | None, threads: int
+    what: tuple[str, ...], weights: tuple[str, ...], activation: str, rows: tuple[int, ...], threads: int
 ) -> Iterator[LinearProblem]:
     """The products to tune."""
     from qcompile.codegen.kernels.base import LinearProblem
     from qcompile.formats import parse_activation, parse_format
 
     def problem(k: int, n: int, weight: str, activation: str) -> LinearProblem:
-        return LinearProblem(k, n, parse_format(weight), parse_activation(activation), m=rows, threads=threads)
+        m = rows[0] if len(rows) == 1 else None
+        return LinearProblem(k, n, parse_format(weight), parse_activation(activation), m=m, threads=threads)
 
     for name in what:
         if match := re.fullmatch(r"(\d+)x(\d+)", name):
@@ -99,9 +137,13 @@ def _problems(
 
 
 def _runner(machine: Target, rpc: str | None, key: str | None) -> Any:
-    """This machine, or the board behind a tracker."""
-    from qcompile.codegen.tune.measure import LocalRunner, RpcRunner
+    """This machine, the board behind a tracker, or an emulator for ARM without a board."""
+    from qcompile.codegen.tune.measure import CountingRunner, LocalRunner, RpcRunner
+    from qcompile.targets import arm
 
+    if rpc is None and machine.kind == "arm" and arm.missing_features(machine.features):
+        arm.emulator(arm.linux(machine))
+        return CountingRunner()
     if rpc is None:
         from qcompile.backends.cpu import check_machine
 

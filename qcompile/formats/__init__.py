@@ -6,6 +6,7 @@ from qcompile.formats.base import (
     Grid,
     Quantized,
     check_weight,
+    joined,
     list_formats,
     parse_format,
     register_format,
@@ -18,6 +19,7 @@ from qcompile.formats.integer import ActivationFormat, IntFormat, parse_activati
 from qcompile.formats.layout import BitLayout
 from qcompile.formats.microscaling import MxFloat, NvFp4
 from qcompile.formats.powers import FixedPoint, PowerOfTwoSum
+from qcompile.formats.superblock import SuperBlock
 from qcompile.formats.table import dequantize_rows, quantize_rows
 from qcompile.formats.ternary import Ternary
 
@@ -38,9 +40,11 @@ __all__ = [
     "NvFp4",
     "PowerOfTwoSum",
     "Quantized",
+    "SuperBlock",
     "Ternary",
     "check_weight",
     "dequantize_rows",
+    "joined",
     "list_formats",
     "parse_activation",
     "parse_format",

@@ -15,7 +15,7 @@ A format states four facts, and everything else (encode, decode, every solver) f
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -82,6 +82,21 @@ class Quantized:
         return Grid(self.scale, self.zero_point, self.aux)
 
 
+def joined(parts: Sequence[Quantized]) -> Quantized:
+    """One matrix of the columns of several ``(K, n_i)`` of the same format."""
+
+    def columns(arrays: Sequence[np.ndarray]) -> np.ndarray:
+        return np.concatenate(arrays, axis=-1)
+
+    first = parts[0]
+    return Quantized(
+        columns([p.codes for p in parts]),
+        columns([p.scale for p in parts]),
+        None if first.zero_point is None else columns([p.zero_point for p in parts if p.zero_point is not None]),
+        {n: columns([p.aux[n] for p in parts]) if first.aux[n].ndim > 1 else first.aux[n] for n in first.aux},
+    )
+
+
 class Format(ABC):
     """What stored codes of a weight matrix mean. Instances are hashable values; ``str(fmt)`` is the spelling."""
 
@@ -107,7 +122,8 @@ class Format(ABC):
     def fit_group(self, weight: np.ndarray, importance: np.ndarray, grid: Grid) -> Grid:
         """Return the best one-group grid for the rows of one group, ``(L, N)``.
 
-        What groups share (second-level scales, codebooks) is taken from ``grid``, the grid of the whole matrix.
+        What groups share (second-level scales, codebooks) is taken from ``grid``, the present grid of this group as `rows`
+        gives it.
         """
         return self.fit_grid(weight, importance)
 

@@ -93,7 +93,7 @@ class Gptq(Solver):
                     group = group_of[i]
                     if self.refit:
                         members = np.flatnonzero(group_of == group)
-                        here = fmt.fit_group(work[members], power[members], grid)
+                        here = fmt.fit_group(work[members], power[members], fmt.rows(grid, order[i : i + 1], k))
                         grid = grid.replace(group, here)
                     here = fmt.rows(grid, order[i : i + 1], k)
                 code = fmt.nearest(row, here)

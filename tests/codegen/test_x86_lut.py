@@ -23,18 +23,18 @@ from qcompile.codegen.kernels.cpu.lut import (
     unsigned_codes,
 )
 from qcompile.codegen.kernels.x86 import ByteTableGemm, LutGemm, WordTableGemm
-from qcompile.formats import BitPlane, DualInt4, NvFp4, Quantized, parse_activation, parse_format
+from qcompile.formats import BitPlane, DualInt4, NvFp4, Quantized, SuperBlock, parse_activation, parse_format
 from qcompile.targets import x86
 
 PLANES = ["int1/g128", "int2", "int2/g20/asym", "int3/g64", "int4/g96", "ternary/g64", "bitplane2/g40", "bitplane3/channel",
-          "dual4/g32", "int6/g32/asym", "fixed<3,1>"]  # fmt: skip
+          "dual4/g32", "int6/g32/asym", "fixed<3,1>", "q2_k", "q4_k", "q6_k"]  # fmt: skip
 TABLES = ["nf4/g64", "nf3/channel", "mxfp4", "nvfp4", "e2m1/g24", "codebook4/g32", "codebook2/g128", "pow2sum1/g32"]
 
 
 def encoded(rng, fmt, k, n):
     """A matrix of the format whose scales float16 represents next to each other."""
     weight = fmt.encode(rng.normal(size=(k, n)).astype(np.float32))
-    if isinstance(fmt, DualInt4 | NvFp4):  # their scales are kept as they are
+    if isinstance(fmt, DualInt4 | NvFp4 | SuperBlock):  # their scales are kept as they are
         return weight
     scale = weight.scale.astype(np.float16).astype(np.float32)
     aux = {name: a.astype(np.float16).astype(np.float32) if name == "offset" else a for name, a in weight.aux.items()}

@@ -13,7 +13,7 @@ SPELLINGS = [
     "ternary/channel", "ternary/g9", "ternary/g9/median", "nf4/g64", "nf3", "nf2/g8", "e2m1/g16", "e2m3", "e3m2/g10",
     "e4m3", "e5m2/g32", "e3m0/g16", "e1m2", "mxfp4", "mxfp6", "mxfp8", "nvfp4", "fixed<8,3>", "fixed<6>",
     "fixed<4,-2>", "pow2sum1/g16", "pow2sum2", "codebook4/g32", "codebook2/g8", "codebook3", "bitplane1/g16",
-    "bitplane2/g16", "bitplane3", "bitplane4/g8", "dual4/g16",
+    "bitplane2/g16", "bitplane3", "bitplane4/g8", "dual4/g16", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k",
 ]  # fmt: skip
 
 formats = pytest.mark.parametrize("spelling", SPELLINGS)
@@ -111,7 +111,7 @@ def test_a_better_grid_for_one_group_can_be_put_in_place(spelling):
     length = fmt.group_length(48)
     last = fmt.groups(48) - 1
     rows = slice(last * length, 48)
-    part = fmt.fit_group(weight[rows] * 0.5, np.ones(len(weight[rows])), grid)
+    part = fmt.fit_group(weight[rows] * 0.5, np.ones(len(weight[rows])), fmt.rows(grid, rows, 48))
     before = fmt.decode(fmt.quantize(weight, grid))
     after = fmt.decode(fmt.quantize(weight, grid.replace(last, part)))
     np.testing.assert_array_equal(before[: rows.start], after[: rows.start])
@@ -205,7 +205,8 @@ def test_the_list_names_each_family_once_with_a_working_example():
 @pytest.mark.parametrize(
     ("spelling", "bits"),
     [("int4/g128", 4.125), ("int4/g128/asym", 4.15625), ("mxfp4", 4.25), ("nvfp4", 4.5 + 2**-15), ("nf4/g64", 4.25),
-     ("dual4/g128", 4 + 4 / 128 + 16 / 1024), ("bitplane2/g128", 2.375), ("fixed<8>", 8), ("pow2sum1/g16", 4.5)],
+     ("dual4/g128", 4 + 4 / 128 + 16 / 1024), ("bitplane2/g128", 2.375), ("fixed<8>", 8), ("pow2sum1/g16", 4.5),
+     ("q2_k", 2.625), ("q3_k", 3.4375), ("q4_k", 4.5), ("q5_k", 5.5), ("q6_k", 6.5625)],
 )  # fmt: skip
 def test_bits_per_weight_counts_scales(spelling, bits):
     assert parse_format(spelling).bits_per_weight((1024, 1024)) == pytest.approx(bits)

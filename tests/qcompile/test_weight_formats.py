@@ -15,6 +15,7 @@ K, N = 53, 37
 FORMATS = {
     "ternary/g16": 0.5, "fixed<8>": 0.03, "fixed<5>": 0.12, "dual4/g16": 0.12, "nf4/g16": 0.11, "nf3": 0.3, "mxfp4": 0.14,
     "nvfp4": 0.12, "codebook4/g20": 0.1, "pow2sum1/g32": 0.24, "bitplane2/g20": 0.35, "bitplane3": 0.25,
+    "q3_k": 0.2, "q4_k": 0.09,
 }  # fmt: skip
 """Formats, and the largest relative error that rounding normal weights to them may make."""
 

@@ -63,7 +63,7 @@ class PlaneSum:
     @property
     def centre(self) -> int:
         """The code integer sums are taken around: that of 0, or the middle one where 0 has another code in every group."""
-        return self.bias if self.offset == "constant" else 1 << (self.bits - 1) if self.uniform else 0
+        return self.bias if self.offset == "constant" else 1 << (self.bits - 1) if self.offset == "zero" else 0
 
 
 def plane_sum(fmt: Format) -> PlaneSum | None:

@@ -172,3 +172,20 @@ def pack_meta(scale: np.ndarray | None, zero: np.ndarray | None, groups: int, n:
         full[:, :n] = words
         out[:, :, :, index] = full.reshape(groups, columns // TILE, 2, 8).transpose(1, 0, 3, 2)
     return out.reshape(-1).view(np.uint8)
+
+
+def table_words(levels: np.ndarray, dtype: str) -> np.ndarray:
+    """Up to 16 levels as `tables.TableDequantizer` takes them, uint32: 4 words of bytes, 8 of low and high bytes if they have 16 bits.
+
+    Args:
+        levels: representable numbers, or those that are rounded to ``dtype``.
+        dtype: ``float16``, ``bfloat16`` or ``float8_e4m3fn``.
+    """
+    import ml_dtypes
+
+    kind = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16, "float8_e4m3fn": ml_dtypes.float8_e4m3fn}[dtype]
+    full = np.zeros(16, np.float32)
+    full[: len(levels)] = levels
+    stored = full.astype(kind)
+    planes = stored.view(np.uint8).reshape(16, -1).T
+    return np.ascontiguousarray(planes).reshape(-1).view(np.uint32).copy()

@@ -19,8 +19,15 @@ from typing import Any, ClassVar
 import numpy as np
 
 from qcompile.codegen.kernels.base import LinearKernel, LinearProblem, Support
-from qcompile.codegen.kernels.cuda.layout import BLOCK, TILE, FragmentLayout, pack_meta, split_scales, unsigned
-from qcompile.codegen.kernels.cuda.tables import table_words
+from qcompile.codegen.kernels.cuda.layout import (
+    BLOCK,
+    TILE,
+    FragmentLayout,
+    pack_meta,
+    split_scales,
+    table_words,
+    unsigned,
+)
 from qcompile.formats import ActivationFormat, Codebook, DualInt4, Format, IntFormat, Quantized
 from qcompile.formats.floats import minifloat_table
 from qcompile.formats.levels import LevelFormat

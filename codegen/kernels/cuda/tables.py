@@ -17,7 +17,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 from tvm.script import tirx as T
 
 from qcompile.codegen.kernels.cuda.dequant import AND_OR, half_pair
@@ -27,30 +26,13 @@ FLOAT8_EXPONENT = 8
 """fp16 operands of `Float8Dequantizer` are ``2^-8`` of the weights."""
 
 
-def table_words(levels: np.ndarray, dtype: str) -> np.ndarray:
-    """Up to 16 levels as `TableDequantizer` takes them, uint32: 4 words of bytes, 8 of low and high bytes if they have 16 bits.
-
-    Args:
-        levels: representable numbers, or those that are rounded to ``dtype``.
-        dtype: ``float16``, ``bfloat16`` or ``float8_e4m3fn``.
-    """
-    import ml_dtypes
-
-    kind = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16, "float8_e4m3fn": ml_dtypes.float8_e4m3fn}[dtype]
-    full = np.zeros(16, np.float32)
-    full[: len(levels)] = levels
-    stored = full.astype(kind)
-    planes = stored.view(np.uint8).reshape(16, -1).T
-    return np.ascontiguousarray(planes).reshape(-1).view(np.uint32).copy()
-
-
 @dataclass
 class TableDequantizer:
     """Emits the levels of 4-bit codes, fp16 or bf16 (``planes`` 2) or e4m3 (1).
 
     Args:
         planes: bytes of a level.
-        table: registers of `table_words`.
+        table: registers of `layout.table_words`.
     """
 
     planes: int

@@ -1,7 +1,7 @@
 """Measured configs by problem, and the rule where nothing was measured.
 
-``tuned.json`` beside this module maps ``"sm_90a int4/g128 float16 N K rows"`` to a family and a config; it is written by
-``benchmarks/cuda_gemm.py --tune``. A shape that was not measured takes the config of the nearest measured one of the same
+``tuned.json`` beside this module, or the file QCOMPILE_TUNED names, maps ``"sm_90a int4/g128 float16 N K rows"`` to a
+family and a config; `codegen.tune.cuda` writes it. A shape that was not measured takes the config of the nearest measured one of the same
 kind that fits it, and otherwise the one the cost models rank first.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from math import log2
@@ -17,6 +18,7 @@ from typing import Any
 
 from qcompile.codegen.kernels.base import LinearProblem
 from qcompile.codegen.kernels.cuda.linear import CudaLinear
+from qcompile.errors import ArtifactError
 from qcompile.targets.cuda import CudaTarget
 
 FILE = Path(__file__).with_name("tuned.json")
@@ -25,10 +27,26 @@ STREAMED = 16
 """Up to so many rows the streaming kernels are considered; they hold x once per warp."""
 
 
-@functools.cache
 def table() -> dict[str, dict[str, Any]]:
-    """The measured configs; empty if there is no file."""
-    return json.loads(FILE.read_text()) if FILE.exists() else {}
+    """The measured configs; empty if there is no file.
+
+    Raises:
+        ArtifactError: the file is no such table.
+    """
+    return _read(Path(os.environ.get("QCOMPILE_TUNED") or FILE))
+
+
+@functools.cache
+def _read(path: Path) -> dict[str, dict[str, Any]]:
+    if not path.exists():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ArtifactError(f"{path} is no table of tuned CUDA kernels: {error}") from error
+    if not isinstance(content, dict) or not all(isinstance(e, dict) and "family" in e for e in content.values()):
+        raise ArtifactError(f"{path} is no table of tuned CUDA kernels; write one with qcompile tune --target cuda")
+    return content
 
 
 def name(problem: LinearProblem, target: CudaTarget, rows: int, dtype: str) -> str:

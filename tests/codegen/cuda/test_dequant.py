@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from qcompile.codegen.kernels.cuda import dequant, tables
-from qcompile.codegen.kernels.cuda.layout import BLOCK, TILE, FragmentLayout
+from qcompile.codegen.kernels.cuda.layout import BLOCK, TILE, FragmentLayout, table_words
 from qcompile.formats.floats import minifloat_table
 
 from . import emulator
@@ -131,7 +131,7 @@ def test_tables(dtype: str) -> None:
     levels = rng.uniform(-1, 1, 16).astype(TYPES[dtype]).astype(np.float32)
     codes = rng.integers(0, 16, (BLOCK, TILE))
     registers = emulator.Registers((8,))
-    for i, word in enumerate(tables.table_words(levels, dtype)):
+    for i, word in enumerate(table_words(levels, dtype)):
         registers[i] = emulator.Word(word)
     dequantizer = tables.TableDequantizer(1 if dtype == NARROW else 2, registers)
     for unit, tile, r, bits in operands(layout, codes, dequantizer):

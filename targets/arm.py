@@ -195,6 +195,11 @@ def emulator(target: Target) -> tuple[str, ...]:
     return (qemu, *root, "-cpu", _QEMU.get(target.cpu, "max"))
 
 
+def linux(target: Target) -> Target:
+    """The same processor under Linux, whose programs can be emulated."""
+    return replace(target, triple=LINUX)
+
+
 def missing_features(features: frozenset[str] | set[str]) -> set[str]:
     """The features this machine lacks; all of them if it is no ARM machine."""
     return set(features) - host_features()

@@ -40,7 +40,8 @@ class Measured:
         rows: numbers of rows it was judged by.
         threads: threads it was measured with.
         family, config: what was fastest.
-        microseconds: its time for each number of rows.
+        microseconds: its time for each number of rows; empty where instructions were counted instead.
+        instructions: what it executes for each number of rows; empty where time was measured.
         trials: how many configs were compared.
         machine: where.
     """
@@ -53,9 +54,10 @@ class Measured:
     threads: int
     family: str
     config: dict[str, Any]
-    microseconds: tuple[float, ...]
-    trials: int
+    microseconds: tuple[float, ...] = ()
+    trials: int = 0
     machine: str = ""
+    instructions: tuple[int, ...] = ()
 
     @property
     def key(self) -> tuple[Any, ...]:
@@ -107,10 +109,9 @@ class Database:
         if config is None:
             return None
         where = f"{best.k} x {best.n}" + (f" on {best.machine}" if best.machine else "")
+        how = "fewest instructions" if best.instructions else "measured fastest"
         exact = (best.k, best.n) == (problem.k, problem.n)
-        reason = (
-            f"measured fastest for {where}" if exact else f"measured fastest for {where}, the nearest shape measured"
-        )
+        reason = f"{how} for {where}" if exact else f"{how} for {where}, the nearest shape measured"
         return best.family, config, reason
 
     # Files
@@ -126,20 +127,26 @@ class Database:
             content = json.loads(Path(path).read_text(encoding="utf-8"))
             if content["version"] != VERSION:
                 raise ArtifactError(f"{path}: version {content['version']} of tuned databases is not {VERSION}")
-            entries = [
-                Measured(**{**e, "rows": tuple(e["rows"]), "microseconds": tuple(e["microseconds"])})
-                for e in content["entries"]
-            ]
-            return cls(content["target"], entries)
+            return cls(content["target"], [_entry(fields) for fields in content["entries"]])
         except (ValueError, KeyError, TypeError) as error:
             raise ArtifactError(f"{path} is no tuned database: {error}") from error
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a file; a kill leaves the old one or the new one, whole."""
         ordered = sorted(self.entries.values(), key=lambda entry: entry.key)
-        lines = ",\n".join("  " + json.dumps(asdict(entry)) for entry in ordered)
+        lines = ",\n".join("  " + json.dumps(_fields(entry)) for entry in ordered)
         head = f'{{"version": {VERSION}, "target": {json.dumps(self.target)}, "entries": ['
         write_atomically(Path(path), f"{head}\n{lines}\n]}}\n")
+
+
+def _fields(entry: Measured) -> dict[str, Any]:
+    """What is written of an entry: all but empty measurements."""
+    return {name: value for name, value in asdict(entry).items() if value != ()}
+
+
+def _entry(fields: dict[str, Any]) -> Measured:
+    lists = {name: tuple(value) for name, value in fields.items() if isinstance(value, list)}
+    return Measured(**{**fields, **lists})
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -1,4 +1,5 @@
-"""Run one kernel with given rows and take its time: on this machine, or on a board through TVM's RPC tracker.
+"""Run one kernel with given rows and take its time: on this machine, or on a board through TVM's RPC tracker. Without a
+board, kernels for ARM are emulated and their instructions counted.
 
 One row reads every weight once, so that its time is that of memory: such calls go through copies of the weights that together
 exceed the caches. More rows are timed with one copy.
@@ -23,6 +24,7 @@ import tvm
 from qcompile.codegen.kernels.base import Epilogue, LinearKernel, LinearProblem
 from qcompile.errors import TargetError
 from qcompile.formats import Quantized
+from qcompile.targets import arm
 from qcompile.targets.target import Target
 
 COLD = 48 << 20
@@ -67,15 +69,17 @@ class Runner(ABC):
 
     Attributes:
         machine: its name.
+        counts: whether it counts instructions, in millions, instead of seconds.
     """
 
     machine: str = ""
+    counts = False
 
     @abstractmethod
     def time(
         self, problem: LinearProblem, family: LinearKernel, config: dict[str, Any], target: Target, rows: Sequence[int]
     ) -> list[float]:
-        """Seconds of one call for every number of rows; without epilogue."""
+        """Seconds of one call for every number of rows (millions of instructions, if `counts`); without epilogue."""
 
 
 def plain(problem: LinearProblem) -> LinearProblem:
@@ -198,6 +202,30 @@ class RpcRunner(Runner):
             return found
         finally:
             session.remove(path.name)
+
+
+class CountingRunner(Runner):
+    """Instructions of an ARM kernel under qemu-user: exact, the same in every run, and no time.
+
+    They leave out memory, and how many instructions a processor issues at once.
+    """
+
+    machine = "qemu-user"
+    counts = True
+
+    def time(
+        self, problem: LinearProblem, family: LinearKernel, config: dict[str, Any], target: Target, rows: Sequence[int]
+    ) -> list[float]:
+        from qcompile.codegen.kernels.arm.harness import Executable
+
+        problem, target = replace(plain(problem), threads=1), replace(arm.linux(target), cores=1)
+        program = Executable({"tuned": family.build(problem, config, target, "tuned")}, target)
+        packed = list(family.pack(problem, config, random_weight(problem)).values())
+        found = []
+        for m in rows:
+            out = np.empty((m, problem.n), np.float32)
+            found.append(program.counts({"tuned": [*inputs(problem, m), *packed, out]})["tuned"] / 1e6)
+        return found
 
 
 def processor_name() -> str:

@@ -53,7 +53,7 @@ def _ecp5(size: str, luts: int, multipliers: int, memory: int) -> FpgaTarget:
 def _xc7(name: str, luts: int, multipliers: int, memory: int) -> FpgaTarget:
     return FpgaTarget(
         "fpga", name, lut_inputs=6, luts=luts, flipflops=2 * luts, multipliers=multipliers, memory_kbit=memory,
-        synthesis="synth_xilinx -family xc7 -noiopad -noclkbuf",
+        synthesis="synth_xilinx -family xc7 -flatten -noiopad -noclkbuf",
     )  # fmt: skip
 
 

@@ -25,6 +25,9 @@ import numpy as np
 from qcompile.errors import TargetError
 from qcompile.formats.fixed import IntType
 
+WAITING = 0.3
+"""Cost of a bit that waits a level in a register, in bits of an adder."""
+
 
 class Term(NamedTuple):
     """``sign * (value << shift)``."""
@@ -120,6 +123,7 @@ class AdderGraph:
                     if (2 << max(x, y)) - (1 << x) - (1 << y) > room:
                         continue
                     cost = 1.5 * max(top(t), top(u)) - max(t.shift, u.shift)
+                    cost += WAITING * abs(x - y) * self.values[t.value if x < y else u.value].width
                     if positive == 1 and t.sign != u.sign and min(t, u, key=lambda v: v.shift).sign < 0:
                         cost += 1000  # the sum would become negative, and nothing is left to make it positive again
                     if best is None or cost < best[0]:
@@ -331,7 +335,7 @@ def constant_matrix(
         weight: int64 ``(K, N)``.
         bias: int64 ``(N,)``.
         low, high: int64 ``(K,)``, range of the inputs.
-        levels: adders on a path, at most; by default one more than the fewest possible. A column without a positive
+        levels: adders on a path, at most; by default the fewest possible. A column without a positive
             digit may take one more.
 
     Raises:
@@ -342,7 +346,7 @@ def constant_matrix(
     if levels is not None and levels < least:
         raise TargetError(f"sums of {int(digits.max())} terms need {least} levels of adders, not {levels}")
     graph = AdderGraph(low, high)
-    work = _Elimination(graph, weight, least + 1 if levels is None else levels)
+    work = _Elimination(graph, weight, least if levels is None else levels)
     for n in np.flatnonzero(bias):
         work.insert(int(n), graph.constant(int(bias[n])))
     work.run()

@@ -27,6 +27,8 @@ class Area:
 
 def estimate(unit: Unit) -> Area:
     """The area of one unit."""
+    if hasattr(unit, "flow"):
+        return Area(**unit.area())
     p = unit.parameters
     width = sum(c.width for c in unit.outputs.values())
     luts = 20.0 + 2.0 * width

@@ -49,7 +49,8 @@ def options(node: Node) -> list[Option]:
         for simd in node.simd_choices:
             folded = node.folded(pe, simd)
             luts = node_area(folded).luts
-            products = pe * simd if node.kind in ("matvec", "matmul", "depthwise") else 0
+            folds = node.kind in ("matvec", "matmul", "depthwise") and getattr(node, "products", "") != "constant"
+            products = pe * simd if folds else 0
             lanes = build.input_lanes(folded)
             found.append(Option(folded.folding, folded.interval, luts, products, lanes, build.output_lanes(folded)))
     return [o for o in found if not any(_beats(p, o) for p in found)]

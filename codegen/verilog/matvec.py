@@ -1,4 +1,4 @@
-"""`MatVec` in hardware: ``rtl/matvec.v``."""
+"""`MatVec` in hardware: ``rtl/matvec.v``, or a pipeline of its own (`unrolled`)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from qcompile.codegen.fixed.nodes.matvec import MatVec
-from qcompile.codegen.verilog import build
+from qcompile.codegen.verilog import build, unrolled
 from qcompile.codegen.verilog.netlist import Channel, Memory, Netlist, Process, Unit
 from qcompile.formats.fixed import IntType
 
@@ -22,6 +22,8 @@ def _lanes(node: MatVec) -> tuple[int, ...]:
 
 @build.elaborate.register
 def _elaborate(node: MatVec, netlist: Netlist, inputs: Sequence[Channel]) -> Channel:
+    if node.products == "constant":
+        return unrolled.elaborate(node, netlist, inputs)
     pe, simd = node.folding.pe, node.folding.simd
     rows, columns = node.k // simd, node.n // pe
     x, w = node.inputs[0], node.weight_type

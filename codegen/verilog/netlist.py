@@ -157,6 +157,11 @@ class Unit:
         return worst
 
     @property
+    def source(self) -> str | None:
+        """The Verilog of its module; None if that is in ``rtl/``."""
+        return None
+
+    @property
     def interval(self) -> int:
         """Cycles per frame when nothing holds it up."""
         return max(p.steps for p in self.processes)

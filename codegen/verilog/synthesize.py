@@ -58,7 +58,7 @@ def synthesize(
         TargetError: Yosys is missing or rejects the design.
     """
     command = f"{target.synthesis} {options} -top {top}".replace("  ", " ")
-    script = f"read_verilog -defer {' '.join(sources)}; hierarchy -top {top}; {command} -json {top}.json; tee -o {top}.stat stat"
+    script = f"read_verilog -defer {' '.join(sources)}; hierarchy -top {top}; {command}; write_json {top}.json; tee -o {top}.stat stat"
     tools.call([*tools.require("yosys"), "-q", "-p", script], folder, timeout)
     return read_cells((folder / f"{top}.stat").read_text(encoding="utf-8"))
 

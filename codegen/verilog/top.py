@@ -62,8 +62,9 @@ def depth_parameter(unit: Unit | dict[str, Any], prefix: str) -> str:
 
 
 def library(netlist: Netlist) -> dict[str, str]:
-    """The files of ``rtl/`` that the netlist needs, by name."""
+    """The files of ``rtl/`` that the netlist needs, and the modules written for it, by name."""
     sources = {p.stem: p.read_text(encoding="utf-8") for p in sorted(RTL.glob("*.v"))}
+    sources |= {u.module: text for u in netlist.units if (text := u.source) is not None}
     wanted = {u.module for u in netlist.units}
     found: set[str] = set()
     while wanted - found:

@@ -41,7 +41,7 @@ class Fpga(Backend):
         "pe-budget": "products formed per cycle by all nodes together, at most",
         "luts": "look-up tables, at most (estimated)",
         "target-cycles": "cycles per frame, at most; the least area that reaches them",
-        "products": "how products are formed: lut (adders) or dsp (multipliers)",
+        "products": "how products are formed: lut (adders), dsp (multipliers), constant (a token per cycle; adders made for the matrix)",
         "softmax-bits": "bits of attention's probabilities, as powers of two (4)",
     }
 
@@ -94,9 +94,13 @@ def fold(imported: Imported, options: Mapping[str, Any]) -> Any:
 
     program = imported.program
     products = str(options.get("products", "lut"))
-    if products not in ("lut", "dsp"):
-        raise TargetError(f"products are formed by lut or dsp, not {products!r}")
-    nodes = [dataclasses.replace(n, products=products) if hasattr(n, "products") else n for n in program.nodes]
+    if products not in ("lut", "dsp", "constant"):
+        raise TargetError(f"products are formed by lut, dsp or constant, not {products!r}")
+    nodes = []
+    for node in program.nodes:
+        possible = products == "constant" and node.kind != "matvec"
+        has = hasattr(node, "products") and not possible
+        nodes.append(dataclasses.replace(node, products=products) if has else node)
     program = dataclasses.replace(program, nodes=tuple(nodes))
     limits = {
         key: int(options[name])

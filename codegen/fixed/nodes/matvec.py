@@ -26,7 +26,8 @@ class MatVec(Node):
         bias: int64 ``(N,)``, in steps of the accumulator.
         requantize: to the output; None to put out accumulators.
         scale: of the output stream.
-        products: how hardware forms them: ``lut`` by adders, ``dsp`` by multipliers.
+        products: how hardware forms them: ``lut`` by adders, ``dsp`` by multipliers, ``constant`` all in one cycle by adders
+            made for this matrix; then there is one folding only.
     """
 
     weight: np.ndarray
@@ -99,11 +100,11 @@ class MatVec(Node):
 
     @property
     def pe_choices(self) -> tuple[int, ...]:
-        return divisors(self.n)
+        return (self.n,) if self.products == "constant" else divisors(self.n)
 
     @property
     def simd_choices(self) -> tuple[int, ...]:
-        return divisors(self.k)
+        return (self.k,) if self.products == "constant" else divisors(self.k)
 
     @property
     def interval(self) -> int:

@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from qcompile.codegen.fixed.rounding import with_rounding
 from qcompile.errors import FormatError
 from qcompile.formats.fixed import IntType, Requantize, shift_half_even
 
@@ -40,6 +41,25 @@ def test_multipliers_err_by_less_than_a_64th_of_a_step(scales):
     step = Requantize.from_scale(scale, -128, 127)
     reach = np.floor(128 / scale)
     assert (np.abs(step.multiplier / 2.0**step.shift - scale) * reach).max() <= 2**-6 * 1.01
+
+
+@given(st.lists(st.integers(-500, 500), min_size=1), st.integers(0, 6))
+def test_other_roundings_are_half_to_even_with_a_bit_more(accumulators, shift):
+    p = np.array(accumulators)[:, None]
+    weight, bias, step = (
+        np.ones((1, 1), np.int64),
+        np.zeros(1, np.int64),
+        Requantize(np.ones(1, np.int64), shift, -999, 999),
+    )
+    expected = {
+        "half-even": np.rint(p / 2**shift),
+        "half-up": np.floor(p / 2**shift + 0.5),
+        "floor": np.floor(p / 2**shift),
+        "ceil": np.ceil(p / 2**shift),
+    }
+    for mode, wanted in expected.items():
+        w, b, s = with_rounding(weight, bias, step, mode)
+        np.testing.assert_array_equal(s.apply(p @ w + b), wanted, mode)
 
 
 def test_products_that_do_not_fit_are_refused():

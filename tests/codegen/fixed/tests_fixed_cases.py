@@ -24,6 +24,7 @@ from qcompile.codegen.fixed.nodes import (
     Window,
 )
 from qcompile.codegen.fixed.nodes.attention import exp_table
+from qcompile.codegen.fixed.rounding import with_rounding
 from qcompile.codegen.fixed.stream import Stream
 from qcompile.formats.fixed import IntType, Requantize
 
@@ -52,6 +53,13 @@ def matvec(rng, name="fc", tokens=3, k=12, n=6, w=INT4, x=INT8, step=None, produ
     )
 
 
+def half_up(rng, name):
+    """Rounds half up, which the constant unit turns into an addition to the bias."""
+    node = matvec(rng, name, step=Requantize(one(1), 5, -128, 127))
+    weight, bias, step = with_rounding(node.weight, node.bias, node.requantize, "half-up")
+    return MatVec(name, node.inputs, weight, bias, step, products="constant")
+
+
 def nodes(rng):
     """One node of every kind and variant, by name."""
     image = Stream.of("image", 30, 6, INT8)  # 5 x 6 pixels
@@ -74,6 +82,10 @@ def nodes(rng):
         matvec(rng, "fc_w3", w=IntType(3, True), x=UINT8),
         matvec(rng, "fc_w8", w=IntType(8, True), step=requantize(rng, 6, reach=0.001)),
         matvec(rng, "fc_dsp", products="dsp"),
+        matvec(rng, "fc_constant", products="constant"),
+        matvec(rng, "fc_constant_ties", step=ties(6), products="constant"),
+        matvec(rng, "fc_constant_relu", step=Requantize(one(1), 4, 0, 200), x=UINT8, products="constant"),
+        half_up(rng, "fc_constant_half_up"),
         Window("window", (image,), pixels),
         Window("window_strided", (image,), strided),
         Window("window_dilated", (image,), dilated),

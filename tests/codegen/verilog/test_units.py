@@ -74,6 +74,27 @@ def chain(rng):
 
 
 @pytest.mark.slow
+def test_constant_layers_in_a_row_are_one_pipeline(tmp_path):
+    rng = np.random.default_rng(5)
+    program = chain(rng)
+    nodes, stream = [], program.inputs[0]
+    for node in program.nodes:
+        nodes.append(replace(node, inputs=(stream,), products="constant").folded(node.n, node.k))
+        stream = nodes[-1].output
+    program = replace(program, nodes=tuple(nodes))
+    netlist = hardware.make_netlist(program)
+    assert [u.module for u in netlist.units] == ["unrolled_c"]
+    x = rng.integers(-128, 128, (300, 1, 24))
+    files = top.write(netlist, tmp_path)
+    simulator = simulate.build(tmp_path, "chain", files, netlist.inputs, netlist.outputs)
+    for stalls in (0, 1):
+        results, traffic = simulator.run({"x": x}, stalls)
+        np.testing.assert_array_equal(results["c"], program.reference({"x": x})["c"].ravel())
+        if not stalls:  # a frame per cycle
+            assert traffic["c"].last - traffic["c"].first + 1 == len(x)
+
+
+@pytest.mark.slow
 def test_a_pipeline_is_as_fast_as_its_slowest_node(tmp_path):
     rng = np.random.default_rng(4)
     program = chain(rng)

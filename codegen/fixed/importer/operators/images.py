@@ -1,0 +1,127 @@
+"""Convolutions and pooling: windows over images, and means."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+from qcompile.codegen.fixed.importer.driver import Context, Value, label, operator
+from qcompile.codegen.fixed.importer.operators.common import attribute, bare
+from qcompile.codegen.fixed.importer.operators.linear import column_scale, weight
+from qcompile.codegen.fixed.importer.values import Linear, Real, image_order, matrix_view
+from qcompile.codegen.fixed.nodes import Depthwise, Geometry, MatVec, MaxPool, TokenSum, Window
+from qcompile.errors import UnsupportedOperatorError
+
+
+def geometry(context: Context, node: ir.Node, index: np.ndarray, kernel: tuple[int, ...]) -> Geometry:
+    """The window of a convolution or pooling over ``(C, H, W)``."""
+    if index.ndim != 3 or not image_order(index):
+        raise UnsupportedOperatorError(f"{label(node)}: its input is not an image as convolutions make it")
+    if len(kernel) != 2:
+        raise UnsupportedOperatorError(f"{label(node)}: windows have two axes")
+    _, height, width = index.shape
+    stride = tuple(attribute(node, "strides", (1, 1)))
+    dilation = tuple(attribute(node, "dilations", (1, 1)))
+    pads = tuple(attribute(node, "pads", (0, 0, 0, 0)))
+    automatic = attribute(node, "auto_pad", "NOTSET")
+    if attribute(node, "ceil_mode", 0):
+        raise UnsupportedOperatorError(f"{label(node)}: ceil_mode is not supported")
+    if automatic in ("SAME_UPPER", "SAME_LOWER"):
+        total = [
+            max(0, (-(-size // s) - 1) * s + d * (k - 1) + 1 - size)
+            for size, s, d, k in zip((height, width), stride, dilation, kernel)
+        ]
+        small = [t // 2 if automatic == "SAME_UPPER" else -(-t // 2) for t in total]
+        pads = (small[0], small[1], total[0] - small[0], total[1] - small[1])
+    return Geometry(height, width, (kernel[0], kernel[1]), stride, pads, dilation)  # type: ignore[arg-type]
+
+
+def image_index(shape: tuple[int, int], channels: int) -> np.ndarray:
+    """Positions of ``(C, H, W)`` in a frame of pixels."""
+    return np.arange(shape[0] * shape[1] * channels).reshape(*shape, channels).transpose(2, 0, 1)
+
+
+@operator("Conv")
+def _conv(context: Context, node: ir.Node) -> Value:
+    value = context.real(node.inputs[0], node)
+    codes = weight(context, node.inputs[1], node)
+    out, per_group, *kernel = codes.codes.shape
+    window = geometry(context, node, value.index, tuple(kernel))
+    channels, groups = value.index.shape[0], int(attribute(node, "group", 1))
+    # (O, C / groups, kh, kw) -> (kh kw C / groups, O)
+    matrix = codes.map(lambda a: a.transpose(2, 3, 1, 0).reshape(-1, out))
+    scale = value.scale * column_scale(matrix, node)
+    bias = np.zeros(out)
+    if len(node.inputs) > 2 and node.inputs[2] is not None:
+        bias = np.asarray(context.constant(node.inputs[2], node), np.float64)
+    index = image_index(window.out_shape, out)
+    if groups == channels == out and per_group == 1:
+        return Linear(
+            bare(node), index, (window.windows, out), scale, bias,
+            lambda name, b, step: Depthwise(name, (value.stream,), window, matrix.codes, b, step),
+        )  # fmt: skip
+    taps, dense = window.taps, matrix.codes
+    if groups > 1:  # a block for every group, zeros elsewhere
+        dense = np.zeros((taps, channels, out), np.int64)
+        blocks = matrix.codes.reshape(taps, per_group, out)
+        for group in range(groups):
+            rows, columns = (slice(group * n, (group + 1) * n) for n in (per_group, out // groups))
+            dense[:, rows, columns] = blocks[:, :, columns]
+        dense = dense.reshape(-1, out)
+    stream = value.stream
+    if (window.taps, window.stride, window.padded) != (1, (1, 1), False):
+        stream = context.builder.add(Window(context.builder.name(f"{bare(node)}_window"), (stream,), window))
+    return Linear(
+        bare(node), index, (window.windows, out), scale, bias,
+        lambda name, b, step: MatVec(name, (stream,), dense, b, step),
+    )  # fmt: skip
+
+
+@operator("MaxPool")
+def _maxpool(context: Context, node: ir.Node) -> Value:
+    value = context.real(node.inputs[0], node)
+    window = geometry(context, node, value.index, tuple(attribute(node, "kernel_shape", ())))
+    out = context.builder.add(MaxPool(context.builder.name(bare(node)), (value.stream,), window))
+    return Real(out, image_index(window.out_shape, out.channels), value.scale)
+
+
+@operator("AveragePool")
+def _average(context: Context, node: ir.Node) -> Value:
+    value = context.real(node.inputs[0], node)
+    window = geometry(context, node, value.index, tuple(attribute(node, "kernel_shape", ())))
+    if window.padded and not attribute(node, "count_include_pad", 0):
+        raise UnsupportedOperatorError(f"{label(node)}: padding must count (count_include_pad=1)")
+    channels = value.index.shape[0]
+    ones = np.ones((window.taps, channels), np.int64)
+    return Linear(
+        bare(node), image_index(window.out_shape, channels), (window.windows, channels),
+        np.full(channels, value.scale / window.taps), np.zeros(channels),
+        lambda name, bias, step: Depthwise(name, (value.stream,), window, ones, bias, step),
+    )  # fmt: skip
+
+
+@operator("GlobalAveragePool", "ReduceMean")
+def _mean(context: Context, node: ir.Node) -> Value:
+    value = context.real(node.inputs[0], node)
+    rank = value.index.ndim + 1
+    axes = list(range(2, rank))
+    if node.op_type == "ReduceMean":
+        given = context.constant(node.inputs[1], node).tolist() if len(node.inputs) > 1 else attribute(node, "axes", [])
+        axes = sorted(a % rank for a in given)
+    order = value.index
+    if rank == 4 and axes == [2, 3]:
+        order = order.transpose(1, 2, 0)
+    elif not (rank == 3 and axes == [1]):
+        raise UnsupportedOperatorError(
+            f"{label(node)}: means are taken over all pixels or all tokens, not over axes {axes}"
+        )
+    stream, position = matrix_view(context.builder, value, label(node), order)
+    channels = stream.channels
+    keep = rank == 4 if node.op_type == "GlobalAveragePool" else bool(attribute(node, "keepdims", 1))
+    index = np.empty(channels, np.int64)
+    index[np.arange(channels)] = position
+    shape = {(4, True): (channels, 1, 1), (3, True): (1, channels)}.get((rank, keep), (channels,))
+    return Linear(
+        bare(node), index.reshape(shape), (1, channels), np.array([value.scale / stream.tokens]), np.zeros(1),
+        lambda name, bias, step: TokenSum(name, (stream,), step), False,
+    )  # fmt: skip

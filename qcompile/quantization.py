@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -59,6 +60,7 @@ def quantize_model(
     progress: Callable[[str], None] | None = None,
     *,
     feeds: Sequence[Feed] = (),
+    device: str = "cpu",
 ) -> ir.Model:
     """Quantize ``model`` in place and return it.
 
@@ -70,6 +72,7 @@ def quantize_model(
         report: receives one record per site, and what was left float.
         progress: called with the name of each finished site.
         feeds: calibration samples, for recipes whose Hessians are those of the quantized model.
+        device: on which these are run; see `SequentialStatistics`.
 
     Raises:
         FormatError: static activations without statistics.
@@ -77,7 +80,7 @@ def quantize_model(
     scales = {name: _static_scale(s) for name, s in statistics.items() if isinstance(s, ChannelStatistics)}
     scales = {name: scale for name, scale in scales.items() if scale > 0}
     quantizer = Quantizer(model, scales)
-    linear = _sequential(model, recipe, feeds, scales) if recipe.hessian != "float" and feeds else statistics
+    linear = _sequential(model, recipe, feeds, scales, device) if recipe.hessian != "float" and feeds else statistics
     solved: dict[str, tuple[Quantized, LayerRecord]] = {}
     for site in matrix_sites(model):
         fmt, activation = recipe.weight_format(site.name), recipe.activation_format(site.name)
@@ -108,18 +111,24 @@ def quantize_model(
 
 
 def _sequential(
-    model: ir.Model, recipe: Recipe, feeds: Sequence[Feed], scales: Mapping[str, float]
+    model: ir.Model, recipe: Recipe, feeds: Sequence[Feed], scales: Mapping[str, float], device: str
 ) -> SequentialStatistics:
     """Statistics behind the sites that are quantized already, of activations as their readers will see them."""
     sites = [s for s in linear_sites(model) if recipe.weight_format(s.name) is not None]
     formats = {s.x.name or "": recipe.activation_format(s.name) for s in sites}
     clips = {s.x.name or "": clip_of(s.x) for s in sites}
 
-    def rounded(name: str, rows: np.ndarray) -> np.ndarray:
-        return formats[name].round(rows, scales.get(name), clips[name])
+    def rounded(name: str, rows: Any) -> Any:
+        if device == "cpu":
+            return formats[name].round(rows, scales.get(name), clips[name])
+        if not formats[name].bits or formats[name].granularity == "token":
+            from qcompile.passes.learn.rounding import round_tokens
+
+            return round_tokens(rows, formats[name], clips[name]) if formats[name].bits else rows
+        return rows.new_tensor(formats[name].round(rows.cpu().numpy(), scales.get(name), clips[name]))
 
     names = {s.node.name or "": s.x.name or "" for s in sites if _solver(recipe, s.name).needs_hessian}
-    return SequentialStatistics(model, feeds, names, rounded)
+    return SequentialStatistics(model, feeds, names, rounded, device=device)
 
 
 def _solver(recipe: Recipe, site: str) -> Solver:

@@ -26,7 +26,9 @@ from qcompile.errors import CalibrationError
 from qcompile.passes.blocks import borders
 from qcompile.passes.domain import add_functions
 
-Round = Callable[[str, np.ndarray], np.ndarray]
+Array = Any
+"""numpy array, or torch tensor where a device is asked for."""
+Round = Callable[[str, Array], Array]
 """``(name of the activation, rows) -> rows as its readers see them``."""
 
 
@@ -39,6 +41,7 @@ class SequentialStatistics(Mapping[str, ChannelStatistics]):
         sites: names of the nodes that are quantized, and the activation each of them reads.
         rounded: how each is rounded.
         progress: called after every sample that has passed a layer.
+        device: "cpu" for ONNX Runtime, else torch's name of a device, on which samples run and moments are taken.
 
     Raises:
         CalibrationError: an activation is asked for after one behind it.
@@ -51,7 +54,9 @@ class SequentialStatistics(Mapping[str, ChannelStatistics]):
         sites: Mapping[str, str],
         rounded: Round,
         progress: Callable[[], None] | None = None,
+        device: str = "cpu",
     ) -> None:
+        self.device = device
         self.live, self.exact = live, live.clone()
         self.feeds, self.names, self.rounded = feeds, list(dict.fromkeys(sites.values())), rounded
         self.progress = progress or (lambda: None)
@@ -60,7 +65,7 @@ class SequentialStatistics(Mapping[str, ChannelStatistics]):
         self.borders = [v.name or "" for v in borders(self.exact, sites)]
         self.at = 0
         self.source = ""
-        self.inputs: dict[bool, list[np.ndarray]] = {}
+        self.inputs: dict[bool, list[Array]] = {}
         self._known: dict[str, ChannelStatistics] = {}
 
     def __iter__(self) -> Iterator[str]:
@@ -88,6 +93,8 @@ class SequentialStatistics(Mapping[str, ChannelStatistics]):
             self.source, self.at = target, self.at + 1
 
     def _measure(self, name: str) -> ChannelStatistics:
+        if self.device != "cpu":
+            return self._moments(name)
         statistics: ChannelStatistics | None = None
         for seen, exact in zip(self._run(True, name), self._run(False, name)):
             if statistics is None:
@@ -100,7 +107,27 @@ class SequentialStatistics(Mapping[str, ChannelStatistics]):
         statistics.flush()
         return statistics
 
-    def _run(self, live: bool, name: str) -> Iterator[np.ndarray]:
+    def _moments(self, name: str) -> ChannelStatistics:
+        """The same on a device; moments alone."""
+        import torch
+
+        sums: list[Any] = []
+        tokens = 0
+        for seen, exact in zip(self._run(True, name), self._run(False, name)):
+            seen, exact = (torch.as_tensor(t, device=self.device) for t in (seen, exact))
+            rows, exact = (t.reshape(-1, t.shape[-1]) for t in (self.rounded(name, seen), exact))
+            if not bool(torch.isfinite(rows).all()):
+                raise CalibrationError(f"a calibration sample makes {name} NaN or infinite")
+            products = [rows.T @ rows, rows.T @ exact]
+            sums = [a + b for a, b in zip(sums, products)] if sums else [p.double() for p in products]
+            tokens += len(rows)
+            self.progress()
+        moment, cross = (s.cpu().numpy() for s in sums)
+        statistics = ChannelStatistics(len(moment), with_hessian=True, with_cross=True, tokens=tokens)
+        statistics.moment, statistics.cross_moment = moment, cross
+        return statistics
+
+    def _run(self, live: bool, name: str) -> Iterator[Array]:
         """Values of ``name`` for every sample, in the quantized or the float model."""
         if name == self.source:
             yield from self.inputs[live]
@@ -133,4 +160,27 @@ class SequentialStatistics(Mapping[str, ChannelStatistics]):
         for key, function in model.functions.items():
             part.functions[key] = function.clone()
         add_functions(part)
-        return ort.session(part)
+        return ort.session(part) if self.device == "cpu" else _Interpreted(part, self.device)
+
+
+class _Interpreted:
+    """A model on a device, behind the two methods of a session that are used here."""
+
+    def __init__(self, model: ir.Model, device: str) -> None:
+        import torch
+
+        self.model, self.device = model, device
+        self.constants = {
+            name: torch.as_tensor(value.const_value.numpy().astype(np.float32), device=device)
+            for name, value in model.graph.initializers.items()
+            if value.const_value is not None and value.dtype is not None and value.dtype.is_floating_point()
+        }
+
+    def get_inputs(self) -> list[ir.Value]:
+        return list(self.model.graph.inputs)
+
+    def run(self, names: list[str], inputs: Mapping[str, Array]) -> list[Array]:
+        from qcompile.passes.execute import run
+
+        found = run(self.model, inputs, names, dtype="float32", constants=self.constants, device=self.device)
+        return [found[name] for name in names]

@@ -41,11 +41,12 @@ def samples(count: int = 8) -> list[dict]:
     return [{"x": (rng.standard_normal((ROWS, WIDTH)) @ mixing).astype(np.float32)} for _ in range(count)]
 
 
-def test_before_anything_is_quantized_the_moments_are_those_of_the_float_model():
-    """Hessian and cross moment alike, for every activation in turn; not backwards."""
+@pytest.mark.parametrize("device", ["cpu", "cpu:0"])
+def test_before_anything_is_quantized_the_moments_are_those_of_the_float_model(device):
+    """Hessian and cross moment alike, for every activation in turn; not backwards. In ONNX Runtime and in torch."""
     model, feeds = network(), samples()
     sites = {s.node.name: s.x.name for s in linear_sites(model)}
-    statistics = SequentialStatistics(model, feeds, sites, lambda name, rows: rows)
+    statistics = SequentialStatistics(model, feeds, sites, lambda name, rows: rows, device=device)
     expected = collect(model, feeds, list(sites.values()), hessian=list(sites.values()))
     for name in sites.values():
         np.testing.assert_allclose(statistics[name].hessian, expected[name].hessian, rtol=1e-5, atol=1e-6)
@@ -75,14 +76,17 @@ def test_corrected_weights_reproduce_the_float_model_better():
     feeds = samples()
     exact = [ort.run(network(), f)["y"] for f in feeds]
     errors = {}
-    for hessian in ("float", "corrected"):
+    for hessian, device in (("float", "cpu"), ("corrected", "cpu"), ("corrected", "cpu:0")):
         recipe = Recipe("r", weight="int3", activation="int4/token", solver="gptq", hessian=hessian, embedding_bits=0)
         model = network()
         names = [s.x.name for s in linear_sites(model)]
         known = collect(model, feeds, names, hessian=names) if hessian == "float" else {}
-        quantized = quantize_model(model, recipe, known, Report("", "", ""), feeds=feeds)
-        errors[hessian] = sum(float(np.square(ort.run(quantized, f)["y"] - y).sum()) for f, y in zip(feeds, exact))
-    assert errors["corrected"] < 0.95 * errors["float"]
+        quantized = quantize_model(model, recipe, known, Report("", "", ""), feeds=feeds, device=device)
+        errors[hessian, device] = sum(
+            float(np.square(ort.run(quantized, f)["y"] - y).sum()) for f, y in zip(feeds, exact)
+        )
+    assert errors["corrected", "cpu"] < 0.95 * errors["float", "cpu"]
+    assert errors["corrected", "cpu:0"] == pytest.approx(errors["corrected", "cpu"], rel=0.02)
 
 
 def test_unknown_hessians_are_refused():

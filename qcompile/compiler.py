@@ -23,7 +23,7 @@ from qcompile.compiled import CompiledModel, load
 from qcompile.errors import CalibrationError, RecipeError, TargetError, UnsupportedOperatorError
 from qcompile.passes.sites import conv_sites, linear_sites, matrix_sites
 from qcompile.progress import Progress
-from qcompile.quantization import quantize_model, sites_with_hessian
+from qcompile.quantization import convolution_moments, quantize_model, sites_with_hessian
 from qcompile.recipes import Recipe, get_recipe
 from qcompile.report import Report
 from qcompile.targets import Target, get_target
@@ -217,8 +217,15 @@ def _statistics(
     wanted = sites_with_hessian(graph, recipe) if hessian else set()
     rows = {s.x.name for s in linear_sites(graph)}
     channels = {s.x.name or "": 1 for s in conv_sites(graph) if s.x.name not in rows}
+    patches = convolution_moments(graph, recipe) if hessian else {}
+    readers: dict[str, list[Any]] = {}
+    for moments in patches.values():
+        readers.setdefault(moments.source, []).append(moments.update)
     with bars.stage("calibrate" if hessian else "observe", total=len(feeds)) as advance:
-        return collect(graph, feeds, values, hessian=sorted(wanted), channel_axis=channels, progress=advance)
+        known = collect(
+            graph, feeds, values, hessian=sorted(wanted), channel_axis=channels, readers=readers, progress=advance
+        )
+    return known | patches
 
 
 def _site_inputs(graph: ir.Model) -> dict[str, str]:

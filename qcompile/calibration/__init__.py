@@ -33,6 +33,7 @@ def collect(
     *,
     hessian: Sequence[str] = (),
     channel_axis: Mapping[str, int] | None = None,
+    readers: Mapping[str, Sequence[Callable[[np.ndarray], None]]] | None = None,
     progress: Callable[[], None] | None = None,
 ) -> dict[str, ChannelStatistics]:
     """Run ``feeds`` through ``model`` in ONNX Runtime and gather statistics of the named values.
@@ -43,6 +44,7 @@ def collect(
         values: names of values, each ``(..., K)``; leading axes are rows (tokens).
         channel_axis: where the channels are instead, by name (1 for inputs of convolutions).
         hessian: those of ``values`` whose second moment ``X^T X`` is wanted.
+        readers: what else wants to see the arrays of one of ``values``.
         progress: called after every sample.
 
     Returns:
@@ -65,6 +67,8 @@ def collect(
                 f"calibration sample {index} cannot be run: {str(error).strip().splitlines()[0]}"
             ) from None
         for name, array in arrays.items():
+            for reader in (readers or {}).get(name, ()):
+                reader(array)
             array = np.moveaxis(array, (channel_axis or {}).get(name, -1), -1)
             if name not in found:
                 found[name] = ChannelStatistics(array.shape[-1], name in wanted_hessian)

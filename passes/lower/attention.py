@@ -89,9 +89,7 @@ def _lower(graph: ir.Graph, node: ir.Node) -> None:
         layout, operands = "rows", _separate(graph, node, q, k, v)
     if out.shape is not None and len(out.shape) == 4:
         out = _rows_before(graph, out, tail, q.heads, v.head_dim)
-    new = kernel_node(
-        "Attention", [*operands, mask], [out], {**attributes, "layout": layout, "merged": int(layout == "merged")}, node
-    )
+    new = kernel_node("Attention", [*operands, mask], [out], {**attributes, "layout": layout}, node)
     graph.insert_before(node, [new])
     take_over(out, new.outputs[0])
     for old in [*reversed(tail), node]:

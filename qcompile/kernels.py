@@ -77,11 +77,13 @@ def _launcher(description: str) -> tuple[LinearProblem, list[tuple[Entry, Any]]]
     return problem, [(entry, module[entry.symbol]) for entry in entries]
 
 
-def quantize_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """``(M, K)`` to int8 codes ``(M, K)`` and float32 scales ``(M,)``: ``max|row| / 127``, round to nearest even."""
-    scale = x.abs().amax(-1).float() / 127
+def quantize_rows(x: torch.Tensor, bits: int = 8) -> tuple[torch.Tensor, torch.Tensor]:
+    """``(M, K)`` to codes of ``bits`` bits, int8 ``(M, K)``, and float32 scales ``(M,)``: ``max|row| / (2^(bits-1) - 1)``,
+    round to nearest even."""
+    top = (1 << bits - 1) - 1
+    scale = x.abs().amax(-1).float() / top
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))
-    return torch.round(x.float() / scale[:, None]).clamp_(-127, 127).to(torch.int8), scale
+    return torch.round(x.float() / scale[:, None]).clamp_(-top, top).to(torch.int8), scale
 
 
 def quantize_rows_float8(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -159,7 +161,9 @@ class QuantizedLinear(torch.nn.Module):
         scale = None
         if self.plan.problem.activation.bits:
             float8 = self.plan.shape().dtype == FLOAT8
-            flat, scale = quantize_rows_float8(flat) if float8 else quantize_rows(flat)
+            flat, scale = (
+                quantize_rows_float8(flat) if float8 else quantize_rows(flat, self.plan.problem.activation.bits)
+            )
         packed = [getattr(self, name) for name in self.names]
         y = torch.ops.qcompile.linear(flat, scale, packed, self.arrived, self._description)
         return y.reshape(*x.shape[:-1], y.shape[-1])
@@ -179,7 +183,7 @@ def linear(
         weight: float ``(N, K)`` as in `torch.nn.Linear`, or an already quantized ``(K, N)`` matrix.
         format: ``int2``, ``int3``, ``int4`` or ``int8``, ``/g32``, ``/g64``, ``/g128`` .. or per channel, ``/asym``; ``nf4``,
             ``fp4``, ``mxfp4``, ``nvfp4``, ``codebook4``, ``fp8``; ``dual4/g128`` with integer activations.
-        activation_format: ``none``; ``int8/token`` (dynamic); ``e4m3/token`` for weights that e4m3 represents.
+        activation_format: ``none``; ``int8/token`` (dynamic), or fewer bits; ``e4m3/token`` for weights that e4m3 represents.
         bias: float ``(N,)``.
         dtype: of activations and results, float16 (default unless ``weight`` is bfloat16) or bfloat16.
         target: architecture; that of torch's current device by default.

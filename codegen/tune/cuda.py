@@ -69,9 +69,10 @@ def candidates(problem: LinearProblem, target: CudaTarget, rows: int, count: int
     m, dtype = MEASURED.get(rows, rows), kind(problem)
     known = replace(problem, m=m)
     ranked: list[tuple[float, str, dict[str, Any]]] = []
-    for name in (cls.name for cls in FAMILIES):
-        able = family(name)
-        if not able.supports(problem, target) or ("stream" in name and rows > 16) or ("tiled" in name and rows < 8):
+    able_ones = [kind for kind in (family(cls.name) for cls in FAMILIES) if kind.supports(problem, target)]
+    for able in (kind for kind in able_ones if kind.packing == able_ones[0].packing):
+        name = able.name
+        if ("stream" in name and rows > 16) or ("tiled" in name and rows < 8):
             continue
         found = [(able.cost(known, c, target, m), name, c) for c in able.configs(known, target) if c["dtype"] == dtype]
         ranked += found

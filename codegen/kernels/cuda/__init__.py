@@ -1,6 +1,8 @@
-"""CUDA kernel families, written in TIRx with PTX instructions: `stream` for few rows, `tiled` for many."""
+"""CUDA kernel families, written in TIRx with PTX instructions: `stream` for few rows, `tiled` for many, `planes` for widths
+that have no other."""
 
 from qcompile.codegen.kernels.cuda.linear import CudaLinear
+from qcompile.codegen.kernels.cuda.planes import PlaneLinear
 from qcompile.codegen.kernels.cuda.stream import StreamLinear, StreamLinearFloat8, StreamLinearInt8
 from qcompile.codegen.kernels.cuda.tiled import TiledLinear, TiledLinearFloat8, TiledLinearInt8
 
@@ -11,5 +13,6 @@ FAMILIES: tuple[type[CudaLinear], ...] = (
     TiledLinear,
     TiledLinearInt8,
     TiledLinearFloat8,
+    PlaneLinear,
 )
 """Linear families, the one to prefer among equals first."""

@@ -193,10 +193,12 @@ class CudaLinear(LinearKernel):
 
     Attributes:
         bits: of weights. dtypes: of x.
+        packing: families with the same one read the same arrays; the kernels of a layer all do.
     """
 
     bits: ClassVar[tuple[int, ...]]
     dtypes: ClassVar[tuple[str, ...]]
+    packing: ClassVar[str] = "fragments"
 
     def supports(self, problem: LinearProblem, target: Target) -> Support:
         fmt = problem.weight

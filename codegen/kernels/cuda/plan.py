@@ -114,7 +114,8 @@ def make_plan(
         dtype: of float activations, ``float16`` or ``bfloat16``.
         out: type of the result: that, or ``float32``.
         rows: numbers of rows to have a kernel for; more rows than the largest are several blocks.
-        configs: by rows, ``family`` and config entries to use instead of the tuned or expected best ones.
+        configs: by rows, ``family`` and config entries to use instead of the tuned or expected best ones. Families of the
+            packing of the first one named are considered.
 
     Raises:
         TargetError: no family takes the formats on this target.
@@ -129,6 +130,9 @@ def make_plan(
             f"no CUDA kernel multiplies {problem.weight} weights ({problem.k} x {problem.n}) by {problem.activation} "
             f"activations: {'; '.join(reasons)}"
         )
+    asked = {str(given["family"]) for given in (configs or {}).values() if "family" in given}
+    packing = next((c.packing for c in able if c.name in asked), able[0].packing)
+    able = [c for c in able if c.packing == packing]
     kind = activation_type(problem.activation, dtype)
     entries = []
     for count in rows:

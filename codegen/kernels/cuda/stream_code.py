@@ -5,16 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 from tvm.script import tirx as T
-from tvm.tirx.script.builder import ir as B
 
 from qcompile.codegen.kernels.base import Epilogue
 from qcompile.codegen.kernels.cuda import emit as e
 from qcompile.codegen.kernels.cuda.dequant import ExactDequantizer, IntegerDequantizer, RawDequantizer, raw_place
-from qcompile.codegen.kernels.cuda.layout import BLOCK, TILE
+from qcompile.codegen.kernels.cuda.layout import BLOCK
 from qcompile.codegen.kernels.cuda.linear import FLOAT8
-from qcompile.codegen.kernels.cuda.stream import ROWS, StreamShape
+from qcompile.codegen.kernels.cuda.stream import StreamShape
+from qcompile.codegen.kernels.cuda.stream_tail import Tail
 from qcompile.codegen.kernels.cuda.tables import (
-    FLOAT8_EXPONENT,
     DualDequantizer,
     Float8Dequantizer,
     TableDequantizer,
@@ -34,11 +33,11 @@ ONES = 0x3C003C00
 def emit(shape: StreamShape, epilogue: Epilogue, name: str) -> Any:
     """The PrimFunc."""
     with e.kernel(name) as builder:
-        _Kernel(shape, epilogue).emit()
+        Kernel(shape, epilogue).emit()
     return builder.get()
 
 
-class _Kernel:
+class Kernel(Tail):
     """Names of one kernel while it is written."""
 
     def __init__(self, shape: StreamShape, epilogue: Epilogue) -> None:
@@ -69,12 +68,7 @@ class _Kernel:
         if s.meta_bytes:
             self.meta = e.argument("meta", (s.tiles * s.meta_groups * 8 * s.meta_bytes,), "uint8")
         self.levels = e.argument("table", (s.table_words,), "uint32") if s.levels else None
-        self.column = e.argument("column", (s.n,), "float32")
-        self.bias = e.argument("bias", (s.n,), "float32") if self.epilogue.bias else None
-        self.residual = e.argument("residual", (self.m, s.n), s.out) if self.epilogue.residual else None
-        self.partial = e.argument("partial", (T.int32(),), "float32")
-        self.arrived = e.argument("arrived", (T.int32(),), "int32")
-        self.out = e.argument("out", (self.m, s.n), s.out)
+        self._tail_parameters()
 
     def _registers(self) -> None:
         s = self.s
@@ -303,109 +297,6 @@ class _Kernel:
             for c in range(4):
                 value = self.total[j, i, c] + self.part[j, i, c] * factor[c // 2]
                 self.total[j, i, c] = value - self.sum_x[i, c % 2] * shift[c // 2]
-
-    # Reduction and tail
-
-    def _finish(self) -> None:
-        s = self.s
-        T.evaluate(T.cuda.cta_sync())
-        per_warp = s.tn * s.mt * 4 * 32
-        base = e.let(self.warp * per_warp + self.lane)
-        for j in range(s.tn):
-            for i in range(s.mt):
-                for c in range(4):
-                    value = self.total[j, i, c]
-                    if self.sum_type == "float32":
-                        value = T.reinterpret("uint32", value)
-                    B.buffer_store(self.arena, value, [base + ((j * s.mt + i) * 4 + c) * 32])
-        T.evaluate(T.cuda.cta_sync())
-        rows = self.rows
-        passes = e.let((rows * s.columns + (s.threads - 1)) // s.threads)
-        if s.split == 1:
-            with T.serial(passes) as p:
-                self._element(p, rows, lambda row, n, at: self._store(row, n, self._block_sum(at)))
-            return
-        size = self.m * s.n
-        with T.serial(passes) as p:
-            self._element(
-                p,
-                rows,
-                lambda row, n, at: B.buffer_store(
-                    self.partial, self._bits_to_float(self._block_sum(at)), [self.by * size + row * s.n + n]
-                ),
-            )
-        T.evaluate(T.cuda.thread_fence())
-        T.evaluate(T.cuda.cta_sync())
-        ticket = e.Registers((1,), "int32")
-        ticket[0] = T.int32(0)
-        index = self.bz * s.grid_n + self.bx
-        with T.If(self.tx == 0), T.Then():
-            ticket[0] = T.cuda.atomic_add(self.arrived.ptr_to([index]), T.int32(1))
-        last = e.let(T.cast(T.cuda.syncthreads_or(T.cast(ticket[0] == s.split - 1, "int32")), "int32"))
-        with T.If(last != 0), T.Then():
-            T.evaluate(T.cuda.thread_fence())
-            with T.If(self.tx == 0), T.Then():
-                B.buffer_store(self.arrived, T.int32(0), [index])
-            with T.serial(passes) as p:
-                self._element(p, rows, lambda row, n, at: self._store(row, n, self._splits_sum(row, n, size)))
-
-    def _element(self, p: Any, rows: Any, use: Any) -> None:
-        """Call ``use(row, n, place of the sum in shared memory)`` for one element per thread."""
-        s = self.s
-        index = e.let(p * s.threads + self.tx)
-        r = e.let(index // s.columns)
-        column = e.let(index % s.columns)
-        n = e.let(self.bx * s.columns + column)
-        with T.If(T.And(r < rows, n < s.n)), T.Then():
-            wn, j, channel = column // (TILE * s.tn), column // TILE % s.tn, column % TILE
-            lane = channel % 8 * 4 + r % ROWS // 2
-            c = channel // 8 * 2 + r % 2
-            at = (wn * (s.tn * s.mt * 4) + (j * s.mt + r // ROWS) * 4 + c) * 32 + lane
-            use(e.let(self.first_row + r), n, e.let(at))
-
-    def _block_sum(self, at: Any) -> Any:
-        """Sum over the K warps, as stored by them."""
-        s = self.s
-        stride = s.nw * s.tn * s.mt * 4 * 32
-        total = e.Registers((1,), self.sum_type)
-        for wk in range(s.kw):
-            word = self.arena[at + wk * stride]
-            value = word if self.sum_type == "uint32" else T.reinterpret("float32", word)
-            total[0] = value if wk == 0 else total[0] + value
-        return total[0]
-
-    def _bits_to_float(self, value: Any) -> Any:
-        """Partial sums travel as float32 words; integers keep their bits."""
-        return T.reinterpret("float32", value) if self.sum_type == "uint32" else value
-
-    def _splits_sum(self, row: Any, n: Any, size: Any) -> Any:
-        s = self.s
-        total = e.Registers((1,), self.sum_type)
-        for part in range(s.split):
-            word = e.Registers((1,), "uint32")
-            e.ptx("ld.global.cg.b32", word[0], self.partial.ptr_to([part * size + row * s.n + n]))
-            value = word[0] if self.sum_type == "uint32" else T.reinterpret("float32", word[0])
-            total[0] = value if part == 0 else total[0] + value
-        return total[0]
-
-    def _store(self, row: Any, n: Any, value: Any) -> None:
-        s = self.s
-        if self.sum_type == "uint32":
-            value = T.cast(T.reinterpret("int32", value), "float32")
-        value = value * self.column[n]
-        if s.float8 and s.dtype == "float16":
-            value = value * T.float32(2.0**FLOAT8_EXPONENT)
-        if self.x_scale is not None:
-            value = value * self.x_scale[row]
-        if self.bias is not None:
-            value = value + self.bias[n]
-        y = e.Registers((1,), "float32")
-        y[0] = value
-        y[0] = e.activate(y[0], self.epilogue)
-        value = y[0]
-        if self.residual is not None:
-            value = value + T.cast(self.residual[row, n], "float32")
-        B.buffer_store(self.out, T.cast(value, s.out), [row, n])
 
 
 def read_table(levels: Any, words: int) -> e.Registers:

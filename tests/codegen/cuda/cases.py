@@ -20,7 +20,8 @@ class Case:
 
     Attributes:
         split: blocks along K of every kernel.
-        variant: ``mma`` for tiled kernels without wgmma, ``wide`` for unusual tiles, ``exact`` for codes around zero.
+        variant: ``mma`` for tiled kernels without wgmma, ``wide`` for unusual tiles, ``exact`` for codes around zero,
+            ``planes`` for bit planes.
     """
 
     weight: str
@@ -35,7 +36,7 @@ class Case:
     def configs(self) -> dict[int, dict[str, Any]]:
         """Config entries to force, by bucket of rows."""
         forced: dict[int, dict[str, Any]] = {rows: {"split": self.split} if self.split else {} for rows in BUCKETS}
-        integer = {"none": "", "int8": "-int8", "e4m3": "-fp8"}[self.activation]
+        integer = {"none": "", "e4m3": "-fp8"}.get(self.activation, "-int8")
         tiled = {"family": "cuda-tiled" + integer}
         tiles: dict[int, dict[str, Any]] = {}
         if self.variant == "mma":
@@ -68,6 +69,8 @@ class Case:
         if self.variant == "exact":
             for rows in (1, 8, 16):
                 forced[rows] = {**forced[rows], "family": "cuda-stream" + integer, "raw": False}
+        if self.variant == "planes":
+            forced = {rows: {**given, "family": "cuda-planes"} for rows, given in forced.items()}
         if self.variant == "raw":
             for rows in (1, 8, 16):
                 forced[rows] = {**forced[rows], "family": "cuda-stream", "raw": True, "tn": 2, "nw": 1, "kw": 4}
@@ -134,6 +137,10 @@ CASES = [
     Case("int4/g128", 1536, 200, "e4m3", split=3),
     Case("int4", 640, 130, "e4m3", dtype="bfloat16", variant="mma"),
     Case("mxfp4", 512, 264, "e4m3", variant="wide"),
+    Case("int6", 1100, 200, "int6", bias=True),
+    Case("int5/asym", 600, 72, "int4", dtype="bfloat16"),
+    Case("int2", 1031, 96, "int8", variant="planes"),
+    Case("int1", 2048, 64, "int2", split=2),
 ]
 """Odd and even extents, all bits, groups, both kinds of zero points, both float types, with and without split-k."""
 

@@ -40,7 +40,8 @@ def test_matches_float64(case: Case) -> None:
         got = layer(x).double()
         a = x.double()
         if case.activation != "none":
-            codes, scale = (quantize_rows_float8 if case.activation == "e4m3" else quantize_rows)(x)
+            bits = layer.plan.problem.activation.bits
+            codes, scale = quantize_rows_float8(x) if case.activation == "e4m3" else quantize_rows(x, bits)
             a = codes.double() * scale.double()[:, None]
         want = a @ weight + (0 if bias is None else bias)
         # Scales of groups, weights times those, and levels are rounded to the type of x; sums to float32, those of e4m3

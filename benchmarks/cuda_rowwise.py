@@ -1,0 +1,72 @@
+"""Row kernels on one CUDA device: online Hadamard rotation with the activation quantizer, against a copy of the tensor.
+
+    python benchmarks/cuda_rowwise.py --prepare                 without a GPU: generate the sources
+    python benchmarks/cuda_rowwise.py [--out results.jsonl]     measure
+
+A float16 tensor is read and int8 codes (of 8 or 4 bits) are written; `copy` reads and writes the float16 tensor, by torch.
+Both are replayed from CUDA graphs over tensors that together leave the second-level cache.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+from pathlib import Path
+
+from qcompile.codegen.kernels.cuda import build, rowwise
+from qcompile.codegen.kernels.cuda.rowwise import CudaRowwise
+from qcompile.targets.cuda import TARGETS
+
+WIDTHS = {4096: 4096, 8192: 8192, 11008: 256, 14336: 14336, 28672: 28672}
+"""Orders of the Hadamard blocks by width; no order above 256 that divides 11008 is known."""
+
+ROWS = (1, 16, 256, 4096)
+
+KERNELS = {
+    f"hadamard{width}_int{bits}": CudaRowwise(width, hadamard=order, quantize="token", bits=bits, dtype="float16")
+    for width, order in WIDTHS.items()
+    for bits in (4, 8)
+} | {
+    f"rms{width}_int8": CudaRowwise(width, norm="rms", gamma=True, quantize="token", dtype="float16")
+    for width in (4096, 8192)
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arch", default="sm_90a", choices=list(TARGETS))
+    parser.add_argument("--prepare", action="store_true")
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    target = TARGETS[args.arch]
+    source = rowwise.source(KERNELS, target)
+    if args.prepare:
+        print(source)
+        return
+    import torch
+
+    from qcompile.codegen.kernels.cuda.measure import CACHE, measure
+
+    module = build.load(build.compile_library(source, target))
+    print("device", torch.cuda.get_device_name(), "torch", torch.__version__)
+    for name, kernel in KERNELS.items():
+        for m in ROWS:
+            count = max(2, -(-CACHE // (m * kernel.width * 2))) if m >= 256 else 64
+            xs = [torch.randn(m, kernel.width, device="cuda", dtype=torch.float16) for _ in range(count)]
+            gamma = [torch.rand(kernel.width, device="cuda")] if kernel.gamma else []
+            codes = [torch.empty(m, kernel.width, device="cuda", dtype=torch.int8) for _ in range(count)]
+            scale, y = torch.empty(m, device="cuda"), [torch.empty_like(x) for x in xs]
+            own = measure([functools.partial(module[name], x, *gamma, c, scale) for x, c in zip(xs, codes)])
+            copy = measure([functools.partial(b.copy_, x) for x, b in zip(xs, y)])
+            row = {"kernel": name, "m": m, "us": own * 1e6, "copy_us": copy * 1e6, "ratio": own / copy}
+            print(
+                f"{name:20s} m {m:5d}  own {own * 1e6:8.2f} us  copy {copy * 1e6:8.2f} us  {own / copy:.2f}", flush=True
+            )
+            if args.out:
+                with args.out.open("a") as file:
+                    print(json.dumps(row), file=file)
+
+
+if __name__ == "__main__":
+    main()

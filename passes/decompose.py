@@ -11,7 +11,7 @@ The forms are those that `recognise` leaves: four axes (batch, heads, positions,
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 
 import numpy as np
 import onnx_ir as ir
@@ -26,17 +26,17 @@ from qcompile.passes.recognise.rule import emit, emit_constant, substitute
 MASKED = np.float32(np.finfo(np.float32).min)
 
 
-def decompose(model: ir.Model, kinds: Iterable[str] | None = None) -> ir.Model:
+def decompose(model: ir.Model, kinds: Iterable[str] | None = None, *, keep: Collection[str] = ()) -> ir.Model:
     """Return a copy of ``model`` in which the named composites (default: all of `KINDS`) are primitive operators.
 
-    Functions with bodies are inlined first.
+    Functions with bodies are inlined first, but those named in ``keep``.
 
     Raises:
         UnsupportedOperatorError: a composite has inputs, outputs or axes that `recognise` does not produce.
     """
     model = model.clone()
     convert_opset(model, NEWEST)  # functions can only be inlined into a graph of the same opset
-    common_passes.InlinePass()(model)
+    common_passes.InlinePass(lambda function: function.name not in keep)(model)
     symbols.infer(model)
     wanted = set(KINDS if kinds is None else kinds)
     for node in list(model.graph.all_nodes()):

@@ -114,7 +114,7 @@ def open_values(model: ir.Model) -> list[ir.Value]:
 def origin(value: ir.Value) -> ir.Value | None:
     """The value whose quantizer ``value`` needs: in front of operators that only move elements; None if it has one."""
     while (node := value.producer()) is not None:
-        if node.op_type in ("DequantizeLinear", "Log2Dequantize", "Quant"):
+        if node.op_type in ("DequantizeLinear", "Log2Dequantize", "Bipolar"):
             return None
         if node.domain or node.op_type not in MOVEMENT or node.inputs[0] is None:
             break

@@ -1,10 +1,22 @@
-"""How large a unit will be, before synthesis: look-up tables, flip-flops, multipliers, memory bits."""
+"""How large a unit will be, before synthesis: look-up tables, flip-flops, multipliers, memory bits.
+
+The model counts what a family's mapping does with each part of a unit, per bit:
+
+    adder       a look-up table per bit; its sign copies are free. ECP5's carry cells take two tables for two bits
+    selection   of n signals: a table for 4 with 6 inputs, for 2 with 4 inputs
+    contents    a constant memory of d words: a table per bit and 2^inputs words, and no more functions than there are
+    FIFO        dual-port memory in tables, 6 bits by 32 words in 4 (7 series) or 4 bits by 16 words in 4 (ECP5)
+
+Control and the odd bits left are constants fitted once to Yosys 0.23.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
-from qcompile.codegen.verilog.netlist import Unit
+from qcompile.codegen.verilog.netlist import Memory, Unit
+from qcompile.targets.fpga import DEFAULT, TARGETS, FpgaTarget
 
 
 @dataclass(frozen=True)
@@ -25,23 +37,142 @@ class Area:
         )
 
 
-def estimate(unit: Unit) -> Area:
-    """The area of one unit."""
-    if hasattr(unit, "flow"):
-        return Area(**unit.area())
+@dataclass(frozen=True)
+class Family:
+    """What the look-up tables of a family cost.
+
+    Attributes:
+        inputs: of a table.
+        ram: (bits, words, tables) of the smallest dual-port memory made of tables.
+        block_bits: constant memories of more bits and words than this and `block_words` go to block memory.
+    """
+
+    inputs: int
+    ram: tuple[int, int, int]
+    block_bits: int = 8192
+    block_words: int = 256
+
+    def adder(self, bits: float) -> float:
+        """An adder of so many bits."""
+        return bits if self.inputs == 6 else 2 * -(-(bits + 1) // 2)
+
+    def select(self, signals: int) -> float:
+        """One bit of ``signals``."""
+        return -(-(signals - 1) // (3 if self.inputs == 6 else 1)) if signals > 1 else 0.0
+
+    def contents(self, memory: Memory) -> tuple[float, float]:
+        """A constant memory: tables, and bits in block memory."""
+        words, bits = len(memory.words), memory.words.shape[1] * memory.bits
+        if words * bits > self.block_bits and words >= self.block_words:
+            return 0.0, float(words * bits)
+        address = max(words - 1, 0).bit_length()
+        if address <= 1:
+            return 0.0, 0.0
+        functions = 2.0 ** min(2**address, 40) - 2 * address - 2
+        return min(bits, functions) * max(1, -(-words // 2**self.inputs)), 0.0
+
+    def ports(self, bits: int, words: int) -> float:
+        """A memory that is written and read."""
+        width, depth, tables = self.ram
+        return -(-bits // width) * -(-words // depth) * tables
+
+
+FAMILIES = {6: Family(6, (6, 32, 4)), 4: Family(4, (4, 16, 4))}
+
+
+def estimate(unit: Unit, target: FpgaTarget = TARGETS[DEFAULT]) -> Area:
+    """The area of one unit on a device."""
+    family = FAMILIES[target.lut_inputs]
+    fifos = sum((_fifo(family, channel.width, unit.depths[prefix]) for prefix, channel in unit.outputs.items()), Area())
+    return _BODIES.get(unit.module.split("_")[0] if unit.source else unit.module, _other)(unit, family) + fifos
+
+
+def _fifo(family: Family, width: int, depth: int) -> Area:
+    count = max(depth, 1).bit_length()
+    return Area(family.ports(width, depth) + 4 * count, 4.0 * count)
+
+
+def _requantize(p: dict[str, int], family: Family) -> Area:
+    """One ``rtl/requantize.v``."""
+    kept = p["Q_BITS"] - p["SHIFT"] if p["SHIFT"] else 0
+    luts = family.adder(kept) + p["SHIFT"] / (family.inputs - 1) if p["SHIFT"] else 0.0
+    if p["CLAMP_LOW"] or p["CLAMP_HIGH"]:
+        luts += p["Y_BITS"] + (kept - p["Y_BITS"]) / 3
+    registers = kept + p["Y_BITS"] * (p["CLAMP_LOW"] or p["CLAMP_HIGH"])
+    return Area(luts, registers, p.get("MULTIPLY", 0))
+
+
+def _products(p: dict[str, int], family: Family) -> Area:
+    """One ``rtl/product.v``."""
+    if p["STYLE"] == 0:
+        return Area(multipliers=1)
+    if p["STYLE"] == 2:
+        return Area(p["P_BITS"] * p["X_BITS"] / 2, p["P_BITS"])
+    digits, bits = (p["W_BITS"] + 1) // 2, p["X_BITS"] + (not p["X_SIGNED"]) + 2
+    # A digit selects one of four; all but the first are added, in the same table where it has 6 inputs.
+    luts = digits * bits * family.select(4) if family.inputs == 4 else digits * bits
+    luts += sum(family.adder(bits + 2) - (bits if family.inputs == 6 else 0) for _ in range(digits - 1)) + 2 * digits
+    return Area(luts, digits * (2 * bits + p["W_BITS"]))
+
+
+def _tree(count: int, width: int, limit: int, family: Family) -> Area:
+    """``rtl/adder_tree.v``."""
+    total = Area()
+    while count > 1:
+        pairs = count // 2
+        total += Area(pairs * family.adder(width), (count - pairs) * (width + 1))
+        count, width = count - pairs, min(width + 1, limit)
+    return total
+
+
+def _macs(unit: Unit, family: Family) -> Area:
+    """Units around ``rtl/mac_array.v``."""
     p = unit.parameters
-    width = sum(c.width for c in unit.outputs.values())
-    luts = 20.0 + 2.0 * width
-    flipflops = 30.0 + 2.0 * width
-    multipliers = 0.0
-    memory = float(sum(m.words.size * m.bits for m in unit.memories.values()))
-    if unit.module in ("matvec", "matmul"):
-        products = p["PE"] * p.get("SIMD", 1)
-        digits = (p["W_BITS"] + 1) // 2
-        if p["STYLE"] == 0:
-            multipliers += products
-        else:
-            luts += products * digits * (p["X_BITS"] + 3)
-        luts += p["PE"] * ((p.get("SIMD", 1) - 1) * (p["P_BITS"] + 2) + p["A_BITS"] + 30)
-        multipliers += p["PE"] * p["MULTIPLY"]
-    return Area(luts, flipflops, multipliers, memory)
+    pe, simd = p["PE"], p.get("SIMD", 1)
+    lanes = pe if p.get("EACH") else simd
+    total = Area(30, 40)
+    one = _products(p, family)
+    total += Area(pe * simd * one.luts, pe * simd * one.flipflops, pe * simd * one.multipliers)
+    if p["STYLE"] == 1 and p["W_BITS"] > 1 + p["W_SIGNED"]:
+        total += Area(lanes * family.adder(p["X_BITS"]), lanes * (2 * p["X_BITS"] + 2))
+    tree = _tree(simd, p["P_BITS"], p["A_BITS"], family)
+    requantize = _requantize(p, family)
+    accumulator = p["A_BITS"] + family.adder(p["A_BITS"])  # the selection of its start, and its adder
+    total += Area(
+        pe * (tree.luts + accumulator + requantize.luts),
+        pe * (tree.flipflops + p["A_BITS"] + requantize.flipflops),
+        pe * requantize.multipliers,
+    )
+    for memory in unit.memories.values():
+        luts, bits = family.contents(memory)
+        total += Area(luts, memory.words.shape[1] * memory.bits, memory_bits=bits)
+    if unit.module == "matvec" and p["COLUMNS"] > 1 and not p.get("EACH"):  # the input is kept and replayed
+        total += Area(family.ports(simd * p["X_BITS"], p["ROWS"]) + simd * p["X_BITS"], simd * p["X_BITS"])
+    if unit.module == "matmul":
+        taken = unit.inputs["b"] if "b" in unit.inputs else list(unit.inputs.values())[-1]
+        total += Area(family.ports(taken.width, taken.beats), taken.width)
+    return total
+
+
+def _unrolled(unit: Unit, family: Family) -> Area:
+    """A pipeline made for its constants."""
+    luts, flipflops = unit.area()  # type: ignore[attr-defined]
+    return Area(luts if family.inputs == 6 else 1.05 * luts, flipflops)
+
+
+def _other(unit: Unit, family: Family) -> Area:
+    """Units that move, compare or look up: a few tables per bit of their ports."""
+    width = sum(c.width for c in (*unit.inputs.values(), *unit.outputs.values()))
+    total = Area(20.0 + width, 30.0 + 2.0 * width)
+    for memory in unit.memories.values():
+        luts, bits = family.contents(memory)
+        total += Area(luts, memory_bits=bits)
+    p = unit.parameters
+    if "SHIFT" in p and "Q_BITS" in p and "Y_BITS" in p:
+        lanes = p.get("PE", 1)
+        one = _requantize(p, family)
+        total += Area(lanes * one.luts, lanes * one.flipflops, lanes * one.multipliers)
+    return total
+
+
+_BODIES: dict[str, Callable[[Unit, Family], Area]] = {"matvec": _macs, "matmul": _macs, "unrolled": _unrolled}

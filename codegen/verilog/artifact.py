@@ -74,7 +74,7 @@ def describe(imported: Imported, netlist: Netlist, target: FpgaTarget) -> dict[s
     total = area.Area()
     for node in program.nodes:
         units = [u for u in netlist.units if u.node == node.name]
-        parts = sum((area.estimate(u) for u in units), start=area.Area())
+        parts = sum((area.estimate(u, target) for u in units), start=area.Area())
         out = node.output
         nodes.append(
             {
@@ -93,7 +93,7 @@ def describe(imported: Imported, netlist: Netlist, target: FpgaTarget) -> dict[s
             }
         )
     for unit in netlist.units:
-        total = total + area.estimate(unit)
+        total = total + area.estimate(unit, target)
     return {
         "device": target.cpu,
         "nodes": nodes,

@@ -25,6 +25,7 @@ from qcompile.codegen.fixed.program import Program
 from qcompile.codegen.verilog import area, build
 from qcompile.codegen.verilog.netlist import Netlist
 from qcompile.errors import TargetError
+from qcompile.targets.fpga import DEFAULT, TARGETS, FpgaTarget
 
 CONVERTER_LUTS = 2.5
 """Per bit of the wider side of a converter."""
@@ -42,13 +43,13 @@ class Option:
     output: int
 
 
-def options(node: Node) -> list[Option]:
+def options(node: Node, target: FpgaTarget = TARGETS[DEFAULT]) -> list[Option]:
     """The foldings of ``node`` that are worth a choice."""
     found = []
     for pe in node.pe_choices:
         for simd in node.simd_choices:
             folded = node.folded(pe, simd)
-            luts = node_area(folded).luts
+            luts = node_area(folded, target).luts
             folds = node.kind in ("matvec", "matmul", "depthwise") and getattr(node, "products", "") != "constant"
             products = pe * simd if folds else 0
             lanes = build.input_lanes(folded)
@@ -65,7 +66,7 @@ def _beats(a: Option, b: Option) -> bool:
     )
 
 
-def node_area(node: Node) -> area.Area:
+def node_area(node: Node, target: FpgaTarget = TARGETS[DEFAULT]) -> area.Area:
     """The estimate for one node alone."""
     netlist = Netlist("probe")
     channels = [
@@ -73,16 +74,22 @@ def node_area(node: Node) -> area.Area:
         for i, (s, lanes) in enumerate(zip(node.inputs, build.input_lanes(node)))
     ]
     build.elaborate(node, netlist, channels)
-    return sum((area.estimate(u) for u in netlist.units), start=area.Area())
+    return sum((area.estimate(u, target) for u in netlist.units), start=area.Area())
 
 
 def search(
-    program: Program, *, pe_budget: int | None = None, luts: float | None = None, cycles: int | None = None
+    program: Program,
+    target: FpgaTarget = TARGETS[DEFAULT],
+    *,
+    pe_budget: int | None = None,
+    luts: float | None = None,
+    cycles: int | None = None,
 ) -> Program:
     """Choose foldings.
 
     Args:
         program: any folding.
+        target: the device whose look-up tables are counted.
         pe_budget: products formed per cycle by all nodes together, at most.
         luts: look-up tables, at most.
         cycles: per frame, at most; then the area is minimised. Otherwise the cycles are.
@@ -90,7 +97,7 @@ def search(
     Raises:
         TargetError: nothing satisfies the limits; says how near one can come.
     """
-    problem = _Problem(program)
+    problem = _Problem(program, target)
     limits = {"products": pe_budget, "luts": luts}
     if cycles is not None:
         chosen = problem.solve("luts", limits, cycles)
@@ -115,9 +122,9 @@ def _describe(limits: Mapping[str, float | None]) -> str:
 
 
 class _Problem:
-    def __init__(self, program: Program) -> None:
+    def __init__(self, program: Program, target: FpgaTarget) -> None:
         self.nodes = list(program.nodes)
-        self.options = {n.name: options(n) for n in self.nodes}
+        self.options = {n.name: options(n, target) for n in self.nodes}
         self.offset: dict[str, int] = {}
         count = 0
         for node in self.nodes:

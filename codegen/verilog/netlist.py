@@ -151,9 +151,10 @@ class Unit:
             if index in process.makes:
                 made = np.flatnonzero(process.makes[index])
                 # What is reserved between a step and the cycle in which its entry is free again.
-                window = process.latency + 1
+                frames, rest = divmod(process.latency + 1, process.steps)
                 steps = np.concatenate([made, made + process.steps])
-                worst = max(worst, int((np.searchsorted(steps, made + window) - np.arange(len(made))).max()))
+                held = np.searchsorted(steps, made + rest) - np.arange(len(made))
+                worst = max(worst, frames * len(made) + int(held.max()))
         return worst
 
     @property

@@ -19,7 +19,7 @@ class Synthesis:
 
     Attributes:
         cells: count by the device's cell names.
-        luts: look-up tables; those that serve as memory count too.
+        luts: look-up tables; those that serve as memory count too, and the two of every carry cell of ECP5.
         carries, flipflops, multipliers, memories: carry cells, registers, DSP and block memory cells.
     """
 
@@ -74,6 +74,7 @@ def read_cells(text: str) -> Synthesis:
                 cells[match[2]] = int(number)
     luts = sum(n for name, n in cells.items() if re.fullmatch(r"LUT[1-6]", name))
     luts += sum(n * _MEMORY_LUTS[name] for name, n in cells.items() if name in _MEMORY_LUTS)
+    luts += 2 * cells.get("CCU2C", 0)
     return Synthesis(
         cells,
         luts,

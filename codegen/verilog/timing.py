@@ -19,6 +19,9 @@ from qcompile.errors import TargetError
 
 UNBOUNDED = 1 << 40
 
+MOST_FRAMES = 100
+"""Evaluated to find FIFO depths, at most."""
+
 
 @dataclass
 class Timeline:
@@ -178,10 +181,13 @@ def size_fifos(netlist: Netlist, frames: int = 4, trials: int = 80) -> Timeline:
 
     Args:
         netlist: its depths are replaced.
-        frames: evaluated; the last two are in the steady state.
+        frames: evaluated, at least; the last two are in the steady state, so where frames follow one another faster than
+            they pass through, more are.
         trials: evaluations spent on making FIFOs smaller.
     """
     period = max(u.interval for u in netlist.units)
+    passage = sum(max(p.latency for p in u.processes) for u in netlist.units)
+    frames = max(frames, min(3 + passage // period, MOST_FRAMES))
     fifos = [(u, prefix) for u in netlist.units for prefix in u.depths]
     for unit, prefix in fifos:
         unit.depths[prefix] = UNBOUNDED

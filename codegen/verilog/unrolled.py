@@ -53,6 +53,11 @@ class UnrolledUnit(Unit):
             **self.flow.verilog(self.every, made.type.bits),
         )
 
+    def area(self) -> tuple[float, float]:
+        """Look-up tables and flip-flops without the FIFO."""
+        luts, flipflops = self.flow.area(self.every)
+        return luts, flipflops + self.flow.stages(self.every)
+
 
 def elaborate(node: MatVec, netlist: Netlist, inputs: Sequence[Channel]) -> Channel:
     """Add the pipeline of ``node``, or append it to the one in front of it."""

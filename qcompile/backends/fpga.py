@@ -55,7 +55,7 @@ class Fpga(Backend):
             job.save("static", model)
         with job.stage("fixed point"):
             imported = import_model(model, "model")
-            imported = dataclasses.replace(imported, program=fold(imported, job.options))
+            imported = dataclasses.replace(imported, program=fold(imported, job.options, job.target))
         with job.stage("generate code"):
             vectors = _vectors(imported, job)
             netlist = artifact.write(imported, vectors, job.folder)
@@ -77,7 +77,7 @@ def static_model(job: Job) -> ir.Model:
     from qcompile.passes.decompose import decompose
     from qcompile.passes.static import close, is_probability, open_values
 
-    model = decompose(job.quantized, {"Attention"})
+    model = decompose(job.quantized, {"Attention"}, keep={"Bipolar"})
     missing = [v.name or "" for v in open_values(model) if not is_probability(v)]
     scales: dict[str, float] = {}
     if missing:
@@ -88,7 +88,7 @@ def static_model(job: Job) -> ir.Model:
     return close(model, scales, log2_bits=int(job.options.get("softmax-bits", 4)))
 
 
-def fold(imported: Imported, options: Mapping[str, Any]) -> Any:
+def fold(imported: Imported, options: Mapping[str, Any], target: Any) -> Any:
     """The program, folded as the options say."""
     from qcompile.codegen.verilog.folding import search
 
@@ -107,7 +107,7 @@ def fold(imported: Imported, options: Mapping[str, Any]) -> Any:
         for key, name in (("pe_budget", "pe-budget"), ("luts", "luts"), ("cycles", "target-cycles"))
         if name in options
     }
-    return search(program, **(limits or {"pe_budget": 64}))
+    return search(program, target, **(limits or {"pe_budget": 64}))
 
 
 def _vectors(imported: Imported, job: Job) -> dict[str, np.ndarray]:

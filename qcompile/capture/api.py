@@ -15,6 +15,7 @@ from qcompile.capture.captured import Captured
 from qcompile.capture.metadata import clean_metadata, name_modules, name_weights
 from qcompile.errors import ModelError, QcompileError
 from qcompile.passes.opset import convert_opset
+from qcompile.passes.qonnx import translate_quantizers
 from qcompile.passes.validate import validate
 
 OPSET = 23
@@ -118,6 +119,7 @@ def torch_available() -> bool:
 
 def _from_ir(model: ir.Model, source: dict[str, Any], example_inputs: Any, name: str, task: str | None) -> Captured:
     """Check a model that is in ONNX already and bring it to the current opset."""
+    translate_quantizers(model)
     validate(model, name)
     source["opset"] = model.opset_imports.get("", model.opset_imports.get("ai.onnx"))
     convert_opset(model, OPSET)

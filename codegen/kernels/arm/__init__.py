@@ -1,22 +1,39 @@
 """Kernels for 64-bit ARM processors: integer GEMM on SDOT or 16-bit multiply-adds, look-up tables, bit planes,
-and weight-only GEMM."""
+tables of levels, and weight-only GEMM."""
 
 from qcompile.codegen.kernels.arm.floats import FloatGemm
 from qcompile.codegen.kernels.arm.gemm import DotGemm, NeonGemm
 from qcompile.codegen.kernels.arm.lut import TableLookupGemm
 from qcompile.codegen.kernels.arm.mmla import MmlaGemm
 from qcompile.codegen.kernels.arm.planes import PlaneDotGemm, PlaneNeonGemm
+from qcompile.codegen.kernels.arm.tables import ByteTableGemm, NeonByteTableGemm, NeonWordTableGemm, WordTableGemm
 
-FAMILIES = (MmlaGemm, DotGemm, NeonGemm, TableLookupGemm, PlaneDotGemm, PlaneNeonGemm, FloatGemm)
+FAMILIES = (
+    MmlaGemm,
+    DotGemm,
+    NeonGemm,
+    TableLookupGemm,
+    PlaneDotGemm,
+    PlaneNeonGemm,
+    ByteTableGemm,
+    WordTableGemm,
+    NeonByteTableGemm,
+    NeonWordTableGemm,
+    FloatGemm,
+)
 """Families of linear kernels, the one to prefer among equals first."""
 
 __all__ = [
     "FAMILIES",
+    "ByteTableGemm",
     "DotGemm",
     "FloatGemm",
     "MmlaGemm",
+    "NeonByteTableGemm",
     "NeonGemm",
+    "NeonWordTableGemm",
     "PlaneDotGemm",
     "PlaneNeonGemm",
     "TableLookupGemm",
+    "WordTableGemm",
 ]

@@ -79,6 +79,14 @@ def _unpack(panels: Panels, raw: list[Any], index: int, parts: list[Part]) -> It
         yield 0, moved if top else T.bitwise_and(moved, v.const((1 << bits) - 1, BYTES, "uint8"))
 
 
+def code(panels: Panels, raw: list[Any], index: int) -> Any:
+    """The codes at position ``index`` of every byte as unsigned bytes, nothing multiplied or masked."""
+    if panels.bits == 1:
+        moved = _shift(raw[0], -index)
+        return moved if index == 7 else T.bitwise_and(moved, v.const(1, BYTES, "uint8"))
+    return next(value for _, value in _unpack(panels, raw, index, [PLAIN]))
+
+
 def plane(panels: Panels, raw: list[Any], index: int, bit: int) -> Any:
     """One bit of the codes at position ``index`` of every byte, as -1 or 0, int8."""
     mask = _mask(raw[bit], index) if panels.planes else _mask(raw[0], index * panels.bits + bit)

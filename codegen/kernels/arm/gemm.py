@@ -14,7 +14,7 @@ instruction takes 4 of them by index. `DotGemm` is the family for processors wit
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -132,9 +132,13 @@ class ArmGemm(TiledGemm):
 
     # Sums of activations
 
+    def needs_sums(self, panels: UnsignedPanels) -> bool:
+        """Whether something times the sum of the activations belongs to a group."""
+        return not panels.fmt.symmetric or bool(panels.bias)
+
     def prologue(self, e: Emission, first: Any, rows: Any) -> None:
         p = e.panels
-        if p.fmt.symmetric and not p.bias:
+        if not self.needs_sums(p):
             return
         shape = (e.config["mr"], p.groups)
         small = 4 * shape[0] * shape[1] <= STACK_BYTES
@@ -193,12 +197,24 @@ class ArmGemm(TiledGemm):
             return self.products(e, panel, first, group, [nothing] * rows)
         totals = [v.let(v.load(e.extra["sums"], [r, group], 1)) for r in range(rows)]
         if p.fmt.symmetric:
-            start = [v.let(v.splat(total * (-p.bias), LANES)) for total in totals]
+            start = [v.let(v.splat(total * self.lowest(e), LANES)) for total in totals]
             return self.products(e, panel, first, group, start)
         sums = self.products(e, panel, first, group, [nothing] * rows)
         zeros = [v.let(zero - v.const(p.centre, LANES, "int32")) for zero in self.zero_codes(e, panel, group)]
         splats = [v.let(v.splat(total, LANES)) for total in totals]
         return [[v.let(s - zero * splats[r]) for s, zero in zip(line, zeros)] for r, line in enumerate(sums)]
+
+    def lowest(self, e: Emission) -> Any:
+        """What the unsigned code 0 of a symmetric format stands for."""
+        return -e.panels.bias
+
+    def parts(self, panels: UnsignedPanels, rows: int) -> list[bits.Part]:
+        """The accumulators of one column vector."""
+        return bits.partial_sums(panels, rows, self.wide)
+
+    def unpack(self, e: Emission, raw: list[Any], index: int, parts: list[bits.Part]) -> Iterator[tuple[int, Any]]:
+        """What is multiplied at position ``index`` of every byte: (number of the accumulator, int8 vector)."""
+        yield from bits.unpack(e.panels, raw, index, parts)
 
     @abstractmethod
     def accumulator(self, panels: UnsignedPanels, part: bits.Part, start: Any) -> Accumulator:
@@ -212,7 +228,7 @@ class ArmGemm(TiledGemm):
         """Emit ``start[row] + sum_k u a`` over one group, int32 ``[row][quad of columns]``."""
         p = e.panels
         rows = len(start)
-        parts = bits.partial_sums(p, rows, self.wide)
+        parts = self.parts(p, rows)
         zero = v.const(0, LANES, "int32")
         begin = [[first if part == bits.PLAIN else zero for part in parts] for first in start]
         tile = [
@@ -226,7 +242,7 @@ class ArmGemm(TiledGemm):
                 for index in range(p.per_byte):
                     a = [v.let(repeated(activations(r, i * p.per_byte + index))) for r in range(rows)]
                     for vec in range(p.vectors):
-                        for part, codes in bits.unpack(p, raw[vec], index, parts):
+                        for part, codes in self.unpack(e, raw[vec], index, parts):
                             codes = v.let(codes)
                             for r in range(rows):
                                 tile[r][vec][part].add(codes, a[r])

@@ -266,3 +266,44 @@ def test_two_bit_weights_cost_two_instructions_per_sixteen_products(emulation):
     except TargetError as reason:
         pytest.skip(str(reason))
     assert count < 0.19 * 1024 * 64
+
+
+@on
+def test_tables_of_levels(cpu, emulation):
+    """Rows that leave places to fill, also with code 0 far from the level 0, and the largest activations."""
+    rng = np.random.default_rng(8)
+    batch, checks = Batch(cpu), []
+    spellings = (
+        "nf4/g64",
+        "nf4",
+        "nf3/g20",
+        "e2m1/g32",
+        "e1m1",
+        "mxfp4",
+        "nvfp4",
+        "codebook4/g64",
+        "codebook2",
+        "codebook1/g32",
+        "codebook3",
+        "e3m0/g32",
+    )
+    for spelling in spellings:
+        k, n = int(rng.integers(33, 140)), int(rng.integers(1, 30))
+        problem = LinearProblem(k, n, parse_format(spelling), parse_activation("int8"))
+        values = rng.normal(size=(k, n)).astype(np.float32)
+        weight = problem.weight.encode(values)
+        assert select(problem, batch.target).family.name.startswith("arm-table"), spelling
+        for family in able(problem, batch.target):
+            config = {**small(family.configs(problem, batch.target)[0]), "scales": "float32"}
+            name, packed = batch.add(family, problem, config, weight)
+            batch.columns = n
+            for m in (1, 3):
+                x, scale = operands(rng, m, problem)
+                x[:, ::3] = 255
+                checks.append((batch.call(name, packed, x, scale), family, problem, x, scale, weight))
+    batch.run()
+    for got, family, problem, x, scale, weight in checks:
+        expected = family.reference(problem, x, scale, weight)
+        rounding = 5e-5 if "16" in family.name else 2e-6
+        worst = (np.abs(got - expected) - rounding * magnitude(problem, x, scale, weight)).max()
+        assert worst <= 0, (family.name, problem, worst)

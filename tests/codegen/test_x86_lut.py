@@ -22,7 +22,7 @@ from qcompile.codegen.kernels.cpu.lut import (
     split,
     unsigned_codes,
 )
-from qcompile.codegen.kernels.x86 import ByteTableGemm, LutGemm, WordTableGemm
+from qcompile.codegen.kernels.x86 import ByteTableGemm, FloatTableGemm, LutGemm, WordTableGemm
 from qcompile.formats import BitPlane, DualInt4, NvFp4, Quantized, SuperBlock, parse_activation, parse_format
 from qcompile.targets import x86
 
@@ -112,6 +112,28 @@ def test_tables_of_every_format(spelling):
     got = run(able[0], problem, config, x86.AVX2, x, scale, weight)
     magnitude = np.abs(x.astype(np.float64) - 128) @ np.abs(fmt.decode(weight).astype(np.float64)) * scale[:, None]
     assert (np.abs(got - able[0].reference(problem, x, scale, weight)) <= 1e-4 * magnitude).all()
+
+
+@pytest.mark.parametrize("k, spelling", [(197, s) for s in TABLES if s[:4] != "code"] + [(192, "codebook4/g32")])
+def test_tables_times_float_activations(k, spelling):
+    rng = np.random.default_rng(3)
+    fmt, family = parse_format(spelling), FloatTableGemm()
+    problem = LinearProblem(k, 37, fmt, parse_activation("none"))
+    assert select(problem, x86.AVX2).family.name == family.name
+    weight, x = encoded(rng, fmt, k, 37), rng.normal(size=(3, k)).astype(np.float32)
+    config = family.configs(problem, x86.AVX2)[0]
+    kernel = tvm.compile(family.build(problem, config, x86.AVX2, "gemm"), target=x86.AVX2.tvm())["gemm"]
+    got = np.full((3, 37), np.nan, np.float32)
+    kernel(x, *family.pack(problem, config, weight).values(), got)
+    magnitude = np.abs(x) @ np.abs(fmt.decode(weight))
+    assert (np.abs(got - family.reference(problem, x, None, weight)) <= 1e-6 * magnitude).all()
+
+
+def test_learned_levels_with_places_to_fill_are_refused():
+    """A place without a weight needs a level that is 0."""
+    problem = LinearProblem(197, 37, parse_format("codebook4/g32"), parse_activation("none"))
+    support = FloatTableGemm().supports(problem, x86.AVX2)
+    assert not support and "need not contain 0" in support.reason
 
 
 @pytest.mark.parametrize("size, columns", [(32, 64), (64, 64), (64, 128)])

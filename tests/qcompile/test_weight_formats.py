@@ -19,6 +19,9 @@ FORMATS = {
 }  # fmt: skip
 """Formats, and the largest relative error that rounding normal weights to them may make."""
 
+FLOAT = ("nf3", "fixed<5>")
+"""Those of them that multiply float activations."""
+
 
 def model(text, **shapes):
     """The graph of ``text`` with normal weights."""
@@ -48,7 +51,10 @@ def test_program_and_onnx_agree_and_are_near_the_float_model(tmp_path):
         shapes[f"w{i}"] = (K, N)
     text = f"net (float[m, {K}] x) => ({', '.join(outputs)}) {{ {chr(10).join(nodes)} }}"
     source = model(text, **shapes)
-    overrides = tuple(Override(f"product{i}", weight=spelling) for i, spelling in enumerate(FORMATS))
+    overrides = tuple(
+        Override(f"product{i}", weight=spelling, activation="none" if spelling in FLOAT else None)
+        for i, spelling in enumerate(FORMATS)
+    )
     recipe = Recipe("mixed", solver="mse", overrides=overrides)
     compiled = qcompile.compile(source, recipe=recipe, output=tmp_path / "out", progress=False)
     layers = {layer.weight_format: layer for layer in compiled.report.layers}

@@ -45,15 +45,18 @@ class FloatGemm(TiledGemm):
             raw = self.load_row(e, panel, group * p.rows_per_group + row)
             for index in range(p.per_byte):
                 k = self.position(e, group, row, index)
-                for offset, weights in self.floats(p, raw, index, zeros):
+                for offset, weights in self.floats(e, raw, index, zeros):
                     at = T.min(k + offset, p.k - 1) if p.k < p.depth else k + offset
                     for r, accumulators in enumerate(sums):
                         a = v.let(v.splat(e.names["x"][first + r, at], p.lanes))
                         for acc, w in zip(accumulators, weights):
                             acc.set(vmath.fma(a, w, acc.get()))
 
-    def floats(self, p: Panels, raw: list[list[Any]], index: int, zeros: list[Any] | None) -> Iterator[tuple[int, Any]]:
+    def floats(
+        self, e: Emission, raw: list[list[Any]], index: int, zeros: list[Any] | None
+    ) -> Iterator[tuple[int, Any]]:
         """For each of the consecutive k at ``index``: its offset and the weights of every vector, without scales."""
+        p = e.panels
         cut = signed_field if zeros is None else unsigned_field
         if p.planes:  # gather the bits of a code in its byte first
             sources = [v.let(field(planes, index, p, 8)) for planes in raw]

@@ -49,9 +49,14 @@ def exact_levels(fmt: Format) -> Levels | None:
 
 def rounded_levels(fmt: Format, weight: Quantized, largest: int) -> Levels:
     """The levels of a matrix as integers of magnitude up to ``largest``."""
-    table = _padded(fmt.table if isinstance(fmt, LevelFormat) else weight.aux["codebook"])
+    table = real_levels(fmt, weight)
     factor = float(np.abs(table).max()) / largest or 1.0
     return Levels(np.rint(table / factor).astype(np.int64), factor)
+
+
+def real_levels(fmt: Format, weight: Quantized) -> np.ndarray:
+    """The levels of a matrix, float64 ``(16,)``."""
+    return _padded(fmt.table if isinstance(fmt, LevelFormat) else weight.aux["codebook"])
 
 
 def _padded(table: np.ndarray) -> np.ndarray:

@@ -7,8 +7,8 @@
     codes = clip(round_half_even(y / scale))                      if ``quantize``
 
 One block computes one row; its values stay in registers, 4 neighbours to a thread, so that memory is read once and
-written once. A Hadamard block of order ``core 2^p`` (see `qcompile.formats.hadamard`) is applied in shared memory: passes
-of 16 points for the power of two, one for the core. Sums are float32; the quantizer divides, so that codes are those of
+written once. A Hadamard block of order ``core 2^p`` (see `qcompile.formats.hadamard`) is applied to what a thread holds in
+registers, to the rest in shared memory: passes of up to 32 points for the power of two, one for the core. Sums are float32; the quantizer divides, so that codes are those of
 ``QuantizePerToken`` bit for bit.
 
 Sources: Ba et al., "Layer Normalization" (2016); Zhang and Sennrich, "Root Mean Square Layer Normalization" (2019);
@@ -141,7 +141,7 @@ def source(kernels: Mapping[str, CudaRowwise], target: CudaTarget) -> Path:
     """One cached CUDA source with kernels by name."""
     described = {name: repr(kernel) for name, kernel in kernels.items()}
     make = lambda: {name: kernel.build(target, name) for name, kernel in kernels.items()}  # noqa: E731
-    return build.source({"rowwise": described}, make, target)
+    return build.source({"row kernels": described}, make, target)
 
 
 def padded_words(words: int) -> int:

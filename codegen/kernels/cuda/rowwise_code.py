@@ -14,8 +14,14 @@ from qcompile.codegen.kernels.cuda import emit as e
 from qcompile.codegen.kernels.cuda.rowwise import SCRATCH, CudaRowwise
 from qcompile.formats.hadamard import factors, hadamard_signs
 
-RADIX = 4
-"""Bits of the index one pass of the Walsh-Hadamard transform covers."""
+RADIX = 5
+"""Bits of the index one pass of the Walsh-Hadamard transform covers, at most."""
+
+MAGIC = 12582912.0
+"""1.5 2^23: adding it to a number below 2^22 rounds that to an integer, half to even, in the low bits of the sum."""
+
+NEAR = 2.0**-10
+"""More than what ``v (1 / s)`` can differ from ``v / s`` where that is below 2^8: three roundings, 2^8 1.5 2^-23."""
 
 
 def emit(kind: CudaRowwise, name: str) -> Any:
@@ -184,63 +190,103 @@ class _Kernel:
     def _rotate(self) -> None:
         k = self.k
         core, power = factors(k.hadamard)
+        held = self._held(power)
+        self._rotate_held(held)
 
         def put(c: int, at: Any) -> None:
-            for i in range(k.vector):
-                B.buffer_store(self.arena, T.reinterpret("uint32", self.value[c, i]), [self._place(at + i)])
+            place = e.let(self._place(at))
+            for i in range(k.vector):  # a vector does not cross a multiple of 32
+                B.buffer_store(self.arena, T.reinterpret("uint32", self.value[c, i]), [place + i])
 
         def get(c: int, at: Any) -> None:
             scale = T.float32(1 / np.sqrt(k.hadamard))
+            place = e.let(self._place(at))
             for i in range(k.vector):
-                self.value[c, i] = T.reinterpret("float32", self.arena[self._place(at + i)]) * scale
+                self.value[c, i] = T.reinterpret("float32", self.arena[place + i]) * scale
 
         self._each(put)
         T.evaluate(T.cuda.cta_sync())
-        done = 0
-        while done < power:
-            bits = min(RADIX, power - done)
-            self._pass(1 << done, 1 << bits, None)
-            done += bits
+        rest = [bit for bit in range(power) if bit not in held]
+        while rest:
+            # Neighbouring bits; five from the third on leave no bank conflicts.
+            bits = next(n for n in range(min(RADIX, len(rest)), 0, -1) if rest[n - 1] == rest[0] + n - 1)
+            self._pass(1 << rest[0], 1 << bits, None)
+            rest = rest[bits:]
         if core > 1:
             self._pass(1 << power, core, hadamard_signs(core))
         self._each(get)
+
+    def _held(self, power: int) -> dict[int, tuple[str, int]]:
+        """Bits of the index within a block that tell apart what one thread holds: of its vectors, of their elements."""
+        k = self.k
+        if k.vector == 1:
+            return {}
+        held = {bit: ("i", 1 << bit) for bit in range(min(2, power))}
+        stride = k.threads * k.vector
+        if k.chunks & (k.chunks - 1) == 0 and k.chunks * stride == k.width and stride & (stride - 1) == 0:
+            for level in range(int(log2(k.chunks))):
+                bit = int(log2(stride)) + level
+                if bit < power:
+                    held[bit] = ("c", 1 << level)
+        return held
+
+    def _rotate_held(self, held: dict[int, tuple[str, int]]) -> None:
+        """Butterflies in registers."""
+        k = self.k
+        for axis, step in held.values():
+            for c in range(k.chunks):
+                for i in range(k.vector):
+                    if (i if axis == "i" else c) & step:
+                        continue
+                    other = (c, i | step) if axis == "i" else (c | step, i)
+                    self._butterfly(self.value, (c, i), other)
+
+    def _butterfly(self, values: e.Registers, a: Any, b: Any) -> None:
+        difference = e.Registers((1,), "float32")
+        difference[0] = values[a] - values[b]
+        values[a] = values[a] + values[b]
+        values[b] = difference[0]
 
     def _pass(self, stride: int, radix: int, signs: np.ndarray | None) -> None:
         """Transform ``radix`` points ``stride`` apart, all over the row: butterflies, or the matrix of ``signs``."""
         k = self.k
         groups = k.width // radix
+        # Offsets of the points are constants where all of them keep their distance from multiples of 32.
+        fixed = stride & (stride - 1) == 0 and (stride * radix) % 32 == 0
         with T.serial(-(-groups // k.threads)) as p:
             g = e.let(p * k.threads + self.tx)
             with T.If(g < groups), T.Then():
                 first = e.let(g // stride * (stride * radix) + g % stride)
+                base = e.let(self._place(first))
+                place = [
+                    base + (i * stride + i * stride // 32) if fixed else self._place(first + i * stride)
+                    for i in range(radix)
+                ]
                 points = e.Registers((radix,), "float32")
                 for i in range(radix):
-                    points[i] = T.reinterpret("float32", self.arena[self._place(first + i * stride)])
+                    points[i] = T.reinterpret("float32", self.arena[place[i]])
                 if signs is None:
                     for level in range(int(log2(radix))):
                         for i in range(radix):
                             if i >> level & 1 == 0:
-                                a, b = i, i | 1 << level
-                                difference = e.Registers((1,), "float32")
-                                difference[0] = points[a] - points[b]
-                                points[a] = points[a] + points[b]
-                                points[b] = difference[0]
+                                self._butterfly(points, i, i | 1 << level)
                 for i in range(radix):
                     total = points[i]
                     if signs is not None:  # row vector times matrix: column i
                         total = points[0] if signs[0, i] > 0 else T.float32(0) - points[0]
                         for j in range(1, radix):
                             total = total + points[j] if signs[j, i] > 0 else total - points[j]
-                    at = self._place(first + i * stride)
-                    B.buffer_store(self.arena, T.reinterpret("uint32", total), [at])
+                    B.buffer_store(self.arena, T.reinterpret("uint32", total), [place[i]])
         T.evaluate(T.cuda.cta_sync())
 
     # Quantizer
 
     def _quantize(self) -> None:
+        """Codes from products with 1 / step; where one is near a tie, the whole thread divides, as ``QuantizePerToken``
+        does: the products differ from quotients by less than `NEAR`."""
         k = self.k
         top = (1 << k.bits - 1) - 1
-        step = e.Registers((1,), "float32")
+        step, inverse = e.Registers((1,), "float32"), e.Registers((1,), "float32")
         if self.static is not None:
             step[0] = self.static[0]
             low, high, zero = -top - 1 - k.zero_point, top - k.zero_point, k.zero_point
@@ -257,22 +303,42 @@ class _Kernel:
             most = self._reduce(largest[0], "max")
             e.ptx("div.rn.f32", step[0], most * T.float32(k.clip), T.float32(top))
             step[0] = T.Select(step[0] == T.float32(0), T.float32(1), step[0])
+        e.ptx("div.rn.f32", inverse[0], T.float32(1), step[0])
+        bounded = self.static is not None or k.clip < 1
+        code = e.Registers((k.chunks, k.vector), "uint32")
+        farthest = e.Registers((1,), "float32")
+        farthest[0] = T.float32(0)
+        rounded, q = e.Registers((1,), "float32"), e.Registers((1,), "float32")
+
+        def bound(value: Any) -> Any:
+            return T.max(T.min(value, T.float32(high)), T.float32(low)) if bounded else value
+
+        def multiply(c: int, at: Any) -> None:
+            for i in range(k.vector):
+                q[0] = bound(self.value[c, i] * inverse[0])
+                rounded[0] = q[0] + T.float32(MAGIC)
+                code[c, i] = T.reinterpret("uint32", rounded[0]) + e.u32(zero & 0xFFFFFFFF)
+                farthest[0] = T.max(farthest[0], T.abs(q[0] - (rounded[0] - T.float32(MAGIC))))
+
+        def divide(c: int, at: Any) -> None:
+            for i in range(k.vector):
+                e.ptx("div.rn.f32", q[0], self.value[c, i], step[0])
+                rounded[0] = bound(q[0]) + T.float32(MAGIC)
+                code[c, i] = T.reinterpret("uint32", rounded[0]) + e.u32(zero & 0xFFFFFFFF)
 
         def store(c: int, at: Any) -> None:
-            parts = []
-            for i in range(k.vector):
-                quotient = e.Registers((1,), "float32")
-                e.ptx("div.rn.f32", quotient[0], self.value[c, i], step[0])
-                bounded = T.max(T.min(T.nearbyint(quotient[0]), T.float32(high)), T.float32(low))
-                parts.append(e.let(T.cast(bounded, "int32") + zero))
             if k.vector == 1:
-                B.buffer_store(self.codes, T.cast(parts[0], "int8"), [self.row, at])
+                B.buffer_store(self.codes, T.cast(T.cast(code[c, 0], "int32"), "int8"), [self.row, at])
                 return
-            word = T.cast(parts[0], "uint32") & e.u32(255)
-            for i in range(1, 4):
-                word = word | (T.cast(parts[i], "uint32") & e.u32(255)) << e.u32(8 * i)
-            e.ptx("st.global.b32", self.codes.ptr_to([self.row, at]), word)
+            pair = e.Registers((3,), "uint32")
+            for h in range(2):
+                e.ptx("prmt.b32", pair[h], code[c, 2 * h], code[c, 2 * h + 1], e.u32(0x0040))
+            e.ptx("prmt.b32", pair[2], pair[0], pair[1], e.u32(0x5410))
+            e.ptx("st.global.b32", self.codes.ptr_to([self.row, at]), pair[2])
 
+        self._each(multiply)
+        with T.If(farthest[0] > T.float32(0.5 - NEAR)), T.Then():
+            self._each(divide)
         self._each(store)
         with T.If(self.tx == 0), T.Then():
             B.buffer_store(self.scale, step[0], [self.row])

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from qcompile.codegen.kernels.cuda.attention import CudaAttention
+from qcompile.codegen.kernels.cuda.cache import CudaCacheAttention
 from qcompile.codegen.kernels.cuda.rowwise import CudaRowwise
 from qcompile.kernels import ROWS as BUCKETS
 from qcompile.kernels import Plan, plan
@@ -167,6 +168,14 @@ ATTENTION = {
     "square": CudaAttention(8, 4, 64, 64, 0.125, mask="bool", mask_axes=(True, False, True)),
 }
 """Attention kernels."""
+
+CACHES = {
+    "int8": CudaCacheAttention(32, 8, 128, 8, 0.0884),
+    "int4": CudaCacheAttention(8, 8, 64, 4, 0.125, splits=3),
+    "int2": CudaCacheAttention(12, 2, 96, 2, 0.1),
+    "wide": CudaCacheAttention(5, 1, 256, 4, 0.0625, splits=1),
+}
+"""Attention over quantized caches."""
 
 ROWS = [*range(1, 34), 64, 100, 128, 257, 4096]
 """Numbers of rows every case is executed with."""

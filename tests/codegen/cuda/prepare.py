@@ -15,7 +15,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from qcompile.codegen.kernels.cuda import attention, build, rowwise
+from qcompile.codegen.kernels.cuda import attention, build, cache, rowwise
 from qcompile.targets.cuda import TARGETS
 
 
@@ -29,9 +29,13 @@ def load(name: str) -> Any:
 
 
 def prepare(index: int, arch: str, libraries: bool) -> str:
-    """One case; the last two are the row kernels and attention."""
+    """One case; the last three are the row kernels, attention, and attention over caches."""
     cases, target = load("cases"), TARGETS[arch]
-    rest = [lambda: rowwise.source(cases.ROWWISE, target), lambda: attention.source(cases.ATTENTION, target)]
+    rest = [
+        lambda: rowwise.source(cases.ROWWISE, target),
+        lambda: attention.source(cases.ATTENTION, target),
+        lambda: cache.source(cases.CACHES, target),
+    ]
     path = [*(lambda c=c: c.plan(arch).source() for c in cases.CASES), *rest][index]()
     return str(build.compile_library(path, target) if libraries else path)
 
@@ -57,7 +61,7 @@ def prepare_programs(arch: str) -> None:
 def main() -> None:
     args = [a for a in sys.argv[1:] if not a.startswith("-")]
     arch, libraries = args[0] if args else "sm_90a", "--libraries" in sys.argv
-    count = len(load("cases").CASES) + 2
+    count = len(load("cases").CASES) + 3
     with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
         for name in pool.map(prepare, range(count), [arch] * count, [libraries] * count):
             print(name, flush=True)

@@ -10,10 +10,11 @@ import numpy as np
 import torch
 
 sys.path.insert(0, __file__.rsplit("/", 1)[0])
-from cases import ATTENTION, CASES, ROWWISE, Case
+from cases import ATTENTION, CACHES, CASES, ROWWISE, Case
 
-from qcompile.codegen.kernels.cuda import attention, build, rowwise
+from qcompile.codegen.kernels.cuda import attention, build, cache, rowwise
 from qcompile.codegen.kernels.cuda.attention import CudaAttention
+from qcompile.codegen.kernels.cuda.cache import CudaCacheAttention
 from qcompile.codegen.kernels.cuda.rowwise import CudaRowwise
 from qcompile.formats import parse_format
 from qcompile.kernels import QuantizedLinear
@@ -61,12 +62,23 @@ def run_attention(name: str, kernel: CudaAttention, target: CudaTarget) -> None:
     function(*tensors, torch.empty(batch, length, width, device="cuda", dtype=getattr(torch, kernel.out)))
 
 
+def run_cache(name: str, kernel: CudaCacheAttention, target: CudaTarget) -> None:
+    module = build.load(build.compile_library(cache.source(CACHES, target), target))
+    k, v = np.random.default_rng(0).standard_normal((2, 2, kernel.kv_heads, 256, kernel.head_dim))
+    packed = [torch.from_numpy(np.ascontiguousarray(a)).cuda() for a in kernel.encode(k, v)]
+    q = torch.randn(2, kernel.heads, kernel.head_dim, device="cuda", dtype=torch.float16)
+    parts = torch.empty(kernel.splits, 2, kernel.heads, kernel.head_dim + 2, device="cuda")
+    module[name](q, *packed, torch.tensor([70, 256], dtype=torch.int32, device="cuda"), parts)
+    module[f"{name}_merge"](parts, torch.empty_like(q))
+
+
 def main() -> None:
     part, parts = map(int, sys.argv[1].split("/")) if len(sys.argv) > 1 else (0, 1)
     target = TARGETS[for_capability(*torch.cuda.get_device_capability()).cpu]
     work = [lambda c=c: run_linear(c, target) for c in CASES]
     work += [lambda n=n, k=k: run_rowwise(n, k, target) for n, k in ROWWISE.items()]
     work += [lambda n=n, k=k: run_attention(n, k, target) for n, k in ATTENTION.items()]
+    work += [lambda n=n, k=k: run_cache(n, k, target) for n, k in CACHES.items()]
     mine = work[part::parts]
     for run in mine:
         run()

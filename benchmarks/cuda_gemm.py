@@ -39,6 +39,12 @@ LAYERS: dict[str, tuple[str, str, tuple[int, ...], tuple[str, ...]]] = {
     "w8a16": ("int8", "none", (1, 16), ()),
     "w8a8": ("int8", "int8/token", (1, 16, 32, 64, 128, 512, 4096), ("int_mm", "int_mm_scaled")),
     "w4a8": ("int4", "int8/token", (1, 16, 32, 64, 128), ()),
+    "nf4": ("nf4/g64", "none", (1, 16, 256), ()),
+    "mxfp4": ("mxfp4", "none", (1, 16, 256), ()),
+    "dual4": ("dual4/g128", "int8/token", (1, 16, 128), ()),
+    "fp8": ("fp8", "e4m3/token", (16, 128, 512, 4096), ("scaled_mm",)),
+    "w4fp8": ("int4", "e4m3/token", (16, 128, 512), ()),
+    "w6a6": ("int6", "int6/token", (1, 8, 16, 32, 64), ()),
 }
 """Weight format, activation format, numbers of rows, peers."""
 

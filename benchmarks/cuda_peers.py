@@ -5,6 +5,7 @@ int4pack        torch._weight_int4pack_mm (tinygemm), bfloat16, groups of 128
 marlin          the kernels in PyPI's gptqmodel source distribution, groups of 128; built by
                 ``python benchmarks/cuda_peers.py GPTQMODEL_SOURCE OUT.so`` and found through QCOMPILE_MARLIN=OUT.so
 gemlite         PyPI's gemlite (Triton), groups of 128, if installed
+scaled_mm       torch._scaled_mm (cuBLASLt), e4m3 with a scale per tensor, bfloat16 results
 int_mm          torch._int_mm (cuBLASLt); int_mm_scaled adds separate scaling to float16
 """
 
@@ -51,6 +52,14 @@ def int_mm(m: int, n: int, k: int, scaled: bool = False) -> list[Call]:
 
 def int_mm_scaled(m: int, n: int, k: int) -> list[Call]:
     return int_mm(m, n, k, scaled=True)
+
+
+def scaled_mm(m: int, n: int, k: int) -> list[Call]:
+    """Multiples of 16 alone."""
+    x = torch.randn(m, k, device="cuda").to(torch.float8_e4m3fn)
+    ws = rotated(lambda: torch.randn(n, k, device="cuda").to(torch.float8_e4m3fn), n * k)
+    one = torch.ones((), device="cuda")
+    return [lambda w=w: torch._scaled_mm(x, w.t(), one, one, out_dtype=torch.bfloat16) for w in ws]
 
 
 def int4pack(m: int, n: int, k: int) -> list[Call]:
@@ -114,7 +123,7 @@ def gemlite(m: int, n: int, k: int) -> list[Call]:
 
 
 PEERS: dict[str, Callable[[int, int, int], list[Call]]] = {
-    f.__name__: f for f in (fp16, int4pack, marlin, gemlite, int_mm, int_mm_scaled)
+    f.__name__: f for f in (fp16, int4pack, marlin, gemlite, int_mm, int_mm_scaled, scaled_mm)
 }
 
 

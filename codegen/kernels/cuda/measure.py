@@ -12,9 +12,12 @@ from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import torch
 
+from qcompile.codegen.kernels.cuda.layout import table_words
 from qcompile.codegen.kernels.cuda.plan import Plan, family
+from qcompile.codegen.kernels.cuda.planes import PlaneShape
 
 CACHE = 256 << 20
 """Copies of the weights add up to at least this many bytes."""
@@ -25,15 +28,23 @@ LEAST = 20
 
 def random_arrays(plan: Plan) -> list[torch.Tensor]:
     """Packed arrays of the right sizes with random codes."""
-    s = plan.shape()
-    arrays = [
-        torch.randint(0, 256, (s.tiles * s.blocks * plane.block_bytes,), dtype=torch.uint8, device="cuda")
-        for plane in s.layout.planes
-    ]
+    s, n = plan.shape(), plan.problem.n
+
+    def codes(size: int) -> torch.Tensor:
+        return torch.randint(0, 256, (size,), dtype=torch.uint8, device="cuda")
+
+    column = torch.rand(n, device="cuda") * 0.01
+    if isinstance(s, PlaneShape):
+        zero = torch.zeros(n, dtype=torch.int32, device="cuda")
+        return [codes(s.tiles * s.blocks * s.block_bytes), zero, zero, column]
+    arrays = [codes(s.tiles * s.blocks * plane.block_bytes) for plane in s.layout.planes]
     if s.meta_bytes:
         size = s.tiles * s.meta_groups * 8 * s.meta_bytes
         arrays.append(torch.rand(size // 2, device="cuda").half().view(torch.uint8))
-    return [*arrays, torch.rand(plan.problem.n, device="cuda") * 0.01]
+    if s.levels:
+        words = table_words(np.linspace(-1, 1, 16), s.dtype)
+        arrays.append(torch.from_numpy(words.view(np.int32)).cuda().view(torch.uint32))
+    return [*arrays, column]
 
 
 def weight_sets(plan: Plan) -> tuple[list[list[torch.Tensor]], int]:
@@ -48,9 +59,12 @@ def calls(plan: Plan, index: int, m: int, sets: list[list[torch.Tensor]], functi
     entry = plan.entries[index]
     s = plan.shape(index)
     if s.integer:
-        x = [torch.randint(-127, 128, (m, s.x_width), dtype=torch.int8, device="cuda"), torch.rand(m, device="cuda")]
+        top = (1 << plan.problem.activation.bits - 1) - 1
+        x = [torch.randint(-top, top + 1, (m, s.x_width), dtype=torch.int8, device="cuda")]
     else:
         x = [torch.randn(m, s.x_width, device="cuda").to(getattr(torch, s.dtype))]
+    if s.narrow:
+        x.append(torch.rand(m, device="cuda"))
     elements, counters = family(entry.family).scratch(plan.problem, entry.config, m)
     partial = torch.empty(elements, device="cuda")
     arrived = torch.zeros(counters, dtype=torch.int32, device="cuda")

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from qcompile.codegen.kernels.cuda import tuned
 from qcompile.codegen.kernels.cuda.attention import CudaAttention
 from qcompile.codegen.kernels.cuda.cache import CudaCacheAttention
 from qcompile.codegen.kernels.cuda.rowwise import CudaRowwise
@@ -89,6 +90,39 @@ class Case:
             self.bias,
             configs=self.configs(),
         )
+
+
+@dataclass(frozen=True)
+class TunedCase(Case):
+    """The measured configs of one layer, on a smaller matrix.
+
+    Attributes:
+        entries: (rows, key in the table).
+    """
+
+    entries: tuple[tuple[int, str], ...] = ()
+
+    def configs(self) -> dict[int, dict[str, Any]]:
+        """Those of the table."""
+        return {rows: dict(tuned.table()[key]) for rows, key in self.entries}
+
+
+def tuned_cases(arch: str) -> list[TunedCase]:
+    """One case for every set of configs in the table that is not another's."""
+    sets: dict[tuple[str, str, str, str], list[tuple[int, str]]] = {}
+    for key in tuned.table():
+        chip, weight, dtype, n, k, rows = key.split()
+        if chip == arch:
+            sets.setdefault((weight, dtype, n, k), []).append((int(rows), key))
+    cases, seen = [], set()
+    for (weight, dtype, *_), entries in sets.items():
+        activation = {"int8": "int8", "float8_e4m3fn": "e4m3"}.get(dtype, "none")
+        found = TunedCase(weight, 8448, 1032, activation, entries=tuple(entries))
+        content = (weight, dtype, repr(sorted(found.configs().items())))
+        if content not in seen:
+            seen.add(content)
+            cases.append(found)
+    return cases
 
 
 CASES = [

@@ -36,7 +36,8 @@ def prepare(index: int, arch: str, libraries: bool) -> str:
         lambda: attention.source(cases.ATTENTION, target),
         lambda: cache.source(cases.CACHES, target),
     ]
-    path = [*(lambda c=c: c.plan(arch).source() for c in cases.CASES), *rest][index]()
+    linears = [*cases.CASES, *cases.tuned_cases(arch)]
+    path = [*(lambda c=c: c.plan(arch).source() for c in linears), *rest][index]()
     return str(build.compile_library(path, target) if libraries else path)
 
 
@@ -61,7 +62,8 @@ def prepare_programs(arch: str) -> None:
 def main() -> None:
     args = [a for a in sys.argv[1:] if not a.startswith("-")]
     arch, libraries = args[0] if args else "sm_90a", "--libraries" in sys.argv
-    count = len(load("cases").CASES) + 3
+    cases = load("cases")
+    count = len(cases.CASES) + len(cases.tuned_cases(arch)) + 3
     with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
         for name in pool.map(prepare, range(count), [arch] * count, [libraries] * count):
             print(name, flush=True)

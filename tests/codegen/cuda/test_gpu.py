@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +12,7 @@ from qcompile.formats import parse_format
 from qcompile.kernels import QuantizedLinear, quantize_rows, quantize_rows_float8
 from qcompile.targets.cuda import for_capability
 
-from .cases import CASES, ROWS, Case
+from .cases import CASES, ROWS, Case, TunedCase, tuned_cases
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -32,10 +34,21 @@ def make(case: Case, seed: int) -> tuple[QuantizedLinear, torch.Tensor, torch.Te
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_matches_float64(case: Case) -> None:
-    layer, weight, bias = make(case, seed=CASES.index(case))
+    check(case, CASES.index(case), ROWS)
+
+
+@pytest.mark.parametrize("case", tuned_cases("sm_90a"), ids=str)
+@pytest.mark.skipif(torch.cuda.is_available() and arch() != "sm_90a", reason="measured configs are those of sm_90a")
+def test_tuned_configs_match_float64(case: TunedCase) -> None:
+    check(case, 1, sorted({m for rows, _ in case.entries for m in (rows - rows // 3, rows, rows + rows // 2)}))
+
+
+def check(case: Case, seed: int, rows: Sequence[int]) -> None:
+    """Compare with float64 for some numbers of rows."""
+    layer, weight, bias = make(case, seed)
     dtype = getattr(torch, case.dtype)
     step = 2.0**-8 if dtype == torch.bfloat16 else 2.0**-11
-    for m in ROWS:
+    for m in rows:
         x = torch.randn(m, case.k, device="cuda", dtype=dtype)
         got = layer(x).double()
         a = x.double()

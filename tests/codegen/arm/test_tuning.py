@@ -1,0 +1,56 @@
+"""Tuning for ARM without a board: instructions counted under qemu, the same in every run, and what is made of them."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+from click.testing import CliRunner
+
+from qcompile.cli import cli
+from qcompile.codegen.kernels import families, select
+from qcompile.codegen.kernels.base import LinearProblem
+from qcompile.codegen.tune import Database, tune
+from qcompile.codegen.tune.measure import CountingRunner
+from qcompile.formats import parse_activation, parse_format
+from qcompile.targets import get_target
+
+TARGET = get_target("cortex-a76", cores=1)
+PROBLEM = LinearProblem(128, 64, parse_format("int2/g32"), parse_activation("int8"), m=1)
+
+
+def test_counts_are_the_same_in_every_run_and_choose_the_kernel(emulation):
+    able = [family for family in families("arm") if family.supports(PROBLEM, TARGET)]
+    runner = CountingRunner()
+    counts = {}
+    for family in able:
+        config = family.configs(PROBLEM, TARGET)[0]
+        counts[family.name] = runner.time(PROBLEM, family, config, TARGET, (1,))
+    again = runner.time(PROBLEM, able[0], able[0].configs(PROBLEM, TARGET)[0], TARGET, (1,))
+    assert again == counts[able[0].name]
+    found = tune(PROBLEM, TARGET, runner, trials=len(able))
+    assert found.family == min(counts, key=counts.get)
+    assert found.instructions == (round(1e6 * counts[found.family][0]),) and found.microseconds == ()
+    choice = select(PROBLEM, TARGET, Database(str(TARGET), [found]))
+    assert choice.family.name == found.family and "fewest instructions" in choice.reason
+
+
+def test_the_command_goes_on_after_a_kill(emulation, tmp_path):
+    path = tmp_path / "db.json"
+    what = ["tune", "128x64", "--target", "arm", "--cpu", "apple-m2", "--weight", "int2/g32", "--rows", "1"]
+    command = [sys.executable, "-m", "qcompile", *what, "--trials", "4", "--database", str(path)]
+    journal = path.with_suffix(".trials.jsonl")
+    running = subprocess.Popen(command, stderr=subprocess.DEVNULL, start_new_session=True)
+    while not journal.exists() or not journal.read_text():
+        assert running.poll() is None, "it ended before it measured anything"
+        time.sleep(0.05)
+    os.killpg(running.pid, signal.SIGKILL)
+    running.wait()
+    known = len(journal.read_text().splitlines())
+    done = CliRunner().invoke(cli, command[3:])
+    assert done.exit_code == 0, done.output
+    assert done.stderr.count("instructions  arm-") == 4 - known, "what was counted is not counted again"
+    (entry,) = json.loads(path.read_text())["entries"]
+    assert entry["trials"] == 4 and len(entry["instructions"]) == 1 and "microseconds" not in entry

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import onnx_ir as ir
@@ -25,10 +26,11 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("QCOMPILE_CUDA_CACHE", str(tmp_path))
 
 
-def quantized(recipe: str) -> ir.Model:
+def quantized(recipe: str, **changes: str) -> ir.Model:
     """The same, rounded to nearest."""
     graph, _ = recognise(float_model())
-    return quantize_model(graph, get_recipe(recipe), {}, Report("m", "cuda", recipe), lambda name: None)
+    chosen = replace(get_recipe(recipe), **changes)
+    return quantize_model(graph, chosen, {}, Report("m", "cuda", recipe), lambda name: None)
 
 
 @pytest.mark.parametrize("recipe", ["w8a8-rtn", "w8a16"])
@@ -41,6 +43,15 @@ def test_sources_hold_what_is_called(recipe: str) -> None:
     assert program.kernels["row-wise rmsnorm"] == 1
     assert {"workspace.partial", "workspace.arrived"} <= set(program.params)
     assert [str(s) for s in program.inputs] == ["x: float32[rows, 48]"]
+
+
+@pytest.mark.parametrize("recipe, weight", [("w8a16", "nf4"), ("w8a16", "mxfp4"), ("w8a8-rtn", "dual4/g32")])
+def test_weights_that_are_no_integers(recipe: str, weight: str) -> None:
+    program = build_cuda_program(lower(quantized(recipe, weight=weight)), get_target("cuda", variant="sm_90a"))
+    (record,) = program.linears
+    assert str(record.problem.weight) == weight
+    packed = {name.rsplit(".", 1)[1] for name in program.params if not name.startswith("workspace.")}
+    assert {"codes", "column"} <= packed and ("table" in packed) == (weight != "dual4/g32")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a device")

@@ -1,4 +1,5 @@
-"""Bit-serial GEMV and GEMM by table look-up on NEON: weights of 1 to 4 bits, ternary ones, and sums of scaled bit planes.
+"""Bit-serial GEMV and GEMM by table look-up on NEON: weights of 1 to 4 bits, ternary ones, sums of scaled bit planes,
+and K-quants.
 
 See `cpu.lut` for the method. A call turns the activation codes of a block of rows into tables (`lut_tables`), then goes once
 through the weights, 16 consecutive k of a panel at a time, which is four tables:
@@ -29,8 +30,15 @@ from qcompile.codegen.kernels.base import LinearKernel, LinearProblem, StoredCod
 from qcompile.codegen.kernels.cpu import vector as v
 from qcompile.codegen.kernels.cpu import vmath
 from qcompile.codegen.kernels.cpu.gemm import BANDWIDTH, CLOCK, ON_STACK, Register, finish, opaque, tail_params
-from qcompile.codegen.kernels.cpu.lut import PlanePanels, PlaneSum, group_scales, plane_sum
-from qcompile.formats import BitLayout, Quantized
+from qcompile.codegen.kernels.cpu.lut import PlanePanels, PlaneSum, group_scales
+from qcompile.codegen.kernels.cpu.superblocks import (
+    NESTED,
+    pack_super_blocks,
+    planes_of,
+    super_block_params,
+    super_place,
+)
+from qcompile.formats import BitLayout, Quantized, SuperBlock
 from qcompile.targets.target import Target
 
 CACHE = 256 << 10
@@ -108,12 +116,12 @@ class TableLookupGemm(LinearKernel):
             return Support(False, f"{self.name} needs an arm target, not {target.kind}")
         if not problem.activation.bits:
             return Support(False, f"{self.name} looks integer activations up; this operator has float ones")
-        planes = plane_sum(problem.weight)
+        planes = planes_of(problem.weight)
         if planes is None:
             return Support(False, f"{self.name}: {problem.weight} codes are no sums of scaled bit planes")
-        if planes.bits > 4:
+        if planes.bits > 4 and not isinstance(problem.weight, SuperBlock):
             return Support(False, f"{self.name}: {planes.bits} look-ups are more work than one byte product")
-        if problem.k * 128 * 15 >= 1 << 31:
+        if problem.k * 128 << planes.bits >= 1 << 31:
             return Support(False, f"{self.name}: {problem.k} products may overflow an int32 accumulator")
         return Support(True)
 
@@ -121,7 +129,7 @@ class TableLookupGemm(LinearKernel):
 
     def panels(self, problem: LinearProblem, config: dict[str, Any]) -> StepPanels:
         """Geometry of the packed weights."""
-        planes = plane_sum(problem.weight)
+        planes = planes_of(problem.weight)
         assert planes is not None
         return StepPanels(problem.k, problem.n, planes, config["columns"], adjacent=False)
 
@@ -142,6 +150,8 @@ class TableLookupGemm(LinearKernel):
         packed = {"weight": panels.pack_codes(weight)}
         if not self.grouped(panels.planes):
             return {**packed, "scale": panels.columns(weight.scale[0].astype(np.float32))}
+        if isinstance(problem.weight, SuperBlock):
+            return {**packed, **pack_super_blocks(panels, problem.weight.parts(weight))}
         scale, column = group_scales(problem.weight, weight, config["scales"])
         packed["group_scale"] = panels.by_panel(scale[0] if panels.planes.uniform else scale)
         if panels.planes.offset == "zero":
@@ -157,7 +167,9 @@ class TableLookupGemm(LinearKernel):
         planes = () if panels.planes.uniform else (panels.planes.bits,)
         params = [v.Param("x", ("m", problem.k), "uint8"), v.Param("x_scale", ("m",))]
         params.append(v.Param("weight", (panels.count, panels.pairs, panels.pair_bytes), "uint8"))
-        if self.grouped(panels.planes):
+        if isinstance(problem.weight, SuperBlock):
+            params += super_block_params(panels)
+        elif self.grouped(panels.planes):
             params.append(v.Param("group_scale", (*groups, *planes, panels.width), config["scales"]))
             if panels.planes.offset == "zero":
                 params.append(v.Param("zero", (*groups, panels.width), "uint8"))
@@ -168,7 +180,7 @@ class TableLookupGemm(LinearKernel):
     # Configs and cost
 
     def configs(self, problem: LinearProblem, target: Target) -> list[dict[str, Any]]:
-        planes = plane_sum(problem.weight)
+        planes = planes_of(problem.weight)
         assert planes is not None
         tiles = [(64, 1), (32, 1), (64, 2), (32, 2), (16, 2)]
         if planes.bits > 2:
@@ -178,6 +190,8 @@ class TableLookupGemm(LinearKernel):
         table = -(-problem.k // STEP) * STEP_BYTES
         block = max(2, min(16, CACHE // table // 2 * 2))
         kinds = ("float16", "float32") if self.grouped(planes) else ("float32",)
+        if isinstance(problem.weight, SuperBlock):
+            kinds = ("float16",)
         return [
             {"columns": columns, "rows": rows, "block_rows": block, "scales": kind}
             for kind in kinds
@@ -326,12 +340,21 @@ class TableLookupGemm(LinearKernel):
             value = v.let(tile.get(r, block, half))
             for plane, part in enumerate(here):
                 place = [panel, group, column] if planes.uniform else [panel, group, plane, column]
-                scale = v.cast(self._half(e.names["group_scale"], place, half), "float32", LANES)
+                scale = self._scale(e, "group_scale", place, half)
                 value = v.let(vmath.fma(v.cast(part, "float32", LANES), scale, value))
             if planes.offset == "free":
-                offset = v.cast(self._half(e.names["offset"], [panel, group, column], half), "float32", LANES)
-                value = v.let(vmath.fma(v.splat(T.cast(total, "float32"), LANES), offset, value))
+                name, factor = ("block_offset", -total) if "block_offset" in e.names else ("offset", total)
+                offset = self._scale(e, name, [panel, group, column], half)
+                value = v.let(vmath.fma(v.splat(T.cast(factor, "float32"), LANES), offset, value))
             tile.set(r, block, half, value)
+
+    def _scale(self, e: Emission, name: str, at: list[Any], half: int) -> Any:
+        """A parameter of a group in float32, times that of its super-block if there are such."""
+        value = v.cast(self._half(e.names[name], at, half), "float32", LANES)
+        parent = dict(NESTED).get(name)
+        if parent not in e.names:
+            return value
+        return value * v.cast(self._half(e.names[parent], super_place(e.panels, at), half), "float32", LANES)
 
     @staticmethod
     def _half(buffer: Any, at: list[Any], half: int) -> Any:

@@ -29,12 +29,17 @@ from qcompile.codegen.kernels.base import LinearKernel, LinearProblem, StoredCod
 from qcompile.codegen.kernels.cpu import vector as v
 from qcompile.codegen.kernels.cpu import vmath
 from qcompile.codegen.kernels.cpu.gemm import BANDWIDTH, CLOCK, ON_STACK, Register, finish, opaque, tail_params
-from qcompile.codegen.kernels.cpu.lut import PAIR, PlanePanels, PlaneSum, group_scales, plane_sum
-from qcompile.codegen.kernels.cpu.panels import half_scales
+from qcompile.codegen.kernels.cpu.lut import PAIR, PlanePanels, PlaneSum, group_scales
+from qcompile.codegen.kernels.cpu.superblocks import (
+    NESTED,
+    pack_super_blocks,
+    planes_of,
+    super_block_params,
+    super_place,
+)
 from qcompile.codegen.kernels.x86.instructions import MADDUBS, MADDWD, PSHUFB, prefetch
 from qcompile.codegen.kernels.x86.lut_tables import BYTES, TableBuffers
-from qcompile.formats import Format, Quantized, SuperBlock
-from qcompile.formats.superblock import SUPER
+from qcompile.formats import Quantized, SuperBlock
 from qcompile.targets.target import Target
 
 CACHE = 256 << 10
@@ -46,19 +51,6 @@ ACCUMULATORS = 8
 
 LANES = 8
 """Columns of a vector of int32 or float32."""
-
-_NESTED = (("group_scale", "super_scale"), ("block_offset", "super_offset"))
-"""Parameters of the blocks of a super-block, and what they are multiplied by."""
-
-
-def _planes(fmt: Format) -> PlaneSum | None:
-    """The planes of ``fmt``: those of `plane_sum`, or of integers in super-blocks."""
-    if isinstance(fmt, SuperBlock):
-        half = 1 << (fmt.bits - 1)
-        return (
-            PlaneSum(fmt.bits, fmt.group, bias=half) if fmt.symmetric else PlaneSum(fmt.bits, fmt.group, offset="free")
-        )
-    return plane_sum(fmt)
 
 
 @dataclass
@@ -121,7 +113,7 @@ class LutGemm(LinearKernel):
             return Support(False, f"{self.name} needs AVX2, FMA and F16C, which {target} does not have")
         if not problem.activation.bits:
             return Support(False, f"{self.name} looks integer activations up; this operator has float ones")
-        planes = _planes(problem.weight)
+        planes = planes_of(problem.weight)
         if planes is None:
             return Support(False, f"{self.name}: {problem.weight} codes are no sums of scaled bit planes")
         if planes.bits > 7:
@@ -134,7 +126,7 @@ class LutGemm(LinearKernel):
 
     def planes(self, problem: LinearProblem) -> PlaneSum:
         """The planes of the weight format."""
-        planes = _planes(problem.weight)
+        planes = planes_of(problem.weight)
         assert planes is not None
         return planes
 
@@ -171,7 +163,7 @@ class LutGemm(LinearKernel):
         if not self.grouped(panels):
             return {**packed, "scale": panels.columns(weight.scale[0].astype(np.float32))}
         if isinstance(problem.weight, SuperBlock):
-            return {**packed, **self._super_blocks(panels, problem.weight.parts(weight))}
+            return {**packed, **pack_super_blocks(panels, problem.weight.parts(weight))}
         scale, column = group_scales(problem.weight, weight, config["scales"])
         packed["group_scale"] = panels.by_panel(scale[0] if panels.planes.uniform else scale)
         if panels.planes.offset == "zero":
@@ -179,18 +171,6 @@ class LutGemm(LinearKernel):
             packed["zero"] = panels.by_panel(weight.zero_point.astype(np.uint8))
         if panels.planes.offset == "free":
             packed["offset"] = panels.by_panel((weight.aux["offset"] / column).astype(config["scales"]))
-        return {**packed, "scale": panels.columns(column)}
-
-    @staticmethod
-    def _super_blocks(panels: PlanePanels, parts: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Integers of blocks as they are, floats of super-blocks as float16 and a power of two per column."""
-        supers = {name: array for name, array in parts.items() if name.startswith("super")}
-        _, column = half_scales(np.concatenate(list(supers.values())))
-        packed = {"group_scale": panels.by_panel(parts["block_scale"])}
-        packed["super_scale"] = panels.by_panel((supers["super_scale"] / column).astype(np.float16))
-        if "super_offset" in supers:
-            packed["block_offset"] = panels.by_panel(parts["block_offset"])
-            packed["super_offset"] = panels.by_panel((supers["super_offset"] / column).astype(np.float16))
         return {**packed, "scale": panels.columns(column)}
 
     def stored(self, problem: LinearProblem, config: dict[str, Any]) -> StoredCodes:
@@ -205,9 +185,7 @@ class LutGemm(LinearKernel):
         params = [v.Param("x", ("m", problem.k), "uint8"), v.Param("x_scale", ("m",))]
         params.append(v.Param("weight", (panels.count, panels.pairs, panels.pair_bytes), "uint8"))
         if isinstance(problem.weight, SuperBlock):
-            supers = (panels.count, -(-problem.k // SUPER), panels.width)
-            for name, parent in _NESTED if panels.planes.offset == "free" else _NESTED[:1]:
-                params += [v.Param(name, (*groups, panels.width), "int8"), v.Param(parent, supers, "float16")]
+            params += super_block_params(panels)
         elif self.grouped(panels):
             params.append(v.Param("group_scale", (*groups, *planes, panels.width), config["scales"]))
             if panels.planes.offset == "zero":
@@ -436,11 +414,10 @@ class LutGemm(LinearKernel):
     def _scale(e: LutEmission, name: str, at: list[Any]) -> Any:
         """A parameter of a group, times that of its super-block if there are such."""
         value = v.cast(v.load(e.names[name], at, LANES), "float32", LANES)
-        parent = dict(_NESTED).get(name)
+        parent = dict(NESTED).get(name)
         if parent not in e.names:
             return value
-        panel, group, column = at
-        outer = v.load(e.names[parent], [panel, T.truncdiv(group, SUPER // e.panels.group), column], LANES)
+        outer = v.load(e.names[parent], super_place(e.panels, at), LANES)
         return value * v.cast(outer, "float32", LANES)
 
 

@@ -110,7 +110,7 @@ def test_every_family_matches_the_reference(cpu, emulation):
 
 
 @on
-def test_ternary_fixed_point_dual_grained_and_bit_plane_weights(cpu, emulation):
+def test_ternary_fixed_point_dual_grained_bit_plane_and_super_block_weights(cpu, emulation):
     rng = np.random.default_rng(5)
     batch, checks = Batch(cpu), []
     spellings = (
@@ -121,12 +121,18 @@ def test_ternary_fixed_point_dual_grained_and_bit_plane_weights(cpu, emulation):
         "bitplane2/g32",
         "bitplane3",
         "bitplane1/g64",
+        "q2_k",
+        "q3_k",
+        "q4_k",
+        "q5_k",
+        "q6_k",
     )
     for spelling in spellings:
         k, n = int(rng.integers(33, 140)), int(rng.integers(1, 30))
         problem = LinearProblem(k, n, parse_format(spelling), parse_activation("int8"))
         values = rng.normal(size=(k, n)).astype(np.float32)
         weight = problem.weight.quantize(values, problem.weight.minmax_grid(values))
+        assert select(problem, batch.target)
         for family in able(problem, batch.target):
             config = {**small(family.configs(problem, batch.target)[0]), "scales": "float32"}
             name, packed = batch.add(family, problem, config, weight)

@@ -4,24 +4,29 @@
 
 llama.cpp's kernels are those of the sdist of llama-cpp-python (ggml, NEON with dot products), cross-compiled here. Its rows
 are the dot products of one vector with N weight rows, and the repacked matrix kernel for Q4_0; activations are quantized
-already on both sides. ``--ggml`` names an unpacked ``ggml`` folder; otherwise pip downloads the sdist.
+already on both sides; ours are those of normal numbers (the look-up tables of `arm-tbl` depend a little on the data), and
+building tables is counted. ``--ggml`` names an unpacked ``ggml`` folder; otherwise pip downloads the sdist.
 An instruction count is no time: it leaves out memory, and how many instructions a processor issues at once.
 """
 
 import argparse
+import re
 import shutil
 import subprocess
 import sys
 import tarfile
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
+from qcompile.codegen import kernels
 from qcompile.codegen.kernels import select
 from qcompile.codegen.kernels.arm.harness import Executable
 from qcompile.codegen.kernels.base import LinearProblem
-from qcompile.formats import Quantized, parse_activation, parse_format
+from qcompile.codegen.tune.measure import inputs, random_weight
+from qcompile.formats import parse_activation, parse_format
 from qcompile.targets import arm, get_target
 
 SDIST = "llama-cpp-python==0.3.16"
@@ -39,7 +44,10 @@ PEERS = {
     "Q4_K": ("ggml_vec_dot_q4_K_q8_K", 256, 144),
     "Q8_0": ("ggml_vec_dot_q8_0_q8_0", 32, 34),
 }
-OURS = ["int1/g128", "int2", "int2/g128", "ternary/channel", "int3/g128", "int4/g128", "int4/g32", "int8"]
+OURS = [
+    "int1/g128", "int2", "int2/g128", "ternary/channel", "int3/g128", "int4/g128", "int4/g32", "int8",
+    "bitplane2/g128", "mxfp4", "nf4/g64",
+]  # fmt: skip
 
 MAIN = """
 #include <stdint.h>
@@ -120,27 +128,40 @@ def count(program: Path, work: Path) -> dict[str, int]:
     return {name: int(number) for _, name, number in lines}
 
 
-def ours(cpu: str, formats: list[str], rows: tuple[int, ...]) -> dict[tuple[str, int], tuple[float, str]]:
-    """Instructions per multiply-add, and the kernel."""
-    target, rng = get_target(cpu, cores=1), np.random.default_rng(0)
-    found = {}
-    for spelling in formats:
-        problem = LinearProblem(K, N, parse_format(spelling), parse_activation("int8"))
-        groups = -(-K // (problem.weight.group or K))
-        low, high = {"ternary/channel": (-1, 1)}.get(
-            spelling, (getattr(problem.weight, "qmin", 0), getattr(problem.weight, "qmax", 0))
-        )
-        codes = rng.integers(low, high + 1, (K, N)).astype(np.int8)
-        weight = Quantized(codes, rng.uniform(0.01, 0.1, (groups, N)).astype(np.float32))
+def ours(cpu: str, formats: list[str], rows: list[int], families: list[str]) -> Iterator[tuple[str, int, float, str]]:
+    """Format, number of rows, instructions per multiply-add, and the kernel: one of ``families``, or the one chosen."""
+    target = get_target(cpu, cores=1)
+    for spelling, m in ((spelling, m) for spelling in formats for m in rows):
+        problem = LinearProblem(K, N, parse_format(spelling), parse_activation("int8"), m=m)
         choice = select(problem, target)
-        packed = list(choice.family.pack(problem, choice.config, weight).values())
-        program = Executable({"gemm": choice.family.build(problem, choice.config, target, "gemm")}, target)
-        for m in rows:
-            x = rng.integers(1, 256, (m, K)).astype(np.uint8)
+        named = [f for f in kernels.families("arm") if f.name in families and f.supports(problem, target)]
+        for family, config in [(f, f.configs(problem, target)[0]) for f in named] or [(choice.family, choice.config)]:
+            packed = list(family.pack(problem, config, random_weight(problem)).values())
+            program = Executable({"gemm": family.build(problem, config, target, "gemm")}, target)
             out = np.zeros((m, N), np.float32)
-            number = program.counts({"gemm": [x, np.ones(m, np.float32), *packed, out]})["gemm"]
-            found[spelling, m] = (number / (K * N * m), choice.family.name)
-    return found
+            number = program.counts({"gemm": [*inputs(problem, m), *packed, out]})["gemm"]
+            name = family.name + (f" {cycles(program.assembly, problem)}" if m == 1 else "")
+            yield spelling, m, number / (K * N * m), name
+
+
+def cycles(assembly: str, problem: LinearProblem) -> str:
+    """Cycles per multiply-add of the innermost loop on a Neoverse N1, by llvm-mca; empty without llvm-mca-19."""
+    mca = shutil.which("llvm-mca-19")
+    loops = [block for block in re.split(r"\n(?=\.LBB)", assembly) if re.search(r"\tb\.\w+\t(\.LBB\S+)", block)]
+    loops = [b for b in loops if re.search(rf"\tb\.\w+\t{re.escape(b.split(':')[0])}\b", b)]
+    if mca is None or not loops:
+        return ""
+
+    def products(block: str) -> float:
+        dots, looked = (len(re.findall(rf"\t{name}\t", block)) for name in ("sdot", "tbl"))
+        return 16 * dots if dots else 64 * looked / problem.weight.bits
+
+    loop = max(loops, key=products)
+    lines = [line for line in loop.splitlines() if re.match(r"\t[a-z]", line)]
+    command = [mca, "-mtriple=aarch64", "-mcpu=neoverse-n1", "-iterations=100"]
+    printed = subprocess.run(command, input="\n".join(lines), capture_output=True, text=True, check=True).stdout
+    total = float(re.search(r"Total Cycles:\s+(\d+)", printed)[1])
+    return f"(inner loop {total / 100 / products(loop):.4f} cycles by llvm-mca)"
 
 
 def main() -> None:
@@ -150,6 +171,7 @@ def main() -> None:
     parser.add_argument("--cpu", nargs="*", default=["cortex-a76", "cortex-a53", "neoverse-v1"])
     parser.add_argument("--formats", nargs="*", default=OURS)
     parser.add_argument("--rows", nargs="*", type=int, default=[1, 16])
+    parser.add_argument("--family", nargs="*", default=[], help="kernels to count instead of those chosen")
     arguments = parser.parse_args()
     work = Path(tempfile.mkdtemp(prefix="arm-gemm-"))
     try:
@@ -160,7 +182,7 @@ def main() -> None:
             for name, value in reference.items():
                 print(f"  llama.cpp {name:16} M=1   {value:.4f}")
         for cpu in arguments.cpu:
-            for (spelling, m), (value, kernel) in ours(cpu, arguments.formats, tuple(arguments.rows)).items():
+            for spelling, m, value, kernel in ours(cpu, arguments.formats, arguments.rows, arguments.family):
                 against = ""
                 if cpu == "cortex-a76" and m == 1:
                     against = "".join(

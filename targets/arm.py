@@ -48,27 +48,34 @@ def _cpu(name: str, features: frozenset[str], triple: str = LINUX) -> Target:
 
 TARGETS: dict[str, Target] = {
     "cortex-a53": _cpu("cortex-a53", _V8),
+    "cortex-a57": _cpu("cortex-a57", _V8),
     "cortex-a72": _cpu("cortex-a72", _V8),
+    "cortex-a73": _cpu("cortex-a73", _V8),
     "cortex-a55": _cpu("cortex-a55", _V82),
     "cortex-a76": _cpu("cortex-a76", _V82),
+    "cortex-a77": _cpu("cortex-a77", _V82),
     "cortex-a78": _cpu("cortex-a78", _V82),
+    "cortex-x1": _cpu("cortex-x1", _V82),
     "neoverse-n1": _cpu("neoverse-n1", _V82),
     "neoverse-v1": _cpu("neoverse-v1", _V86),
     "neoverse-n2": _cpu("neoverse-n2", _V86),
     "neoverse-v2": _cpu("neoverse-v2", _V86),
+    "cortex-a510": _cpu("cortex-a510", _V86),
     "cortex-a710": _cpu("cortex-a710", _V86),
+    "cortex-a720": _cpu("cortex-a720", _V86),
+    "ampere1": _cpu("ampere1", _V86),
+    "oryon-1": _cpu("oryon-1", _V86),
     "apple-m1": _cpu("apple-m1", _V82, MACOS),
     "apple-m2": _cpu("apple-m2", _V86, MACOS),
+    "apple-m3": _cpu("apple-m3", _V86, MACOS),
+    "apple-m4": _cpu("apple-m4", _V86, MACOS),
 }
 """Targets by the LLVM name of the processor. Raspberry Pi 3: cortex-a53; 4: cortex-a72; 5: cortex-a76. Graviton 2:
-neoverse-n1; 3: neoverse-v1; 4: neoverse-v2."""
+neoverse-n1; 3: neoverse-v1; 4: neoverse-v2. Jetson Orin: cortex-a78. Snapdragon X: oryon-1. Ampere Altra: neoverse-n1;
+AmpereOne: ampere1."""
 
-_QEMU = {
-    "cortex-a53": "cortex-a53",
-    "cortex-a72": "cortex-a72",
-    "cortex-a76": "cortex-a76",
-    "neoverse-n1": "neoverse-n1",
-}
+_QEMU = ("cortex-a53", "cortex-a57", "cortex-a72", "cortex-a76", "neoverse-n1")
+"""Processors that qemu models by name."""
 
 
 def host_features(path: str | Path = "/proc/cpuinfo") -> frozenset[str]:
@@ -191,8 +198,9 @@ def emulator(target: Target) -> tuple[str, ...]:
     if qemu is None:
         raise TargetError("running ARM programs here needs qemu-aarch64 (`apt install qemu-user`)")
     root = ("-L", str(SYSROOT)) if SYSROOT.is_dir() else ()
-    # "max" has every extension; a named model shows that a program keeps to those of its target.
-    return (qemu, *root, "-cpu", _QEMU.get(target.cpu, "max"))
+    # "max" has every extension; a named model shows that a program keeps to what its target has.
+    alike = {_V8: "cortex-a72", _V82: "cortex-a76"}.get(target.features, "max")
+    return (qemu, *root, "-cpu", target.cpu if target.cpu in _QEMU else alike)
 
 
 def linux(target: Target) -> Target:

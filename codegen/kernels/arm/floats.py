@@ -1,14 +1,19 @@
-"""Weight-only GEMM on ARM: codes are widened to float32 and multiplied by FMLA."""
+"""Weight-only GEMM on ARM: codes are widened to float32, or looked up as floats by TBL, and multiplied by FMLA."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import numpy as np
+from tvm.script import tirx as T
 
 from qcompile.codegen.kernels.arm.gemm import integer_format
+from qcompile.codegen.kernels.arm.products import BYTES
 from qcompile.codegen.kernels.base import LinearProblem
-from qcompile.codegen.kernels.cpu import floats
+from qcompile.codegen.kernels.cpu import float_tables, floats
+from qcompile.codegen.kernels.cpu import vector as v
+from qcompile.codegen.kernels.cpu.gemm import Emission
+from qcompile.codegen.kernels.cpu.levels import ENTRIES
 from qcompile.codegen.kernels.cpu.lut import group_scales
 from qcompile.codegen.kernels.cpu.panels import Panels
 from qcompile.formats import Format, IntFormat, Quantized
@@ -49,3 +54,33 @@ class FloatGemm(floats.FloatGemm):
     def speed(self, problem: LinearProblem, target: Target) -> tuple[float, float]:
         bits = problem.weight.bits
         return 6.0, 4.0 + bits if 8 % bits else 4.0
+
+
+class FloatTableGemm(float_tables.FloatTableGemm, FloatGemm):
+    """FMLA with weights looked up in a table of floats, whose 64 bytes fill four registers."""
+
+    name = "arm-table-float"
+
+    def integers(self, fmt: Format) -> IntFormat | None:
+        return float_tables.FloatTableGemm.integers(self, fmt)
+
+    def panels(self, problem: LinearProblem, config: dict[str, Any]) -> float_tables.LevelPanels:
+        return float_tables.FloatTableGemm.panels(self, problem, config)
+
+    def tiles(self, problem: LinearProblem, target: Target) -> list[tuple[int, int]]:
+        return [(4, 3), (6, 2), (2, 4)]
+
+    def speed(self, problem: LinearProblem, target: Target) -> tuple[float, float]:
+        rate, unpack = super().speed(problem, target)
+        return rate, unpack + 6.0
+
+    def prologue(self, e: Emission, first: Any, rows: Any) -> None:
+        at = range(0, ENTRIES, 4)
+        e.extra["table"] = [v.let(v.bits_of(v.load(e.names["table"], [i], 4), "uint8", BYTES)) for i in at]
+
+    def level(self, e: Emission, codes: Any) -> Any:
+        lanes = e.panels.lanes
+        first = codes * v.const(0x04040404, lanes, "int32") + v.const(0x03020100, lanes, "int32")
+        index = v.let(v.bits_of(first, "uint8", BYTES))
+        found = T.call_llvm_pure_intrin("uint8x16", "llvm.aarch64.neon.tbl4", *e.extra["table"], index)
+        return v.bits_of(found, "float32", lanes)

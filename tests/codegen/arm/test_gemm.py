@@ -293,9 +293,11 @@ def test_tables_of_levels(cpu, emulation):
         "codebook3",
         "e3m0/g32",
     )
-    for spelling in spellings:
+    for spelling, activation in [*((s, "int8") for s in spellings), *((s, "none") for s in spellings[1:8])]:
         k, n = int(rng.integers(33, 140)), int(rng.integers(1, 30))
-        problem = LinearProblem(k, n, parse_format(spelling), parse_activation("int8"))
+        if activation == "none" and spelling.startswith("codebook"):
+            k = 64 * (k // 64 + 1)
+        problem = LinearProblem(k, n, parse_format(spelling), parse_activation(activation))
         values = rng.normal(size=(k, n)).astype(np.float32)
         weight = problem.weight.encode(values)
         assert select(problem, batch.target).family.name.startswith("arm-table"), spelling
@@ -305,7 +307,8 @@ def test_tables_of_levels(cpu, emulation):
             batch.columns = n
             for m in (1, 3):
                 x, scale = operands(rng, m, problem)
-                x[:, ::3] = 255
+                if activation == "int8":
+                    x[:, ::3] = 255
                 checks.append((batch.call(name, packed, x, scale), family, problem, x, scale, weight))
     batch.run()
     for got, family, problem, x, scale, weight in checks:

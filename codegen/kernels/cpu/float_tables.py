@@ -1,0 +1,86 @@
+"""Weight-only GEMM of codes that index a table of at most 16 levels, whatever the processor: panels, packing, the loop."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from qcompile.codegen.kernels.base import LinearProblem, StoredCodes
+from qcompile.codegen.kernels.cpu import vector as v
+from qcompile.codegen.kernels.cpu.floats import FloatGemm
+from qcompile.codegen.kernels.cpu.gemm import Emission
+from qcompile.codegen.kernels.cpu.levels import ENTRIES, is_table, real_levels
+from qcompile.codegen.kernels.cpu.panels import Panels
+from qcompile.codegen.kernels.cpu.unpack import field, unsigned_field
+from qcompile.formats import Format, IntFormat, Quantized
+from qcompile.formats.levels import LevelFormat
+from qcompile.targets.target import Target
+
+
+@dataclass(frozen=True)
+class LevelPanels(Panels):
+    """Panels of table indices, stored as they are; ``zero_code`` is the one whose level is 0."""
+
+    zero_code: int = 0
+
+    @property
+    def bias(self) -> int:
+        return 0
+
+    def zeros(self, weight: Quantized) -> np.ndarray:
+        return np.full((self.groups, self.n), self.zero_code, np.uint8)
+
+
+class FloatTableGemm(FloatGemm):
+    """Base of the families that look weights up in a table of floats; a subclass gives the look-up (`level`)."""
+
+    def integers(self, fmt: Format) -> IntFormat | None:
+        """Indices behave like integers of their width as far as packing is concerned."""
+        return IntFormat(fmt.bits, fmt.group) if is_table(fmt) else None
+
+    def refuse(self, problem: LinearProblem, target: Target) -> str:
+        if reason := super().refuse(problem, target):
+            return reason
+        fmt = self.integers(problem.weight)
+        assert fmt is not None
+        if not isinstance(problem.weight, LevelFormat) and (Panels(problem.k, 1, fmt, 8, 1).source() < 0).any():
+            return f"{self.name}: learned levels need not contain 0, and {fmt.group or problem.k} rows leave places to fill"
+        return ""
+
+    def panels(self, problem: LinearProblem, config: dict[str, Any]) -> LevelPanels:
+        fmt, zero = self.integers(problem.weight), 0
+        assert fmt is not None
+        if isinstance(problem.weight, LevelFormat):
+            zero = int(np.flatnonzero(problem.weight.table == 0)[0])
+        return LevelPanels(problem.k, problem.n, fmt, config["lanes"], config["vectors"], zero_code=zero)
+
+    def pack(self, problem: LinearProblem, config: dict[str, Any], weight: Quantized) -> dict[str, np.ndarray]:
+        packed = super().pack(problem, config, weight)
+        table = real_levels(problem.weight, weight).astype(np.float32)
+        return {"weight": packed.pop("weight"), "table": table, **packed}
+
+    def params(self, problem: LinearProblem, config: dict[str, Any], panels: Panels) -> list[v.Param]:
+        params = super().params(problem, config, panels)
+        place = next(i for i, param in enumerate(params) if param.name == "weight")
+        return [*params[: place + 1], v.Param("table", (ENTRIES,)), *params[place + 1 :]]
+
+    def stored(self, problem: LinearProblem, config: dict[str, Any]) -> StoredCodes:
+        panels = self.panels(problem, config)
+        return StoredCodes(panels.layout, panels.source(), panels.fmt.group)
+
+    def floats(
+        self, e: Emission, raw: list[list[Any]], index: int, zeros: list[Any] | None
+    ) -> Iterator[tuple[int, Any]]:
+        p = e.panels
+        sources = [v.let(field(planes, index, p, 8)) if p.planes else planes[0] for planes in raw]
+        for offset in range(p.depth):
+            end = 8 * (offset + 1) if p.planes else 8 * offset + (index + 1) * p.bits
+            yield offset, [v.let(self.level(e, v.let(unsigned_field(w, end, p.bits, p.lanes)))) for w in sources]
+
+    @abstractmethod
+    def level(self, e: Emission, codes: Any) -> Any:
+        """The floats at codes (int32 lanes)."""

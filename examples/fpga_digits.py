@@ -1,13 +1,15 @@
 """Handwritten digits from a float model to Verilog: trains a small network, compiles it, simulates the hardware on the test set.
 
-    python examples/fpga_digits.py mlp|cnn|vit [--simulator verilator|cxxrtl|c] [-o DIR]
+    python examples/fpga_digits.py mlp|cnn|vit|mixer|jet [--simulator verilator|cxxrtl|c] [-o DIR]
 
-The data are the 1,797 images of 8 x 8 pixels that scikit-learn brings along; a quarter of them is the test set.
+The data are the 1,797 images of 8 x 8 pixels that scikit-learn brings along; a quarter of them is the test set. ``jet`` has the
+widths of the jet tagging network that papers compare, 16-64-32-32-5; it reads the first five digits at 4 x 4 pixels.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import tempfile
 from pathlib import Path
@@ -40,6 +42,13 @@ class Residual(nn.Module):
 def mlp() -> nn.Module:
     """64-64-32-10."""
     return nn.Sequential(nn.Flatten(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
+
+
+def jet() -> nn.Module:
+    """16-64-32-32-5."""
+    widths = (16, 64, 32, 32)
+    layers = [layer for k, n in itertools.pairwise(widths) for layer in (nn.Linear(k, n), nn.ReLU())]
+    return nn.Sequential(nn.Flatten(), *layers, nn.Linear(32, 5))
 
 
 def cnn() -> nn.Module:
@@ -99,6 +108,22 @@ class Block(nn.Module):
         return x + self.mlp(self.second(x))
 
 
+class Mixer(nn.Module):
+    """A block of MLP-Mixer: a small network over tokens, then one over channels."""
+
+    def __init__(self, tokens: int, width: int) -> None:
+        super().__init__()
+        self.first, self.second = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.over_tokens, self.over_channels = (
+            nn.Sequential(nn.Linear(n, 2 * n), nn.GELU(), nn.Linear(2 * n, n)) for n in (tokens, width)
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """``(B, T, width)`` to the same."""
+        x = x + self.over_tokens(self.first(x).transpose(1, 2)).transpose(1, 2)
+        return x + self.over_channels(self.second(x))
+
+
 class Pooled(nn.Module):
     """Patches, a block, the mean of all tokens, a classifier."""
 
@@ -116,14 +141,19 @@ MODELS = {
     "mlp": mlp,
     "cnn": cnn,
     "vit": lambda: Pooled(Block(32, 2), 32),
+    "mixer": lambda: Pooled(Mixer(16, 32), 32),
+    "jet": jet,
 }
 
 
-def data() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Training and test images ``(N, 1, 8, 8)`` in [0, 1], then their labels."""
+def data(name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Training and test images ``(N, 1, 8, 8)`` in [0, 1], or what ``jet`` reads of them, then their labels."""
     digits = load_digits()
-    images = (digits.images[:, None] / 16).astype(np.float32)
-    return train_test_split(images, digits.target, test_size=0.25, random_state=0, stratify=digits.target)
+    images, labels = (digits.images[:, None] / 16).astype(np.float32), digits.target
+    if name == "jet":
+        images = images.reshape(-1, 1, 4, 2, 4, 2).mean((3, 5))[labels < 5]
+        labels = labels[labels < 5]
+    return train_test_split(images, labels, test_size=0.25, random_state=0, stratify=labels)
 
 
 def train(name: str, images: np.ndarray, labels: np.ndarray, epochs: int = 60) -> nn.Module:
@@ -142,9 +172,11 @@ def train(name: str, images: np.ndarray, labels: np.ndarray, epochs: int = 60) -
     return model.eval()
 
 
-def main(name: str, simulator: str, output: str | None, budget: int, epochs: int) -> dict[str, float]:
+def main(
+    name: str, simulator: str = "c", output: str | None = None, budget: int = 64, epochs: int = 60, products: str = "lut"
+) -> dict[str, float]:
     """Train, compile, simulate; returns the accuracies in percent and the cycles per frame."""
-    train_x, test_x, train_y, test_y = data()
+    train_x, test_x, train_y, test_y = data(name)
     model = train(name, train_x, train_y, epochs)
     with torch.no_grad():
         float_logits = model(torch.from_numpy(test_x)).numpy()
@@ -156,7 +188,7 @@ def main(name: str, simulator: str, output: str | None, budget: int, epochs: int
         calibration=[image[None] for image in train_x[:256]],
         output=folder,
         overwrite=True,
-        options={"pe-budget": budget},
+        options={"pe-budget": budget, "products": products},
         capture_options={"example_inputs": (torch.from_numpy(train_x[:2]),)},
     )
     content = json.loads((Path(folder) / "program.json").read_text())
@@ -183,9 +215,10 @@ if __name__ == "__main__":
     parser.add_argument("--simulator", default="verilator", choices=["verilator", "cxxrtl", "c"])
     parser.add_argument("--budget", type=int, default=64)
     parser.add_argument("--epochs", type=int, default=60)
+    parser.add_argument("--products", default="lut", choices=["lut", "dsp", "constant"])
     parser.add_argument("-o", "--output")
     given = parser.parse_args()
-    result = main(given.model, given.simulator, given.output, given.budget, given.epochs)
+    result = main(given.model, given.simulator, given.output, given.budget, given.epochs, given.products)
     print(
         f"{given.model}: accuracy {result['float']:.2f} % in float, {result['hardware']:.2f} % in hardware, "
         f"{result['differences']} values differ from model.onnx; {result['cycles']} cycles per image, {result['luts']} LUTs estimated"

@@ -44,13 +44,13 @@ class Family:
     Attributes:
         inputs: of a table.
         ram: (bits, words, tables) of the smallest dual-port memory made of tables.
-        block_bits: constant memories of more bits and words than this and `block_words` go to block memory.
+        block_bits, block_words: constant memories of so many bits and words go to block memory.
     """
 
     inputs: int
     ram: tuple[int, int, int]
-    block_bits: int = 8192
-    block_words: int = 256
+    block_bits: int
+    block_words: int
 
     def adder(self, bits: float) -> float:
         """An adder of so many bits."""
@@ -63,21 +63,25 @@ class Family:
     def contents(self, memory: Memory) -> tuple[float, float]:
         """A constant memory: tables, and bits in block memory."""
         words, bits = len(memory.words), memory.words.shape[1] * memory.bits
-        if words * bits > self.block_bits and words >= self.block_words:
+        if words * bits >= self.block_bits and words >= self.block_words:
             return 0.0, float(words * bits)
+        return self.contents_of(words, bits), 0.0
+
+    def contents_of(self, words: int, bits: int) -> float:
+        """The same in tables."""
         address = max(words - 1, 0).bit_length()
         if address <= 1:
-            return 0.0, 0.0
+            return 0.0
         functions = 2.0 ** min(2**address, 40) - 2 * address - 2
-        return min(bits, functions) * max(1, -(-words // 2**self.inputs)), 0.0
+        return min(bits, functions) * max(1, -(-words // 2**self.inputs))
 
     def ports(self, bits: int, words: int) -> float:
         """A memory that is written and read."""
         width, depth, tables = self.ram
-        return -(-bits // width) * -(-words // depth) * tables
+        return -(-bits // width) * -(-words // depth) * tables + bits * (-(-words // depth) - 1)
 
 
-FAMILIES = {6: Family(6, (6, 32, 4)), 4: Family(4, (4, 16, 4))}
+FAMILIES = {6: Family(6, (6, 32, 4), 16384, 512), 4: Family(4, (4, 16, 4), 8192, 256)}
 
 
 def estimate(unit: Unit, target: FpgaTarget = TARGETS[DEFAULT]) -> Area:
@@ -95,11 +99,20 @@ def _fifo(family: Family, width: int, depth: int) -> Area:
 def _requantize(p: dict[str, int], family: Family) -> Area:
     """One ``rtl/requantize.v``."""
     kept = p["Q_BITS"] - p["SHIFT"] if p["SHIFT"] else 0
-    luts = family.adder(kept) + p["SHIFT"] / (family.inputs - 1) if p["SHIFT"] else 0.0
+    luts = p["SHIFT"] / (family.inputs - 1)
+    if p["SHIFT"]:  # a DSP block that multiplies rounds as well
+        luts += kept / 3 if family.inputs == 6 and p.get("MULTIPLY") else family.adder(kept)
     if p["CLAMP_LOW"] or p["CLAMP_HIGH"]:
-        luts += p["Y_BITS"] + (kept - p["Y_BITS"]) / 3
+        luts += p["Y_BITS"] + (kept - p["Y_BITS"]) / 3 * (family.inputs == 4)
     registers = kept + p["Y_BITS"] * (p["CLAMP_LOW"] or p["CLAMP_HIGH"])
     return Area(luts, registers, p.get("MULTIPLY", 0))
+
+
+def _thresholds(p: dict[str, int], family: Family) -> Area:
+    """One sum in ``rtl/thresholds.v``: a comparison per bit, with one of a few constants."""
+    bits = p["THRESHOLDS"]
+    constants = sum(family.contents_of(p["COLUMNS"] << i, p["T_BITS"]) for i in range(bits))
+    return Area(bits * family.adder(p["A_BITS"]) + constants, bits * (p["A_BITS"] + bits))
 
 
 def _products(p: dict[str, int], family: Family) -> Area:
@@ -109,9 +122,10 @@ def _products(p: dict[str, int], family: Family) -> Area:
     if p["STYLE"] == 2:
         return Area(p["P_BITS"] * p["X_BITS"] / 2, p["P_BITS"])
     digits, bits = (p["W_BITS"] + 1) // 2, p["X_BITS"] + (not p["X_SIGNED"]) + 2
-    # A digit selects one of four; all but the first are added, in the same table where it has 6 inputs.
-    luts = digits * bits * family.select(4) if family.inputs == 4 else digits * bits
-    luts += sum(family.adder(bits + 2) - (bits if family.inputs == 6 else 0) for _ in range(digits - 1)) + 2 * digits
+    if family.inputs == 6:  # a digit selects among four in the table that adds it
+        luts = digits * (bits + 4.0)
+    else:  # two tables select among four; the signed digit needs no multiple of three, and one
+        luts = 2 * digits * bits - p["W_SIGNED"] * bits + (digits - 1) * family.adder(bits)
     return Area(luts, digits * (2 * bits + p["W_BITS"]))
 
 
@@ -130,14 +144,25 @@ def _macs(unit: Unit, family: Family) -> Area:
     p = unit.parameters
     pe, simd = p["PE"], p.get("SIMD", 1)
     lanes = pe if p.get("EACH") else simd
-    total = Area(30, 40)
+    counters = sum(max(n - 1, 1).bit_length() for n in (p["ROWS"], p["COLUMNS"], p["ROWS"] * p["COLUMNS"]))
+    total = Area(10 + counters * (2 if family.inputs == 6 else 4), 40)
     one = _products(p, family)
     total += Area(pe * simd * one.luts, pe * simd * one.flipflops, pe * simd * one.multipliers)
     if p["STYLE"] == 1 and p["W_BITS"] > 1 + p["W_SIGNED"]:
         total += Area(lanes * family.adder(p["X_BITS"]), lanes * (2 * p["X_BITS"] + 2))
     tree = _tree(simd, p["P_BITS"], p["A_BITS"], family)
-    requantize = _requantize(p, family)
-    accumulator = p["A_BITS"] + family.adder(p["A_BITS"])  # the selection of its start, and its adder
+    requantize = _thresholds(p, family) if p.get("THRESHOLDS") else _requantize(p, family)
+    accumulator = family.adder(p["A_BITS"])
+    if family.inputs == 4:
+        accumulator += p[
+            "A_BITS"
+        ]  # the selection of its start, which fits into the adder's tables where these have 6 inputs
+    elif p["STYLE"] == 0:
+        accumulator = (
+            -(simd // 2) * p["P_BITS"]
+        )  # the adders of DSP blocks take the first level of the tree, and one more
+    elif simd == 1:
+        accumulator = 0
     total += Area(
         pe * (tree.luts + accumulator + requantize.luts),
         pe * (tree.flipflops + p["A_BITS"] + requantize.flipflops),

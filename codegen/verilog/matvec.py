@@ -8,7 +8,7 @@ import numpy as np
 
 from qcompile.codegen.fixed.nodes.matvec import MatVec
 from qcompile.codegen.verilog import build, unrolled
-from qcompile.codegen.verilog.netlist import Channel, Memory, Netlist, Process, Unit
+from qcompile.codegen.verilog.netlist import Channel, Memory, Netlist, Process, Unit, pack_word
 from qcompile.formats.fixed import IntType
 
 STYLES = {"dsp": 0, "lut": 1}
@@ -29,6 +29,11 @@ def _elaborate(node: MatVec, netlist: Netlist, inputs: Sequence[Channel]) -> Cha
     x, w = node.inputs[0], node.weight_type
     accumulator = build.signed_bits(node.accumulator)
     parameters, cycles = build.requantize_parameters(node.requantize, node.accumulator_bounds, node.output.type)
+    thresholds = node.thresholds
+    literals = {}
+    if thresholds is not None:
+        search, literals["TABLE"] = _search(node, thresholds)
+        parameters, cycles = parameters | search, search["THRESHOLDS"]
     style = STYLES[node.products]
     triple = style == 1 and w.bits > (2 if w.signed else 1)
     product = (w.bits + 1) // 2 if style == 1 else 1
@@ -65,10 +70,21 @@ def _elaborate(node: MatVec, netlist: Netlist, inputs: Sequence[Channel]) -> Cha
             ),
         ),
         _memories(node, parameters),
+        literals=literals,
         node=node.name,
     )
     netlist.add(unit)
     return out
+
+
+def _search(node: MatVec, thresholds: np.ndarray) -> tuple[dict[str, int], str]:
+    """Parameters of ``rtl/thresholds.v`` and its table: by column, PE and threshold, the first in the lowest bits."""
+    assert node.requantize is not None
+    kind = IntType.covering(min(int(thresholds.min()), -1), int(thresholds.max()))
+    word = pack_word(thresholds.T.reshape(-1), kind.bits)
+    bits = len(thresholds).bit_length()
+    parameters = dict(MULTIPLY=0, SHIFT=0, CLAMP_LOW=0, CLAMP_HIGH=0, THRESHOLDS=bits, T_BITS=kind.bits)
+    return parameters | dict(LOW=node.requantize.low), f"{thresholds.size * kind.bits}'h{word:x}"
 
 
 def product_type(node: MatVec) -> IntType:

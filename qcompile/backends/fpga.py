@@ -42,6 +42,7 @@ class Fpga(Backend):
         "luts": "look-up tables, at most (estimated)",
         "target-cycles": "cycles per frame, at most; the least area that reaches them",
         "products": "how products are formed: lut (adders), dsp (multipliers), constant (a token per cycle; adders made for the matrix)",
+        "scaling": "how sums become outputs of at most 4 bits: multiply, or thresholds (no multiplier)",
         "softmax-bits": "bits of attention's probabilities, as powers of two (4)",
     }
 
@@ -96,8 +97,13 @@ def fold(imported: Imported, options: Mapping[str, Any], target: Any) -> Any:
     products = str(options.get("products", "lut"))
     if products not in ("lut", "dsp", "constant"):
         raise TargetError(f"products are formed by lut, dsp or constant, not {products!r}")
+    scaling = str(options.get("scaling", "multiply"))
+    if scaling not in ("multiply", "thresholds"):
+        raise TargetError(f"sums are scaled by multiply or thresholds, not {scaling!r}")
     nodes = []
     for node in program.nodes:
+        if hasattr(node, "scaling"):
+            node = dataclasses.replace(node, scaling=scaling)
         possible = products == "constant" and node.kind != "matvec"
         has = hasattr(node, "products") and not possible
         nodes.append(dataclasses.replace(node, products=products) if has else node)

@@ -16,6 +16,9 @@ from qcompile.codegen.fixed.stream import Stream
 from qcompile.errors import FormatError
 from qcompile.formats.fixed import IntType, Requantize
 
+MOST_THRESHOLD_BITS = 4
+"""Outputs of more bits are multiplied: every bit doubles the thresholds."""
+
 
 @dataclass(frozen=True, eq=False)
 class MatVec(Node):
@@ -28,6 +31,7 @@ class MatVec(Node):
         scale: of the output stream.
         products: how hardware forms them: ``lut`` by adders, ``dsp`` by multipliers, ``constant`` all in one cycle by adders
             made for this matrix; then there is one folding only.
+        scaling: how hardware requantizes: ``multiply``, or ``thresholds``, a search that needs no multiplier.
     """
 
     weight: np.ndarray
@@ -35,6 +39,7 @@ class MatVec(Node):
     requantize: Requantize | None = None
     scale: np.ndarray | float | None = None
     products: str = "lut"
+    scaling: str = "multiply"
 
     kind = "matvec"
 
@@ -52,6 +57,23 @@ class MatVec(Node):
     def n(self) -> int:
         """Output channels."""
         return self.weight.shape[1]
+
+    @property
+    def thresholds(self) -> np.ndarray | None:
+        """Thresholds int64 ``(2^bits - 1, N)`` of the search for ``bits`` bits; None where hardware multiplies.
+
+        They begin at the smallest output; those that no sum reaches fill up the count.
+        """
+        step = self.requantize
+        if self.scaling != "thresholds" or step is None or step.is_shift or (step.multiplier < 0).any():
+            return None
+        low, high = self.accumulator_bounds
+        found = step.thresholds(low, high)
+        bits = len(found).bit_length()
+        if bits > MOST_THRESHOLD_BITS:
+            return None
+        unreached = np.broadcast_to(high.max() + 1, ((1 << bits) - 1 - len(found), self.n))
+        return np.concatenate([found, unreached])
 
     @cached_property
     def weight_type(self) -> IntType:

@@ -22,7 +22,11 @@ module mac_array #(
     parameter CLAMP_LOW = 1,
     parameter CLAMP_HIGH = 1,
     parameter signed [31:0] LOW = -128,
-    parameter signed [31:0] HIGH = 127
+    parameter signed [31:0] HIGH = 127,
+    parameter THRESHOLDS = 0,  // bits of a search among thresholds in the place of a multiplication, see thresholds.v
+    parameter COLUMNS = 1,
+    parameter T_BITS = 1,
+    parameter [COLUMNS*PE*((1<<THRESHOLDS)-(THRESHOLDS?1:0))*T_BITS-1:0] TABLE = 0
 ) (
     input clk,
     input rst,
@@ -43,7 +47,8 @@ module mac_array #(
   // Cycles from a step to the registers: 1 fetch, then perhaps 3x, the product, the tree, the accumulator.
   localparam SUMMED = 1 + TRIPLE + PRODUCT + $clog2(SIMD);
   localparam STORED = SUMMED + 1;
-  localparam OUT = STORED + (MULTIPLY ? 2 : 0) + (SHIFT > 0 ? 1 : 0) + (CLAMP_LOW || CLAMP_HIGH ? 1 : 0);
+  localparam SCALED = (MULTIPLY ? 2 : 0) + (SHIFT > 0 ? 1 : 0) + (CLAMP_LOW || CLAMP_HIGH ? 1 : 0);
+  localparam OUT = STORED + (THRESHOLDS ? THRESHOLDS : SCALED);
 
   reg [OUT:1] valid, last;  // [i]: the step that began i cycles ago
   reg first;
@@ -64,8 +69,27 @@ module mac_array #(
   wire [LANES*XS-1:0] px;
   wire [LANES*(XS+2)-1:0] pt;
   wire [PE*SIMD*W_BITS-1:0] pw;
+  wire [PE*A_BITS-1:0] sums;
   genvar s, p;
   generate
+    if (THRESHOLDS) begin : search
+      thresholds #(
+          .PE(PE),
+          .COLUMNS(COLUMNS),
+          .A_BITS(A_BITS),
+          .T_BITS(T_BITS),
+          .BITS(THRESHOLDS),
+          .Y_BITS(Y_BITS),
+          .LOW(LOW),
+          .TABLE(TABLE)
+      ) out (
+          .clk(clk),
+          .rst(rst),
+          .valid(last[STORED]),
+          .a(sums),
+          .y(y)
+      );
+    end
     for (s = 0; s < LANES; s = s + 1) begin : lane
       wire [X_BITS:0] extended = {X_SIGNED ? x[s*X_BITS+X_BITS-1] : 1'b0, x[s*X_BITS+:X_BITS]};
       wire signed [XS-1:0] xs = extended[XS-1:0];
@@ -123,23 +147,26 @@ module mac_array #(
       reg signed [A_BITS-1:0] accumulator;
       wire signed [A_BITS-1:0] start = bias[p*A_BITS+:A_BITS];
       always @(posedge clk) if (valid[SUMMED]) accumulator <= sum + (first ? start : accumulator);
-      requantize #(
-          .A_BITS(A_BITS),
-          .MULTIPLY(MULTIPLY),
-          .M_BITS(M_BITS),
-          .P_BITS(Q_BITS),
-          .SHIFT(SHIFT),
-          .Y_BITS(Y_BITS),
-          .CLAMP_LOW(CLAMP_LOW),
-          .CLAMP_HIGH(CLAMP_HIGH),
-          .LOW(LOW),
-          .HIGH(HIGH)
-      ) out (
-          .clk(clk),
-          .a(accumulator),
-          .m(multiplier[p*M_BITS+:M_BITS]),
-          .y(y[p*Y_BITS+:Y_BITS])
-      );
+      assign sums[p*A_BITS+:A_BITS] = accumulator;
+      if (!THRESHOLDS) begin : scale
+        requantize #(
+            .A_BITS(A_BITS),
+            .MULTIPLY(MULTIPLY),
+            .M_BITS(M_BITS),
+            .P_BITS(Q_BITS),
+            .SHIFT(SHIFT),
+            .Y_BITS(Y_BITS),
+            .CLAMP_LOW(CLAMP_LOW),
+            .CLAMP_HIGH(CLAMP_HIGH),
+            .LOW(LOW),
+            .HIGH(HIGH)
+        ) out (
+            .clk(clk),
+            .a(accumulator),
+            .m(multiplier[p*M_BITS+:M_BITS]),
+            .y(y[p*Y_BITS+:Y_BITS])
+        );
+      end
     end
   endgenerate
 endmodule

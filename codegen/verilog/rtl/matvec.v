@@ -26,6 +26,9 @@ module matvec #(
     parameter CLAMP_HIGH = 1,
     parameter signed [31:0] LOW = -128,
     parameter signed [31:0] HIGH = 127,
+    parameter THRESHOLDS = 0,
+    parameter T_BITS = 1,
+    parameter [COLUMNS*PE*((1<<THRESHOLDS)-(THRESHOLDS?1:0))*T_BITS-1:0] TABLE = 0,
     parameter DEPTH = 2,
     parameter WEIGHTS = "weights.hex",       // ROWS * COLUMNS words of PE * SIMD weights
     parameter BIASES = "biases.hex",         // COLUMNS words of PE
@@ -130,7 +133,11 @@ module matvec #(
       .CLAMP_LOW(CLAMP_LOW),
       .CLAMP_HIGH(CLAMP_HIGH),
       .LOW(LOW),
-      .HIGH(HIGH)
+      .HIGH(HIGH),
+      .THRESHOLDS(THRESHOLDS),
+      .COLUMNS(COLUMNS),
+      .T_BITS(T_BITS),
+      .TABLE(TABLE)
   ) macs (
       .clk(clk),
       .rst(rst),

@@ -26,41 +26,48 @@ def middle(node):
 @pytest.mark.parametrize("name", NAMES)
 def test_llvm_equals_numpy_and_ranges_hold(nodes, name):
     node = middle(nodes[name])
-    frames = cases.vectors(node, np.random.default_rng(1), 20)
+    frames = cases.vectors(node, np.random.default_rng(1), cases.VECTORS // 10)
     expected = node.output.check(node.reference(*frames))  # raises where a value leaves its range
     np.testing.assert_array_equal(tir.compile(node)(*frames), expected)
 
 
 @pytest.mark.skipif(not (shutil.which("gcc") and shutil.which("g++")), reason="needs gcc and g++")
 def test_c99_and_hls_equal_numpy_without_undefined_behaviour(nodes, tmp_path):
-    # One program with all nodes: each reads inputs of its own.
+    # One program with all nodes: each reads inputs of its own, or shares them.
     chosen = [middle(node) for node in nodes.values()]
-    for node in chosen:
-        folder = tmp_path / node.name
-        folder.mkdir()
-    rng = np.random.default_rng(2)
-    for node in chosen[:: max(1, len(chosen) // 12)]:
-        folder = tmp_path / node.name
-        frames = cases.vectors(node, rng, 200)
-        expected = node.reference(*frames)
-        program = Program("prog", node.inputs, (node,), (node.name,))
-        vectors = {**{s.name: f[:8] for s, f in zip(node.inputs, frames)}, node.name: expected[:8]}
-        for file, text in c_program.sources(program, vectors).items():
-            (folder / file).write_text(text)
-        flags = "-std=c99 -Wall -Wextra -pedantic -Werror -fsanitize=undefined -fno-sanitize-recover=all -O1"
-        subprocess.run(["gcc", *flags.split(), "main.c", "prog.c", "-o", "c"], cwd=folder, check=True)
-        assert subprocess.run(["./c"], cwd=folder, capture_output=True, check=True).stdout.startswith(b"PASS")
-        given = b"".join(f[i].astype(s.type.dtype).tobytes() for i in range(200) for s, f in zip(node.inputs, frames))
-        done = subprocess.run(["./c", "-"], cwd=folder, input=given, capture_output=True, check=True)
-        np.testing.assert_array_equal(np.frombuffer(done.stdout, node.output.type.dtype), expected.ravel(), node.name)
+    streams = {s.name: s for node in chosen for s in node.inputs}
+    program = Program("prog", tuple(streams.values()), tuple(chosen), tuple(node.name for node in chosen))
+    frames = cases.frames(streams.values(), np.random.default_rng(2), cases.VECTORS)
+    expected = program.reference(frames)
+    few = {name: values[:8] for name, values in {**frames, **expected}.items()}
+    for file, text in c_program.sources(program, few).items():
+        (tmp_path / file).write_text(text)
+    flags = "-std=c99 -Wall -Wextra -pedantic -Werror -fsanitize=undefined -fno-sanitize-recover=all -O1"
+    subprocess.run(["gcc", *flags.split(), "main.c", "prog.c", "-o", "c"], cwd=tmp_path, check=True)
+    assert subprocess.run(["./c"], cwd=tmp_path, capture_output=True, check=True).stdout.startswith(b"PASS")
+    _equal(tmp_path / "c", ["-"], program, frames, expected, lambda stream: stream.type.dtype)
 
-        lanes = {s.name: 1 for s in [*node.inputs, node.output]}
-        for file, text in hls_program.sources(program, lanes).items():
-            (folder / file).write_text(text)
-        subprocess.run(
-            ["g++", "-std=c++14", "-O1", f"-I{hls_program.INCLUDE}", "testbench.cpp", "prog.cpp", "-o", "hls"],
-            cwd=folder, check=True,
-        )  # fmt: skip
-        given = b"".join(f[i].astype(np.int64).tobytes() for i in range(200) for f in frames)
-        done = subprocess.run(["./hls"], cwd=folder, input=given, capture_output=True, check=True)
-        np.testing.assert_array_equal(np.frombuffer(done.stdout, np.int64), expected.ravel(), node.name)
+    lanes = {s.name: 1 for s in program.streams.values()}
+    for file, text in hls_program.sources(program, lanes).items():
+        (tmp_path / file).write_text(text)
+    subprocess.run(
+        ["g++", "-std=c++14", "-O1", f"-I{hls_program.INCLUDE}", "testbench.cpp", "prog.cpp", "-o", "hls"],
+        cwd=tmp_path, check=True,
+    )  # fmt: skip
+    _equal(tmp_path / "hls", [], program, frames, expected, lambda stream: "int64")
+
+
+def _equal(binary, arguments, program, frames, expected, dtype):
+    """A program that reads frames from its input and writes them to its output gives what is expected."""
+
+    def record(names):
+        streams = [program.streams[name] for name in names]
+        return np.dtype([(s.name, dtype(s), s.shape) for s in streams])
+
+    given = np.empty(cases.VECTORS, record([s.name for s in program.inputs]))
+    for name in given.dtype.names:
+        given[name] = frames[name]
+    done = subprocess.run([binary, *arguments], input=given.tobytes(), capture_output=True, check=True)
+    results = np.frombuffer(done.stdout, record(program.outputs))
+    for name in program.outputs:
+        np.testing.assert_array_equal(results[name], expected[name], name)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import numpy as np
 
 from qcompile.codegen.fixed.nodes import (
@@ -28,6 +30,9 @@ from qcompile.codegen.fixed.rounding import with_rounding
 from qcompile.codegen.fixed.stream import Stream
 from qcompile.formats.fixed import IntType, Requantize
 
+VECTORS = int(os.environ.get("QCOMPILE_FPGA_VECTORS", "200"))
+"""Frames per node; tests of hardware take as many, LLVM a tenth."""
+
 INT8, UINT8, INT4 = IntType(8, True), IntType(8, False), IntType(4, True)
 
 
@@ -44,13 +49,11 @@ def ties(n, shift=6, low=-128, high=127):
     return Requantize(np.full(n, 1 << (shift - 2), np.int64), shift, low, high)
 
 
-def matvec(rng, name="fc", tokens=3, k=12, n=6, w=INT4, x=INT8, step=None, products="lut"):
+def matvec(rng, name="fc", tokens=3, k=12, n=6, w=INT4, x=INT8, step=None, **hardware):
     weight = rng.integers(w.low, w.high + 1, (k, n))
     weight.flat[:2] = w.low, w.high
     step = requantize(rng, n) if step is None else step
-    return MatVec(
-        name, (Stream.of(f"{name}_x", tokens, k, x),), weight, rng.integers(-300, 300, n), step, products=products
-    )
+    return MatVec(name, (Stream.of(f"{name}_x", tokens, k, x),), weight, rng.integers(-300, 300, n), step, **hardware)
 
 
 def half_up(rng, name):
@@ -86,6 +89,8 @@ def nodes(rng):
         matvec(rng, "fc_constant_ties", step=ties(6), products="constant"),
         matvec(rng, "fc_constant_relu", step=Requantize(one(1), 4, 0, 200), x=UINT8, products="constant"),
         half_up(rng, "fc_constant_half_up"),
+        matvec(rng, "fc_thresholds", step=requantize(rng, 6, -8, 7, reach=0.01), scaling="thresholds"),
+        matvec(rng, "fc_thresholds_relu", step=requantize(rng, 6, 0, 5, reach=0.005), scaling="thresholds"),
         Window("window", (image,), pixels),
         Window("window_strided", (image,), strided),
         Window("window_dilated", (image,), dilated),
@@ -124,13 +129,18 @@ def nodes(rng):
 
 
 def vectors(node, rng, count):
-    """Frames for every input of ``node``: all lowest, all highest, all zero, then random."""
-    frames = []
-    for stream in node.inputs:
+    """Frames for every input of ``node``: all lowest, all highest, all zero, rows of extremes, then random."""
+    return list(frames(node.inputs, rng, count).values())
+
+
+def frames(streams, rng, count):
+    """The same for streams, by name."""
+    found = {}
+    for stream in streams:
         x = rng.integers(stream.low, stream.high + 1, (count, *stream.shape))
         x[0], x[1] = stream.low, stream.high
         if count > 3:
             x[2] = np.clip(0, stream.low, stream.high)
             x[3] = np.where(np.arange(stream.tokens)[:, None] % 2, stream.low, stream.high)
-        frames.append(x)
-    return frames
+        found[stream.name] = x
+    return found

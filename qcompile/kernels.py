@@ -15,15 +15,17 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
 from qcompile.codegen.kernels.base import Epilogue, LinearProblem
-from qcompile.codegen.kernels.cuda import build
+from qcompile.codegen.kernels.cuda import build, rowwise
 from qcompile.codegen.kernels.cuda.linear import FLOAT8, Float8Activation
 from qcompile.codegen.kernels.cuda.plan import ROWS, Entry, Plan, family, make_plan
+from qcompile.codegen.kernels.cuda.rowwise import MOST_COLUMNS, CudaRowwise
 from qcompile.errors import InputError, TargetError
 from qcompile.formats import ActivationFormat, Format, Quantized, parse_activation, parse_format
 from qcompile.targets.cuda import TARGETS, CudaTarget, for_capability
@@ -93,6 +95,41 @@ def quantize_rows_float8(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return (x.float() / scale[:, None]).clamp_(-448, 448).to(torch.float8_e4m3fn), scale
 
 
+def quantizer(width: int, bits: int, dtype: torch.dtype) -> CudaRowwise | None:
+    """The row kernel that does what `quantize_rows` does, bit for bit; None for rows it does not take."""
+    if width > MOST_COLUMNS:
+        return None
+    return CudaRowwise(width, quantize="token", bits=bits, dtype=str(dtype).removeprefix("torch."))
+
+
+def quantizer_source(kernel: CudaRowwise, target: CudaTarget) -> Path:
+    """Its cached source."""
+    return rowwise.source({"quantize": kernel}, target)
+
+
+def _quantizer_library(kernel: CudaRowwise, target: CudaTarget) -> Path:
+    return build.compile_library(quantizer_source(kernel, target), target)
+
+
+@torch.library.custom_op("qcompile::quantize_rows", mutates_args=())
+def _quantize(x: torch.Tensor, bits: int, target: str) -> tuple[torch.Tensor, torch.Tensor]:
+    kernel = quantizer(x.shape[1], bits, x.dtype)
+    if kernel is None:
+        return quantize_rows(x, bits)
+    codes = torch.empty(x.shape, dtype=torch.int8, device=x.device)
+    scale = torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
+    if len(x):
+        x = x.contiguous()
+        x = x.clone() if x.data_ptr() % 16 else x
+        build.load(_quantizer_library(kernel, TARGETS[target]))["quantize"](x, codes, scale)
+    return codes, scale
+
+
+@_quantize.register_fake
+def _(x: torch.Tensor, bits: int, target: str) -> tuple[torch.Tensor, torch.Tensor]:
+    return x.new_empty(x.shape, dtype=torch.int8), x.new_empty((x.shape[0],), dtype=torch.float32)
+
+
 @torch.library.custom_op("qcompile::linear", mutates_args=())
 def _linear(
     x: torch.Tensor,
@@ -152,6 +189,12 @@ class QuantizedLinear(torch.nn.Module):
     def prepare(self) -> QuantizedLinear:
         """Generate and compile the kernels now rather than at the first call."""
         self.plan.library()
+        activation, entry = self.plan.problem.activation, self.plan.entries[0]
+        if activation.bits and self.plan.shape().dtype != FLOAT8:
+            dtype = getattr(torch, entry.config["out"])
+            kernel = quantizer(self.plan.problem.k, activation.bits, dtype)
+            if kernel is not None:
+                _quantizer_library(kernel, self.plan.target)
         return self
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -160,10 +203,11 @@ class QuantizedLinear(torch.nn.Module):
         flat = x.reshape(-1, x.shape[-1])
         scale = None
         if self.plan.problem.activation.bits:
-            float8 = self.plan.shape().dtype == FLOAT8
-            flat, scale = (
-                quantize_rows_float8(flat) if float8 else quantize_rows(flat, self.plan.problem.activation.bits)
-            )
+            if self.plan.shape().dtype == FLOAT8:
+                flat, scale = quantize_rows_float8(flat)
+            else:
+                bits, chip = self.plan.problem.activation.bits, self.plan.target.cpu
+                flat, scale = torch.ops.qcompile.quantize_rows(flat, bits, chip)
         packed = [getattr(self, name) for name in self.names]
         y = torch.ops.qcompile.linear(flat, scale, packed, self.arrived, self._description)
         return y.reshape(*x.shape[:-1], y.shape[-1])

@@ -21,7 +21,7 @@ from typing import Any
 from qcompile.errors import TargetError
 from qcompile.targets.cuda import CudaTarget
 
-VERSION = 3
+VERSION = 4
 """Counted up whenever generated code changes for the same problem and config."""
 
 

@@ -31,6 +31,9 @@ from qcompile.errors import TargetError
 from qcompile.formats.hadamard import hadamard_matrix
 from qcompile.targets.cuda import CudaTarget
 
+MOST_COLUMNS = 1024 * 32
+"""A row is held by one block."""
+
 SCRATCH = 32
 """Words of shared memory for one reduction."""
 
@@ -71,8 +74,8 @@ class CudaRowwise:
     def __post_init__(self) -> None:
         if self.hadamard and self.width % self.hadamard:
             raise TargetError(f"Hadamard blocks of {self.hadamard} do not divide rows of {self.width}")
-        if self.width > 1024 * 32:
-            raise TargetError(f"CUDA row kernels take up to 32768 columns, not {self.width}")
+        if self.width > MOST_COLUMNS:
+            raise TargetError(f"CUDA row kernels take up to {MOST_COLUMNS} columns, not {self.width}")
         if not (self.out or self.quantize):
             raise TargetError("a row kernel without output")
 
@@ -83,8 +86,10 @@ class CudaRowwise:
 
     @property
     def threads(self) -> int:
-        """Of a block: a power of two, 16 elements each where that fills a warp."""
-        wanted = max(1, -(-self.width // (16 if self.width > 512 else 4)))
+        """Of a block: a power of two; 16 elements each where that fills a warp, 32 of wide rows, so that several blocks fit
+        a multiprocessor."""
+        each = 32 if self.width > 4096 else 16 if self.width > 512 else 4
+        wanted = max(1, -(-self.width // each))
         return min(1024, max(32, 1 << (wanted - 1).bit_length()))
 
     @property

@@ -251,6 +251,7 @@ class _Kernel(Tail):
             e.ptx("fence.proxy.async.shared::cta")
 
             def release(i: Any = i, following: Any = following) -> None:
+                T.evaluate(T.cuda.warp_sync())  # one lane speaks for all
                 with T.If(T.And(i > 0, self.lane == 0)), T.Then():
                     e.ptx("mbarrier.arrive.shared::cluster.b64", self._barrier(following, empty=True))
                 T.evaluate(T.cuda.warp_sync())

@@ -13,7 +13,7 @@ from qcompile.codegen.kernels.cuda.attention import CudaAttention
 from qcompile.codegen.kernels.cuda.cache import CudaCacheAttention
 from qcompile.codegen.kernels.cuda.rowwise import CudaRowwise
 from qcompile.kernels import ROWS as BUCKETS
-from qcompile.kernels import Plan, plan
+from qcompile.kernels import Plan, plan, quantizer
 
 
 @dataclass(frozen=True)
@@ -178,6 +178,17 @@ CASES = [
     Case("int1", 2048, 64, "int2", split=2),
 ]
 """Odd and even extents, all bits, groups, both kinds of zero points, both float types, with and without split-k."""
+
+
+def quantizers(arch: str) -> list[CudaRowwise]:
+    """Row quantizers of the cases above and of `tuned_cases`."""
+    found = {}
+    for case in [*CASES, *tuned_cases(arch), Case("int8", 256, 64, "int8")]:
+        if case.activation not in ("none", "e4m3"):
+            bits = int(case.activation.removeprefix("int"))
+            found[quantizer(case.k, bits, getattr(torch, case.dtype))] = None
+    return list(found)
+
 
 ROWWISE = {
     "rms": CudaRowwise(512, norm="rms", gamma=True, quantize="token", out="float16"),

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from qcompile.codegen.kernels.cuda import attention, build, cache, rowwise
+from qcompile.kernels import quantizer_source
 from qcompile.targets.cuda import TARGETS
 
 
@@ -29,12 +30,13 @@ def load(name: str) -> Any:
 
 
 def prepare(index: int, arch: str, libraries: bool) -> str:
-    """One case; the last three are the row kernels, attention, and attention over caches."""
+    """One case; the last ones are the row kernels, attention, attention over caches, and the quantizers of the cases."""
     cases, target = load("cases"), TARGETS[arch]
     rest = [
         lambda: rowwise.source(cases.ROWWISE, target),
         lambda: attention.source(cases.ATTENTION, target),
         lambda: cache.source(cases.CACHES, target),
+        *(lambda q=q: quantizer_source(q, target) for q in cases.quantizers(arch)),
     ]
     linears = [*cases.CASES, *cases.tuned_cases(arch)]
     path = [*(lambda c=c: c.plan(arch).source() for c in linears), *rest][index]()
@@ -63,7 +65,7 @@ def main() -> None:
     args = [a for a in sys.argv[1:] if not a.startswith("-")]
     arch, libraries = args[0] if args else "sm_90a", "--libraries" in sys.argv
     cases = load("cases")
-    count = len(cases.CASES) + len(cases.tuned_cases(arch)) + 3
+    count = len(cases.CASES) + len(cases.tuned_cases(arch)) + len(cases.quantizers(arch)) + 3
     with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
         for name in pool.map(prepare, range(count), [arch] * count, [libraries] * count):
             print(name, flush=True)

@@ -13,6 +13,9 @@ import pytest
 
 pytest.importorskip("tvm")
 
+from click.testing import CliRunner
+
+from qcompile.cli import cli
 from qcompile.codegen.kernels import families, select
 from qcompile.codegen.kernels.base import LinearProblem
 from qcompile.codegen.tune import Database, Measured, tune, tune_all
@@ -165,10 +168,12 @@ def test_a_board_behind_a_tracker_is_measured(tmp_path):
     try:
         assert board.stdout.readline() == "ready\n"
         time.sleep(0.5)
-        problem = LinearProblem(64, 48, parse_format("int2/g32"), parse_activation("int8"), m=2)
-        runner = RpcRunner("127.0.0.1", port, "board", repeat=2)
-        found = tune(problem, x86.AVX2, runner, trials=2)
-        assert (found.machine, found.trials, found.rows) == ("board", 2, (2,)) and found.microseconds[0] > 0
+        what = ["tune", "64x48", "--target", "x86-64-v3", "--weight", "int2/g32", "--rows", "2", "--trials", "2"]
+        where = ["--rpc", f"127.0.0.1:{port}", "--key", "board", "--database", str(tmp_path / "db.json")]
+        done = CliRunner().invoke(cli, [*what, *where])
+        assert done.exit_code == 0, done.output
+        (entry,) = Database.load(tmp_path / "db.json").entries.values()
+        assert (entry.machine, entry.trials, entry.rows) == ("board", 2, (2,)) and entry.microseconds[0] > 0
     finally:
         os.killpg(board.pid, signal.SIGKILL)
         board.wait()

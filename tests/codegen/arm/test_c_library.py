@@ -54,10 +54,11 @@ def network():
     )
 
 
-def compiled(source, target, folder, name="net"):
+def compiled(source, target, folder, name="net", **changes):
     return qcompile.compile(
         source,
         target=target,
+        **changes,
         recipe="w8a8-rtn",
         output=folder,
         emit=["c"],
@@ -89,6 +90,30 @@ def test_the_library_for_arm_computes_the_same(tmp_path, emulation):
     expected = list(ort.run(session, {"x": x, "flag": flag}).values())
     for got, want in zip(library.run(x, flag), expected, strict=True):
         np.testing.assert_allclose(got, want, atol=2e-6 * max(1, np.abs(want).max()))
+
+
+@pytest.mark.parametrize(
+    ("weight", "cpu", "kernel"),
+    [
+        ("int2/g32", "cortex-a72", "arm-tbl"),
+        ("bitplane2/g32", "cortex-a76", "arm-tbl"),
+        ("mxfp4", "neoverse-n1", "arm-table8"),
+        ("nf4/g32", "cortex-a72", "arm-table16-neon"),
+    ],
+)
+def test_weights_that_are_looked_up(weight, cpu, kernel, tmp_path, emulation):
+    """From a float model to a program for ARM that agrees with its model.onnx."""
+    from qcompile import ort
+
+    f, rng = onnx.TensorProto.FLOAT, np.random.default_rng(0)
+    nodes = [oh.make_node("MatMul", ["x", "w"], ["h"]), oh.make_node("Relu", ["h"], ["y"])]
+    source = model(nodes, [("x", f, ["n", 70])], [("y", f, ["n", 128])], [initializer(rng, "w", 70, 128)])
+    made = compiled(source, get_target(cpu, cores=1), tmp_path / "out", weight=weight)
+    assert made.report.kernels[kernel] == 1
+    library = CLibrary(tmp_path / "out", "net", tmp_path, get_target(cpu))
+    x = np.random.default_rng(1).normal(size=(3, 70)).astype(np.float32)
+    expected = ort.run(ort.session(tmp_path / "out" / "model.onnx"), {"x": x})["y"]
+    np.testing.assert_allclose(library.run(x)[0], expected, atol=3e-6 * np.abs(expected).max())
 
 
 @needs_cc

@@ -98,12 +98,10 @@ def layer(flow: Dataflow, node: MatVec) -> None:
     for n in np.flatnonzero(~single):
         exact[n] = not _multiply(graph, int(n), int(multiplier[n]), int(node.bias[n]) * int(multiplier[n]), shift)
     words = []
-    for n, term in enumerate(flow.sums(graph, flow.outputs)):
-        if step is None:
-            words.append(flow.clamped(term, -(1 << 62), 1 << 62))
-            continue
-        term = flow.shifted(term, shift - int(places[n]), exact=bool(exact[n]))
-        words.append(flow.clamped(term, step.low, step.high))
+    low, high = (-(1 << 62), 1 << 62) if step is None else (step.low, step.high)
+    for column, term in enumerate(flow.sums(graph, flow.outputs)):
+        rounded = flow.shifted(term, shift - int(places[column]), exact=bool(exact[column]))
+        words.append(flow.clamped(rounded, low, high))
     flow.outputs = words
 
 

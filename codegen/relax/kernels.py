@@ -224,6 +224,7 @@ def convert_rowwise(
     types: tuple[str, str],
     run: Callable[[dict[str, Any], bool, list[Any], list[tuple[list[Any], str]]], list[Any]],
     factor: Any = None,
+    mixing: tuple[Any, ...] = (),
 ) -> list[Any]:
     """The three results of a `Rowwise` node, None where nobody reads them.
 
@@ -236,6 +237,7 @@ def convert_rowwise(
         run: calls a kernel; takes the options kernels of all targets share, whether the float result is wanted,
             operands, and shapes and types of the results.
         factor: of each channel, before the quantizer, for targets whose kernels have the option `factor`.
+        mixing: two matrices whose Kronecker product mixes channels there, for targets with the option `kronecker`.
     """
     gamma, beta, static = vectors
     producer = attr(node, "producer")
@@ -261,13 +263,18 @@ def convert_rowwise(
     }
     if factor is not None:
         options["factor"] = True
+    if mixing:
+        options["kronecker"] = tuple(int(ctx.shape(m)[0]) for m in mixing)
     lead = shape[:-1]
     m = ctx.dims.product(lead)
     outputs = [([m, width], types[0])] if wanted[0] else []
     if quantize:
         outputs += [([m, width], types[1]), ([m], "float32")]
     made = run(
-        options, wanted[0], [rows(ctx, x), *(v for v in (gamma, beta, factor, static) if v is not None)], outputs
+        options,
+        wanted[0],
+        [rows(ctx, x), *(v for v in (gamma, beta, factor, *mixing, static) if v is not None)],
+        outputs,
     )
     calls(ctx).uses[f"row-wise {producer}"] += 1
     y = shaped(ctx, made.pop(0), lead, width) if wanted[0] else None
@@ -281,7 +288,14 @@ def convert_rowwise(
 
 @converter(DOMAIN, "Rowwise")
 def rowwise(
-    ctx: Context, node: ir.Node, x: Any, gamma: Any = None, beta: Any = None, static: Any = None, factor: Any = None
+    ctx: Context,
+    node: ir.Node,
+    x: Any,
+    gamma: Any = None,
+    beta: Any = None,
+    static: Any = None,
+    factor: Any = None,
+    *mixing: Any,
 ) -> list[Any]:
     """Norm, activation or gated product, with the activation quantizer fused."""
 
@@ -290,7 +304,7 @@ def rowwise(
         name = f"{attr(node, 'producer')}_{kernel.width}"
         return call(ctx, kernel, lambda: kernel.build(ctx.target), name, operands, outputs)
 
-    return convert_rowwise(ctx, node, x, (gamma, beta, static), ("float32", "uint8"), run, factor)
+    return convert_rowwise(ctx, node, x, (gamma, beta, static), ("float32", "uint8"), run, factor, mixing)
 
 
 @converter(DOMAIN, "Attention")

@@ -6,7 +6,7 @@ are what kernels compute in one go:
 | operator | inputs | outputs |
 |---|---|---|
 | `Linear` | x or codes, scale?, weight codes, weight scale, weight zero point?, bias?, residual? | y |
-| `Rowwise` | x, gamma?, beta?, static scale?, factor? | y?, codes?, scale? |
+| `Rowwise` | x, gamma?, beta?, static scale?, factor?, left and right? | y?, codes?, scale? |
 | `Rope` | merged projections, cos, sin | same shape as the first input |
 | `Attention` | q, k, v or one merged matrix, mask? | y (batch, sequence, heads x head_dim) |
 | `Embedding` | codes, scale, ids | y |
@@ -41,7 +41,8 @@ def lower(model: ir.Model, *, codes: bool = False, factors: bool = False) -> ir.
     Args:
         model: the quantized stage.
         codes: whether the target's convolutions can store codes instead of floats.
-        factors: whether the target's row kernels can multiply by a vector before they rotate and quantize.
+        factors: whether the target's row kernels can multiply by a vector, and by a Kronecker product of any matrices,
+            before they quantize.
     """
     lowered = model.clone()
     lower_linears(lowered)

@@ -18,7 +18,8 @@ def lower_rowwise(model: ir.Model, *, factors: bool = False) -> None:
 
     Args:
         model: changed in place.
-        factors: also take in a multiplication by a constant vector before the rotation or the quantizer.
+        factors: also take in a multiplication by a constant vector before the rotation or the quantizer, and products
+            with other matrices than Hadamard's.
     """
     graph = model.graph
     for node in list(graph):
@@ -91,7 +92,10 @@ def _quantizer(graph: ir.Graph, quantize: ir.Node, factors: bool) -> None:
     between: list[ir.Node] = []  # what lies between the row and its quantizer, last first
     factor: ir.Value | None = None
     order = _hadamard_order(producer) if sole_use(x) is quantize else 0
-    if order:
+    mixing: list[ir.Value] = []
+    if factors and not order and sole_use(x) is quantize:
+        mixing = _mixing(producer, width)
+    if order or mixing:
         assert producer is not None and producer.inputs[0] is not None
         between, x = [producer], producer.inputs[0]
         inputs, producer = [x], x.producer()
@@ -113,7 +117,7 @@ def _quantizer(graph: ir.Graph, quantize: ir.Node, factors: bool) -> None:
     attributes = {"bits": bits, "clip": attribute(quantize, "clip", 1.0), "hadamard": order, **attributes}
     row = kernel_node(
         "Rowwise",
-        [*inputs, *[None] * (3 - len(inputs)), static, *([factor] if factor is not None else [])],
+        [*inputs, *[None] * (3 - len(inputs)), static, *([factor, *mixing] if factor is not None or mixing else [])],
         [x if keep_float else None, codes, scales[0] if scales else None],
         {"producer": kind, **attributes},
         like=producer if consumed else quantize,
@@ -156,6 +160,17 @@ def _scaled(node: ir.Node | None, width: int) -> tuple[ir.Value, ir.Value] | Non
         if len(x.shape) > 1 and x.shape[-1] == width:
             return x, vector
     return None
+
+
+def _mixing(node: ir.Node | None, width: int) -> list[ir.Value]:
+    """The two constant matrices of a Kronecker product over blocks of a row, or none."""
+    if node is None or not is_op(node, "Kronecker", domain=DOMAIN):
+        return []
+    matrices = [v for v in node.inputs[1:] if v is not None]
+    shapes = [constant_shape(v) for v in matrices]
+    if len(shapes) != 2 or any(s is None or len(s) != 2 or s[0] != s[1] for s in shapes):
+        return []
+    return matrices if width % (shapes[0][0] * shapes[1][0]) == 0 else []  # type: ignore[index]
 
 
 def _hadamard_order(node: ir.Node | None) -> int:

@@ -5,6 +5,7 @@ import pytest
 
 from qcompile.codegen.kernels.cpu.rowwise import Rowwise
 from qcompile.codegen.kernels.x86.harness import TARGETS, run
+from qcompile.errors import TargetError
 from qcompile.formats.hadamard import hadamard_matrix
 
 
@@ -72,3 +73,26 @@ def test_a_factor_acts_between_the_row_and_its_rotation(target, order, options):
     np.testing.assert_allclose(got["scale"], np.abs(rotated).max(1) / 127, rtol=1e-5)
     back = (got["codes"].astype(np.float64) - 128) * got["scale"][:, None]
     assert (np.abs(back - rotated) <= 0.501 * got["scale"][:, None] + 1e-6).all()
+
+
+@pytest.mark.parametrize("target", TARGETS, ids=str)
+@pytest.mark.parametrize(("width", "sizes"), [(6, (2, 3)), (60, (3, 20)), (60, (5, 6)), (88, (1, 44)), (352, (8, 44))])
+def test_kronecker_products_of_any_matrices(target, width, sizes):
+    """Blocks smaller than the row, rows and columns that fill no tile; the float output stays as it is."""
+    rng = np.random.default_rng(2)
+    kernel = Rowwise(width, factor=True, kronecker=sizes, f32_output=True)
+    x = rng.standard_normal((5, width)).astype(np.float32)
+    factor, left, right = (rng.standard_normal(s).astype(np.float32) for s in (width, (sizes[0],) * 2, (sizes[1],) * 2))
+    got = run(kernel, target, {"M": 5}, x, factor, left, right)
+    np.testing.assert_array_equal(got["y"], x)
+    product = np.kron(left.astype(np.float64), right)
+    want = ((x * factor).astype(np.float64).reshape(5, -1, len(product)) @ product).reshape(5, width)
+    np.testing.assert_allclose(got["scale"], np.abs(want).max(1) / 127, rtol=1e-4)
+    back = (got["codes"].astype(np.float64) - 128) * got["scale"][:, None]
+    assert (np.abs(back - want) <= 0.502 * got["scale"][:, None] + 1e-6).all()
+
+
+def test_a_product_and_a_rotation_exclude_each_other():
+    for options in ({"hadamard": 4, "kronecker": (2, 2)}, {"kronecker": (3, 5)}, {"kronecker": (4, 0)}):
+        with pytest.raises(TargetError, match="Kronecker"):
+            Rowwise(8, **options)

@@ -1,6 +1,7 @@
 """Steps of recipes and the asks they name."""
 
 import dataclasses
+from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
@@ -8,7 +9,9 @@ import pytest
 
 import qcompile
 from qcompile.errors import RecipeError
-from qcompile.passes.asks import Ask, Permute, Rotate, RotateOnline, Smooth, register_ask, registered_asks
+from qcompile.passes.asks import Ask, Context, Permute, Rotate, RotateOnline, Smooth, register_ask, registered_asks
+from qcompile.passes.asks.base import Rewrite
+from qcompile.passes.asks.online import Kronecker, insert_online, plain_products
 from qcompile.recipes import Recipe, Step
 from qcompile.transforms import list_transforms, resolve, step_of
 
@@ -122,6 +125,39 @@ def test_signs_before_a_rotation_join_the_norm_that_others_read_too(tmp_path):
     assert row.attributes["producer"].value == "layernorm" and row.attributes["hadamard"].value == 48
     assert row.outputs[0].uses()
     assert not any(n.op_type in ("Mul", "Kronecker", "BlockRotate") for n in lowered.graph)
+
+
+@dataclass(frozen=True)
+class Mix(Rewrite):
+    """Puts a Kronecker product of random matrices in front of every linear operator."""
+
+    def rewrite(self, model: ir.Model, context: Context) -> bool:
+        rng = np.random.default_rng(3)
+        left, right = (rng.standard_normal((n, n)) / n + np.eye(n) for n in (4, 12))
+        jobs: dict[str, list[str]] = {}
+        for node in plain_products(model, context):
+            jobs.setdefault(node.inputs[0].name, []).append(node.name)
+        insert_online(model, jobs, Kronecker(left, right))
+        return True
+
+
+def test_products_with_other_matrices_join_the_row_kernel(tmp_path):
+    """LayerNorm -> learned Kronecker product -> quantizer is one kernel."""
+    rng = np.random.default_rng(0)
+    compiled = qcompile.compile(
+        norm_and_linear(rng, 48),
+        recipe="w8a8-rtn",
+        transforms=(Mix(),),
+        calibration=[{"x": rng.standard_normal((6, 48)).astype(np.float32) + 1} for _ in range(4)],
+        output=tmp_path / "block",
+        keep_stages=tmp_path / "stages",
+        progress=False,
+    )
+    assert compiled.report.quality["program_to_onnx_error"] < 1e-2
+    assert compiled.report.quality["program_to_float_error"] < 2e-2
+    lowered = ir.load(next((tmp_path / "stages").glob("*lowered.onnx")))
+    assert [n.op_type for n in lowered.graph] == ["Rowwise", "Linear"]
+    assert lowered.graph[0].attributes["producer"].value == "layernorm"
 
 
 def norm_and_linear(rng: np.random.Generator, width: int) -> ir.Model:

@@ -4,7 +4,8 @@
     n = (s - mean(s)) / sqrt(var(s) + epsilon) * gamma + beta  if `norm` is "layer"
         s / sqrt(mean(s^2) + epsilon) * gamma                  if `norm` is "rms"
     a = activation(n), or activation(n[:D]) * n[D:]        the latter if `gated`
-    r = a, a * factor if `factor`, and then @ blockdiag(H, ..., H) with orthonormal Walsh-Hadamard blocks if `hadamard`
+    r = a, a * factor if `factor`, and then @ blockdiag(H, ..., H) with orthonormal Walsh-Hadamard blocks if `hadamard`,
+        or with Kronecker products ``left (x) right`` if `kronecker`
     codes, scale = quantize(r)                             if `quantize`
 
 Every row is read from memory once and its intermediate values stay in the first-level cache.
@@ -24,6 +25,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -49,8 +51,8 @@ class Rowwise:
     """A kernel over the rows of ``x``; see the module docstring for what it computes.
 
     Parameters of the PrimFunc, in this order, float32 unless said: ``x (M, D)`` (``(M, 2 D)`` = gate and up side by
-    side if `gated`); ``residual (M, D)``; ``gamma (D,)``; ``beta (D,)``; ``factor (D,)``; ``static_scale (1,)`` if
-    `quantize` is "tensor"; then the outputs ``sum (M, D)``; ``y (M, D)``; ``codes (M, D)`` uint8 = signed code + 128 and
+    side if `gated`); ``residual (M, D)``; ``gamma (D,)``; ``beta (D,)``; ``factor (D,)``; ``left (a, a)`` and
+    ``right (b, b)`` if `kronecker`; ``static_scale (1,)`` if `quantize` is "tensor"; then the outputs ``sum (M, D)``; ``y (M, D)``; ``codes (M, D)`` uint8 = signed code + 128 and
     ``scale (M,)``. Parameters whose option is off are absent; `params` lists those present. ``M`` is known at run time.
 
     Attributes:
@@ -61,6 +63,7 @@ class Rowwise:
         gated: a gated linear unit over the two halves of ``x``; excludes `residual` and `norm`.
         factor: multiply the row by a vector before it is rotated and quantized; ``y`` is stored without it.
         hadamard: order of the Walsh-Hadamard blocks that rotate the row before it is quantized; a divisor of `width`, or 0.
+        kronecker: ``(a, b)``, orders of the two matrices whose product mixes blocks of ``a b`` channels; (0, 0) for none.
         sum_output: store ``x + residual`` too; needs `norm` (without it the sum is ``y``).
         f32_output: store ``y``.
         quantize: ``""``, ``"token"`` (scale = max|y| / (2^(bits-1) - 1), or 1 for a zero row) or ``"tensor"``.
@@ -79,6 +82,7 @@ class Rowwise:
     gated: bool = False
     factor: bool = False
     hadamard: int = 0
+    kronecker: tuple[int, int] = (0, 0)
     sum_output: bool = False
     f32_output: bool = False
     quantize: str = "token"
@@ -98,6 +102,8 @@ class Rowwise:
             if self.quantize not in ("", "token", "tensor")
             else f"blocks of {self.hadamard} do not divide it"
             if self.hadamard and (self.hadamard < 1 or self.width % self.hadamard)
+            else f"Kronecker blocks of {self.kronecker} do not divide it, or a rotation does the same"
+            if any(self.kronecker) and (self.hadamard or min(self.kronecker) < 1 or self.width % prod(self.kronecker))
             else "bits must be 2 to 8"
             if not 2 <= self.bits <= 8
             else "the clipped share must lie in (0, 1]"
@@ -125,6 +131,8 @@ class Rowwise:
             (bool(self.norm) and self.gamma, v.Param("gamma", (d,))),
             (self.norm == "layer" and self.beta, v.Param("beta", (d,))),
             (self.factor, v.Param("factor", (d,))),
+            (any(self.kronecker), v.Param("left", (self.kronecker[0],) * 2)),
+            (any(self.kronecker), v.Param("right", (self.kronecker[1],) * 2)),
             (self.quantize == "tensor", v.Param("static_scale", (1,))),
             (self.sum_output, v.Param("sum", ("M", d), output=True)),
             (self.f32_output, v.Param("y", ("M", d), output=True)),
@@ -164,7 +172,8 @@ class Rowwise:
 
     def _rows(self, begin: Any, end: Any, names: dict[str, Any], lanes: int) -> None:
         d = self.width
-        changed = self.factor or self.hadamard  # what is quantized is not ``y``
+        mixed = self.hadamard or any(self.kronecker)
+        changed = self.factor or mixed  # what is quantized is not ``y``
         derived = self.residual or self.norm or self.activation or self.gated or changed or "x" not in names
         own = self.quantize and derived and (not self.f32_output or changed)
         scratch = B.alloc_buffer((d,), "float32") if own else None
@@ -192,7 +201,7 @@ class Rowwise:
                     v.store(y, at_y(s), a, n)
                     return _magnitude(a, n)
 
-                if self.quantize == "token" and not self.hadamard:
+                if self.quantize == "token" and not mixed:
                     absmax = v.sweep_reduce(d, lanes, keep, T.max, dtype="uint32")
                 else:
                     v.sweep(d, lanes, lambda s, n, _: keep(s, n))
@@ -200,6 +209,10 @@ class Rowwise:
                     from qcompile.codegen.kernels.cpu.hadamard import transform_row
 
                     transform_row(y, at_y, d, lanes, self.hadamard)
+                if any(self.kronecker):
+                    from qcompile.codegen.kernels.cpu.kronecker import mix_row
+
+                    mix_row(y, at_y, d, lanes, names["left"], names["right"], self.kronecker)
                 value = lambda s, n: v.load(y, at_y(s), n)  # noqa: E731
             if self.quantize == "token":
                 if absmax is None:
@@ -340,6 +353,11 @@ class Rowwise:
                 a = a * given["factor"]
             if self.hadamard:
                 blocks = a.reshape(len(a), -1, self.hadamard) @ hadamard_matrix(self.hadamard)
+                rotated = blocks.reshape(a.shape).astype(np.float32)
+            if any(self.kronecker):
+                blocks = np.einsum(
+                    "mxij,ip,jq->mxpq", a.reshape(len(a), -1, *self.kronecker), given["left"], given["right"]
+                )
                 rotated = blocks.reshape(a.shape).astype(np.float32)
             out["codes"], out["scale"] = self.quantized(rotated, given.get("static_scale"))
         return out

@@ -81,7 +81,7 @@ def main(directory: Path, share: float, count: int, samples: int, as_json: bool)
             )
             for state, model in (("left alone", clean), ("planted", planted)):
                 study.model = model
-                value = study.perplexity(study.quantized(study.transformed(chosen), chosen, "rtn"))
+                value = study.perplexity(study.quantized(study.transformed(chosen), chosen))
                 rows.setdefault(name, {})[f"{kind} {state}"] = value
                 print(f"{kind} {name}, {state}: {value:.4f}", file=sys.stderr, flush=True)
     if as_json:

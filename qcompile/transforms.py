@@ -29,6 +29,7 @@ from qcompile.passes.sites import LinearSite, linear_sites
 from qcompile.passes.spaces import analyse
 from qcompile.recipes import Recipe, Step
 from qcompile.report import Report
+from qcompile.solvers import get_solver
 
 
 @dataclass
@@ -63,7 +64,9 @@ class TransformContext:
         for site in self.quantized_sites(model):
             activation = self.recipe.activation_format(site.name)
             found[site.weight.name or ""] = Precision(
-                self.recipe.weight_format(site.name), activation if activation.bits else None
+                self.recipe.weight_format(site.name),
+                activation if activation.bits else None,
+                get_solver(self.recipe.solver_name(site.name)).needs_hessian,
             )
         return found
 

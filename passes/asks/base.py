@@ -88,10 +88,17 @@ class Data:
 
 @dataclass(frozen=True)
 class Precision:
-    """What the operands of one linear operator will be rounded to; None for the ones that stay float."""
+    """What the operands of one linear operator will be rounded to; None for the ones that stay float.
+
+    Attributes:
+        weight: of its weight.
+        activation: of what it reads.
+        compensated: whether the solver lets later weights absorb the rounding errors of earlier ones.
+    """
 
     weight: Format | None
     activation: ActivationFormat | None
+    compensated: bool = False
 
     @classmethod
     def of(cls, weight: str, activation: str) -> Precision:

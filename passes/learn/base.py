@@ -39,7 +39,8 @@ class Learned(Ask):
         span: neighbouring blocks (residual additions) trained together.
         clip: learn which share of a token's range is represented.
         clip_weights: learn the same of weights, for the simulation only: the solver chooses its own grid.
-        round_weights: simulate the rounding of weights too, not of activations alone.
+        round_weights: simulate the rounding of weights too, not of activations alone; None for where the solver rounds
+            each weight by itself. What is left after a solver that compensates looks different.
         adaptive: Cayley Adam instead of Cayley SGD.
         holdout: share of the samples held out, at most 32; the parameters that serve them best are kept.
         seed: of starts and of the order of samples.
@@ -57,8 +58,8 @@ class Learned(Ask):
     blockwise: bool = False
     span: int = 1
     clip: bool = True
-    clip_weights: bool = True
-    round_weights: bool = True
+    clip_weights: bool = False
+    round_weights: bool | None = None
     adaptive: bool = True
     holdout: float = 0.1
     seed: int = 0
@@ -118,11 +119,12 @@ class Learned(Ask):
         except (RuntimeError, AssertionError) as error:
             raise RecipeError(f"{self.name}: device {self.device!r}: {str(error).splitlines()[0]}") from None
         program = Program(context, like)
-        program.simulate = (True, self.round_weights)
+        program.simulate = (True, self.round_weights is not False)
+        program.compensated = bool(self.round_weights)
         self.build(context, program, np.random.default_rng(self.seed))
         if self.clip:
             program.clip_activations(context.data.feeds[0])
-        if self.clip_weights and self.round_weights:
+        if self.clip_weights and self.round_weights is not False:
             program.clip_weights(0.98)
         return program
 

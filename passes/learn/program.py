@@ -98,6 +98,7 @@ class Program:
         clips: logits of the clipped share of tokens, by activation.
         weight_clips: logits of the clipped share of weights, by weight.
         simulate: whether activations and weights are rounded.
+        compensated: whether weights are rounded even where the solver compensates errors.
     """
 
     def __init__(self, context: Context, like: Tensor) -> None:
@@ -110,6 +111,7 @@ class Program:
         self.clips: dict[str, Tensor] = {}
         self.weight_clips: dict[str, Tensor] = {}
         self.simulate = (True, True)
+        self.compensated = True
         self.sites = {
             r.node: Site(r.node, r.activation, r.weight, len(r.channels), context.precision(r))
             for r in product_readers(context)
@@ -183,7 +185,8 @@ class Program:
             result.offsets[site.node] = -self.shifts[site.activation] @ weight
         if site.activation in self.mixings:
             weight = self.mixings[site.activation].inverse(weight)
-        if self.simulate[1] and site.precision.weight is not None:
+        rounds = self.simulate[1] and (self.compensated or not site.precision.compensated)
+        if rounds and site.precision.weight is not None:
             clip: Any = 1.0
             if site.weight in self.weight_clips:
                 clip = torch.sigmoid(self.weight_clips[site.weight])

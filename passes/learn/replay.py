@@ -65,6 +65,7 @@ class Replay:
                 self.gradients(self.inputs)
         torch.cuda.current_stream().wait_stream(stream)
         self._forget()
+        torch.cuda.empty_cache()  # a recording has memory of its own
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             self.loss = self.gradients(self.inputs)

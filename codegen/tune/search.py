@@ -99,7 +99,7 @@ def tune(
     if not able:
         raise TargetError(f"no kernel on {target} multiplies {problem.weight} by {problem.activation}; nothing to tune")
     by_name = {family.name: family for family in able}
-    for family, config in _candidates(problem, target, able, rows, done):
+    for family, config in _candidates(problem, target, able, rows, done, runner.counts):
         if len(done) >= trials:
             break
         plain = replace(problem, m=None)
@@ -138,10 +138,21 @@ def describe(problem: LinearProblem, target: Target, rows: Sequence[int]) -> str
 
 
 def _candidates(
-    problem: LinearProblem, target: Target, able: list[LinearKernel], rows: Sequence[int], done: dict[str, Trial]
+    problem: LinearProblem,
+    target: Target,
+    able: list[LinearKernel],
+    rows: Sequence[int],
+    done: dict[str, Trial],
+    counts: bool = False,
 ) -> Iterator[tuple[LinearKernel, dict[str, Any]]]:
-    """Configs to measure, in order; looks at ``done`` as it fills."""
+    """Configs to measure, in order; looks at ``done`` as it fills.
+
+    With ``counts``, which leave out memory, scales are stored as by default: wider ones cost fewer instructions.
+    """
     everything = [(family, config) for family in able for config in family.configs(problem, target)]
+    if counts:
+        default = {family.name: family.configs(problem, target)[0].get("scales") for family in able}
+        everything = [(f, config) for f, config in everything if config.get("scales") == default[f.name]]
     costs = [[family.cost(problem, config, target, m) for m in rows] for family, config in everything]
     least = [min(column) for column in zip(*costs)]
     rank = sorted(range(len(everything)), key=lambda i: sum(c / t for c, t in zip(costs[i], least)))

@@ -49,10 +49,11 @@ LAYERS: dict[str, tuple[str, str, tuple[int, ...], tuple[str, ...]]] = {
 """Weight format, activation format, numbers of rows, peers."""
 
 
-def layer_plan(layer: str, n: int, k: int, arch: str, rows: Sequence[int] = ROWS, configs: Any = None) -> Plan:
-    """The kernels of a layer of `LAYERS`."""
-    weight, activation, *_ = LAYERS[layer]
-    return plan(k, n, weight, activation, torch.float16, arch, rows=rows, configs=configs)
+def layer_plan(layer: str, n: int, k: int, arch: str, rows: Sequence[int] = ()) -> Plan:
+    """The kernels of a layer of `LAYERS`, by default those for its numbers of rows."""
+    weight, activation, counts, _ = LAYERS[layer]
+    used = sorted({next((r for r in ROWS if r >= m), ROWS[-1]) for m in counts})
+    return plan(k, n, weight, activation, torch.float16, arch, rows=rows or used)
 
 
 def peer(name: str, m: int, n: int, k: int) -> float | None:

@@ -272,7 +272,7 @@ class _Kernel:
                                 self._butterfly(points, i, i | 1 << level)
                 sums = None if signs is None else self._sums_of_four(points, radix)
                 for i in range(radix):
-                    total = points[i] if sums is None else self._column(sums, signs[:, i])
+                    total = points[i] if sums is None or signs is None else self._column(sums, signs[:, i])
                     B.buffer_store(self.arena, T.reinterpret("uint32", total), [place[i]])
         T.evaluate(T.cuda.cta_sync())
 

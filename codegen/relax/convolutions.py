@@ -10,6 +10,7 @@ is the code of zero. Depthwise convolutions of codes have a kernel; others with 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -28,12 +29,13 @@ from qcompile.codegen.relax.registry import converter
 from qcompile.formats import FixedPoint, Format, IntFormat, Ternary, parse_activation, parse_format
 
 ZERO = 128
-"""The stored code of zero."""
+"""The stored code of zero, on CPUs; GPUs store signed codes."""
 
 
 @converter(DOMAIN, "Quantize")
 def quantize(ctx: Context, node: ir.Node, x: Any, static: Any = None) -> list[Any]:
-    """Codes ``round(x / scale) + 128`` with one scale per sample, or with a given one."""
+    """Codes ``round(x / scale) + 128`` with one scale per sample, or with a given one; signed on GPUs."""
+    signed = ctx.target is not None and ctx.target.kind == "cuda"
     top = (1 << (attr(node, "bits", 8) - 1)) - 1
     shape = ctx.shape(x)
     inner = shape[1:]
@@ -55,7 +57,8 @@ def quantize(ctx: Context, node: ir.Node, x: Any, static: Any = None) -> list[An
         def element(*at: Any) -> Any:
             rounded = te.nearbyint(t(*at) / steps(at[0]))
             clipped = tirx.max(tirx.min(rounded, tirx.const(float(top), "float32")), tirx.const(float(low), "float32"))
-            return (clipped.astype("int32") + ZERO).astype("uint8")
+            integer = clipped.astype("int32")
+            return integer.astype("int8") if signed else (integer + ZERO).astype("uint8")
 
         return te.compute([as_expr(d) for d in shape], element, name="codes")
 
@@ -69,7 +72,15 @@ def _largest(ctx: Context, t: te.Tensor, inner: list[Any]) -> te.Tensor:
 
 
 @converter(DOMAIN, "Conv")
-def convolution(
+def convolution(ctx: Context, node: ir.Node, x: Any, scale: Any, *operands: Any) -> list[Any]:
+    """A convolution by a quantized weight, of codes or of floats; with ``limits`` it gives codes and their scale."""
+    return convolve(
+        ctx, node, x, scale, *operands,
+        multiply=lambda rows, scales, bias, limits: product(ctx, node, rows, scales, bias, limits=limits),
+    )  # fmt: skip
+
+
+def convolve(
     ctx: Context,
     node: ir.Node,
     x: Any,
@@ -80,8 +91,9 @@ def convolution(
     bias: Any = None,
     limits: Any = None,
     *aux: Any,
+    multiply: Callable[[relax.Expr, relax.Expr | None, Any, Any], relax.Expr],
 ) -> list[Any]:
-    """A convolution by a quantized weight, of codes or of floats; with ``limits`` it gives codes and their scale.
+    """A convolution whose matrix product is ``multiply(rows, scale of each row, bias, limits)``.
 
     ``aux`` are further parameters of the weight, see `quantized_operand`.
     """
@@ -97,8 +109,7 @@ def convolution(
     else:
         taken = unfold_kernel(ctx, x, win)
         unfolded = ctx.reshape(unfold(ctx, x, win) if taken is None else taken, [m, attr(node, "k")])
-    row_scale = None if scale is None else _per_row(ctx, scale, lead, m)
-    out = product(ctx, node, unfolded, row_scale, bias, limits=limits)
+    out = multiply(unfolded, None if scale is None else _per_row(ctx, scale, lead, m), bias, limits)
     calls(ctx).uses["convolution as a matrix product"] += 1
     return _results(ctx, x, ctx.reshape(out, [*lead, attr(node, "n")]), limits)
 

@@ -18,6 +18,7 @@ from qcompile.codegen.kernels.base import Epilogue, LinearProblem
 from qcompile.codegen.kernels.cuda.attention import CudaAttention
 from qcompile.codegen.kernels.cuda.plan import Plan, family, make_plan
 from qcompile.codegen.kernels.cuda.rowwise import CudaRowwise
+from qcompile.codegen.relax import convolutions
 from qcompile.codegen.relax.attributes import attr
 from qcompile.codegen.relax.context import Context
 from qcompile.codegen.relax.dims import as_expr
@@ -87,7 +88,16 @@ def linear(ctx: Context, node: ir.Node, x: Any, scale: Any, *operands: Any) -> r
     """Pack the weight and call the kernels."""
     bias, residual = (*operands, *[None] * 5)[3:5]
     lead = ctx.shape(x)[:-1]
-    m = ctx.dims.product(lead)
+    if scale is not None:
+        scale = row_scale(ctx, scale, ctx.dims.product(lead))
+    out = product(ctx, node, rows(ctx, x), scale, bias, residual if residual is None else rows(ctx, residual))
+    return shaped(ctx, out, lead, attr(node, "n"))
+
+
+def product(
+    ctx: Context, node: ir.Node, x: relax.Expr, scale: relax.Expr | None, bias: Any = None, residual: Any = None
+) -> relax.Expr:
+    """Rows ``(M, K)`` of int8 codes, with scales ``(M,)``, or of floats times the weight of ``node``: ``(M, N)``."""
     plan = plan_of(ctx, node)
     problem = plan.problem
     weight = quantized_operand(ctx, node, problem.weight)
@@ -99,18 +109,26 @@ def linear(ctx: Context, node: ir.Node, x: Any, scale: Any, *operands: Any) -> r
     )  # fmt: skip
     calls(ctx).linears.append(record)
     packed = [ctx.param(f"{node.inputs[2].name}.{part}", array) for part, array in plan.pack(weight).items()]
-    tensors = [_operand(ctx, rows(ctx, x), plan)]
-    if problem.activation.bits:
-        tensors.append(row_scale(ctx, scale, m))
-    tensors += packed
+    tensors = [_operand(ctx, x, plan), *([scale] if problem.activation.bits else []), *packed]
     if bias is not None:
         tensors.append(ctx.reshape(bias, [problem.n]))
     if residual is not None:
-        tensors.append(rows(ctx, residual))
+        tensors.append(residual)
     cuda_calls(ctx).plans[plan.name] = plan
     tensors += _workspace(ctx, node)
-    (out,) = call(ctx, plan.name, tensors, [([m, problem.n], "float32")])
-    return shaped(ctx, out, lead, problem.n)
+    (out,) = call(ctx, plan.name, tensors, [([ctx.shape(x)[0], problem.n], "float32")])
+    return out
+
+
+@converter(DOMAIN, "Conv", kinds=("cuda",), priority=1)
+def convolution(ctx: Context, node: ir.Node, x: Any, scale: Any, *operands: Any) -> list[Any]:
+    """The product of the unfolded input with the weight; with groups, generated loops."""
+
+    def multiply(rows: relax.Expr, scales: relax.Expr | None, bias: Any, limits: Any) -> relax.Expr:
+        assert limits is None  # asked of CPUs only, see `lower`
+        return product(ctx, node, rows, scales, bias)
+
+    return convolutions.convolve(ctx, node, x, scale, *operands, multiply=multiply)
 
 
 def _operand(ctx: Context, x: relax.Expr, plan: Plan) -> relax.Expr:
@@ -135,7 +153,7 @@ def _workspace(ctx: Context, node: ir.Node) -> list[relax.Var]:
     state = cuda_calls(ctx)
     key = id(node.graph)
     if key not in state.workspaces:
-        needs = [plan_of(ctx, n).scratch() for n in node.graph if n.domain == DOMAIN and n.op_type == "Linear"]
+        needs = [plan_of(ctx, n).scratch() for n in node.graph if _multiplies(n)]
         partial = np.zeros(max(n[0] for n in needs), np.float32)
         arrived = np.zeros(max(n[1] for n in needs), np.int32)
         state.workspaces[key] = (
@@ -143,6 +161,12 @@ def _workspace(ctx: Context, node: ir.Node) -> list[relax.Var]:
             ctx.param(f"{WORKSPACE}arrived", arrived),
         )
     return list(state.workspaces[key])
+
+
+def _multiplies(node: ir.Node) -> bool:
+    return node.domain == DOMAIN and (
+        node.op_type == "Linear" or (node.op_type == "Conv" and attr(node, "group", 1) == 1)
+    )
 
 
 @converter(DOMAIN, "Rowwise", kinds=("cuda",), priority=1)

@@ -10,7 +10,6 @@ An instruction count is no time: it leaves out memory, and how many instructions
 """
 
 import argparse
-import re
 import shutil
 import subprocess
 import sys
@@ -140,28 +139,7 @@ def ours(cpu: str, formats: list[str], rows: list[int], families: list[str]) -> 
             program = Executable({"gemm": family.build(problem, config, target, "gemm")}, target)
             out = np.zeros((m, N), np.float32)
             number = program.counts({"gemm": [*inputs(problem, m), *packed, out]})["gemm"]
-            name = family.name + (f" {cycles(program.assembly, problem)}" if m == 1 else "")
-            yield spelling, m, number / (K * N * m), name
-
-
-def cycles(assembly: str, problem: LinearProblem) -> str:
-    """Cycles per multiply-add of the innermost loop on a Neoverse N1, by llvm-mca; empty without llvm-mca-19."""
-    mca = shutil.which("llvm-mca-19")
-    loops = [block for block in re.split(r"\n(?=\.LBB)", assembly) if re.search(r"\tb\.\w+\t(\.LBB\S+)", block)]
-    loops = [b for b in loops if re.search(rf"\tb\.\w+\t{re.escape(b.split(':')[0])}\b", b)]
-    if mca is None or not loops:
-        return ""
-
-    def products(block: str) -> float:
-        dots, looked = (len(re.findall(rf"\t{name}\t", block)) for name in ("sdot", "tbl"))
-        return 16 * dots if dots else 64 * looked / problem.weight.bits
-
-    loop = max(loops, key=products)
-    lines = [line for line in loop.splitlines() if re.match(r"\t[a-z]", line)]
-    command = [mca, "-mtriple=aarch64", "-mcpu=neoverse-n1", "-iterations=100"]
-    printed = subprocess.run(command, input="\n".join(lines), capture_output=True, text=True, check=True).stdout
-    total = float(re.search(r"Total Cycles:\s+(\d+)", printed)[1])
-    return f"(inner loop {total / 100 / products(loop):.4f} cycles by llvm-mca)"
+            yield spelling, m, number / (K * N * m), family.name
 
 
 def main() -> None:

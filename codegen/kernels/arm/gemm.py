@@ -51,6 +51,10 @@ STACK_BYTES = 16 << 10
 """Sums of activations up to this size live on the stack."""
 
 
+PLANES = 4.5
+"""Cycles to gather a register of codes whose bits lie in planes."""
+
+
 @dataclass(frozen=True)
 class UnsignedPanels(Panels):
     """Panels of unsigned codes (signed ones if they are symmetric and of 8 bits); positions beyond a group count 0."""
@@ -377,7 +381,7 @@ class DotGemm(ArmGemm):
         return [(4, 4), (6, 2), (8, 2), (2, 4)]
 
     def speed(self, problem: LinearProblem, target: Target) -> tuple[float, float]:
-        return 32.0, 1.5 if 8 % problem.weight.bits else 0.0 if problem.weight.bits == 8 else 0.5
+        return 32.0, PLANES if 8 % problem.weight.bits else 0.0 if problem.weight.bits == 8 else 0.5
 
     def add_bytes(self, total: Any, x: Any) -> Any:
         return dot(total, x, v.const(1, BYTES, "int8"))
@@ -401,7 +405,7 @@ class NeonGemm(ArmGemm):
 
     def speed(self, problem: LinearProblem, target: Target) -> tuple[float, float]:
         rate = 4.0 if problem.weight.bits == 8 else 7.0
-        return rate, 1.5 if 8 % problem.weight.bits else 0.0 if problem.weight.bits == 8 else 0.5
+        return rate, PLANES if 8 % problem.weight.bits else 0.0 if problem.weight.bits == 8 else 0.5
 
     def add_bytes(self, total: Any, x: Any) -> Any:
         return total + pairs(T.call_llvm_pure_intrin("int16x8", "llvm.aarch64.neon.saddlp", x))

@@ -13,7 +13,7 @@ from typing import Any
 from tvm.script import tirx as T
 
 from qcompile.codegen.kernels.arm import bits
-from qcompile.codegen.kernels.arm.gemm import DotGemm
+from qcompile.codegen.kernels.arm.gemm import PLANES, DotGemm
 from qcompile.codegen.kernels.arm.products import BYTES, LANES, Word, dot, repeated
 from qcompile.codegen.kernels.base import LinearProblem
 from qcompile.codegen.kernels.cpu import vector as v
@@ -35,7 +35,11 @@ class MmlaGemm(DotGemm):
         return [(6, 6), (4, 8), (8, 4)]
 
     def speed(self, problem: LinearProblem, target: Target) -> tuple[float, float]:
-        return 60.0, 1.5 if 8 % problem.weight.bits else 0.0 if problem.weight.bits == 8 else 0.5
+        return 60.0, PLANES if 8 % problem.weight.bits else 0.0 if problem.weight.bits == 8 else 0.5
+
+    def cost(self, problem: LinearProblem, config: dict[str, Any], target: Target, m: int) -> float:
+        """One row fills half of a register's lanes with a column each, and takes half as many instructions more."""
+        return super().cost(problem, config, target, m) * (1.5 if m == 1 else 1.0)
 
     def products(self, e: Emission, panel: Any, first: Any, group: Any, start: list[Any]) -> list[list[Any]]:
         p = e.panels

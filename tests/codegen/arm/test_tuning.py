@@ -12,7 +12,7 @@ from click.testing import CliRunner
 from qcompile.cli import cli
 from qcompile.codegen.kernels import families, select
 from qcompile.codegen.kernels.base import LinearProblem
-from qcompile.codegen.tune import Database, tune
+from qcompile.codegen.tune import Database, shipped, tune
 from qcompile.codegen.tune.measure import CountingRunner
 from qcompile.formats import parse_activation, parse_format
 from qcompile.targets import get_target
@@ -54,3 +54,17 @@ def test_the_command_goes_on_after_a_kill(emulation, tmp_path):
     assert done.stderr.count("instructions  arm-") == 4 - known, "what was counted is not counted again"
     (entry,) = json.loads(path.read_text())["entries"]
     assert entry["trials"] == 4 and len(entry["instructions"]) == 1 and "microseconds" not in entry
+
+
+def test_what_is_shipped_can_be_built():
+    database = shipped(TARGET)
+    by_name = {family.name: family for family in families("arm")}
+    for entry in database.entries.values():
+        problem = LinearProblem(entry.k, entry.n, parse_format(entry.weight), parse_activation(entry.activation))
+        assert by_name[entry.family].supports(problem, TARGET)
+        assert entry.config in by_name[entry.family].configs(problem, TARGET)
+        assert len(entry.instructions) == len(entry.rows)
+    for weight, family in (("int2/g128", "arm-tbl"), ("int4/g128", "arm-sdot")):
+        problem = LinearProblem(4096, 4096, parse_format(weight), parse_activation("int8"), m=1)
+        choice = select(problem, TARGET, database)
+        assert choice.family.name == family and "fewest instructions for 4096 x 4096" in choice.reason

@@ -33,6 +33,7 @@ class OmniQuant(Learned):
     """
 
     blockwise: bool = True
+    clip_weights: bool = True
     alpha: float = 0.5
     shift: bool = True
 

@@ -47,7 +47,10 @@ CACHE = 256 << 10
 
 
 ACCUMULATORS = 8
-"""Registers of 16-bit sums a micro-kernel keeps at a time."""
+"""Registers of 16-bit sums a micro-kernel keeps at a time, if one row of one block of columns leaves the choice."""
+
+MOST_ACCUMULATORS = 12
+"""What does not spill; a tile of more rows goes through its weights several times."""
 
 LANES = 8
 """Columns of a vector of int32 or float32."""
@@ -272,52 +275,76 @@ class LutGemm(LinearKernel):
         return builder.get()
 
     def micro(self, e: LutEmission, panel: Any, first: Any, rows: int) -> None:
-        """Emit the product of ``rows`` rows of the block from ``first`` on with one panel, into ``e.tile``."""
-        registers = 1 if e.panels.adjacent else 2 * e.panels.planes.bits  # that a row needs for one block of columns
-        together = max(1, ACCUMULATORS // (registers * rows))
-        blocks = e.panels.width // e.block
-        for start in range(0, blocks, together):
-            self._blocks(e, panel, first, rows, range(start, min(start + together, blocks)))
+        """Emit the product of ``rows`` rows of the block from ``first`` on with one panel, into ``e.tile``.
 
-    def _blocks(self, e: LutEmission, panel: Any, first: Any, rows: int, blocks: range) -> None:
-        """The part of a micro-kernel that keeps its 16-bit sums in registers: some blocks of columns."""
+        As many columns and rows at a time as registers hold sums of. Planes kept apart leave room for few of them: these take
+        turns within a chunk of pairs, whose weights then are in the first cache. Adjacent planes go through all of K in turn.
+        """
         p, t = e.panels, e.tables
-        span = range(blocks.start * e.block, blocks.stop * e.block, LANES)
+        registers = 1 if p.adjacent else 2 * p.planes.bits  # that a row needs for one block of columns
+        high = rows if registers * rows <= MOST_ACCUMULATORS else max(1, MOST_ACCUMULATORS // registers)
+        wide, blocks = max(1, ACCUMULATORS // (registers * high)), p.width // e.block
+        parts = [
+            (range(top, min(top + high, rows)), range(start, min(start + wide, blocks)))
+            for top in range(0, rows, high)
+            for start in range(0, blocks, wide)
+        ]
         for r in range(rows):
-            for column in span:
+            for column in range(0, p.width, LANES):
                 v.store(e.tile, [r, column], v.const(0, LANES, str(e.tile.dtype)), LANES)
-        sums = [[Sums(e) for _ in blocks] for _ in range(rows)]
-        with T.serial(p.groups) as group:
-            if e.kept is not None:
-                for r in range(rows):
-                    for plane in range(e.stored_planes):
-                        for column in span:
-                            v.store(e.kept, [r, plane, column], v.const(0, LANES, "int32"), LANES)
-            bases = [Base(e, first + r, group) for r in range(rows)]
-            with T.serial(t.chunks_per_group) as piece:
-                begin = v.let(piece * t.pairs_per_chunk)
-                chunk = v.let(group * t.chunks_per_group + piece)
-                for base, row in zip(bases, sums):
-                    for block in row:
-                        block.start(base)
-                left = T.min(p.pairs_per_group - begin, t.pairs_per_chunk)
-                whole = p.pairs_per_group % t.pairs_per_chunk == 0
-                with T.serial(e.rolled(t.pairs_per_chunk if whole else left)) as i:
-                    pair = v.let(group * p.pairs_per_group + begin + i)
-                    if blocks.start == 0:
-                        self._prefetch(e, panel, pair)
-                    self._look_up(e, panel, pair, blocks, sums, [(t.tables, first + r, pair) for r in range(rows)])
-                for r in range(rows):
-                    low, high = v.let(t.begin[first + r, chunk]), v.let(t.begin[first + r, chunk + 1])
-                    with T.serial(low, high) as entry:
-                        pair = v.let(t.pair[first + r, entry])
-                        self._look_up(e, panel, pair, blocks, [sums[r]], [(t.extra, first + r, entry)])
+        for together in [[part] for part in parts] if p.adjacent else [parts]:
+            with T.serial(p.groups) as group:
+                if e.kept is not None:
+                    for r in range(rows):
+                        for plane in range(e.stored_planes):
+                            for column in range(0, p.width, LANES):
+                                v.store(e.kept, [r, plane, column], v.const(0, LANES, "int32"), LANES)
+                bases = [Base(e, first + r, group) for r in range(rows)]
+                with T.serial(t.chunks_per_group) as piece:
+                    for tile_rows, here in together:
+                        self._chunk(e, panel, first, group, piece, tile_rows, here, bases)
                 if t.chunks_per_group > 1:
-                    for r, row in enumerate(sums):
-                        for index, block in zip(blocks, row):
-                            self._keep(e, r, index, block)
-            for r, row in enumerate(sums):
-                for index, block in zip(blocks, row):
+                    for tile_rows, here in together:
+                        for r in tile_rows:
+                            for index in here:
+                                self._add_group(e, panel, group, r, bases[r], index, None)
+
+    def _chunk(
+        self,
+        e: LutEmission,
+        panel: Any,
+        first: Any,
+        group: Any,
+        piece: Any,
+        rows: range,
+        blocks: range,
+        bases: list[Base],
+    ) -> None:
+        """The part of a micro-kernel that keeps its 16-bit sums in registers: some rows and blocks of columns."""
+        p, t = e.panels, e.tables
+        begin = v.let(piece * t.pairs_per_chunk)
+        chunk = v.let(group * t.chunks_per_group + piece)
+        sums = [[Sums(e) for _ in blocks] for _ in rows]
+        for r, row in zip(rows, sums):
+            for block in row:
+                block.start(bases[r])
+        left = T.min(p.pairs_per_group - begin, t.pairs_per_chunk)
+        whole = p.pairs_per_group % t.pairs_per_chunk == 0
+        with T.serial(e.rolled(t.pairs_per_chunk if whole else left)) as i:
+            pair = v.let(group * p.pairs_per_group + begin + i)
+            if blocks.start == 0 and rows.start == 0:
+                self._prefetch(e, panel, pair)
+            self._look_up(e, panel, pair, blocks, sums, [(t.tables, first + r, pair) for r in rows])
+        for r, row in zip(rows, sums):
+            low, high = v.let(t.begin[first + r, chunk]), v.let(t.begin[first + r, chunk + 1])
+            with T.serial(low, high) as entry:
+                pair = v.let(t.pair[first + r, entry])
+                self._look_up(e, panel, pair, blocks, [row], [(t.extra, first + r, entry)])
+        for r, row in zip(rows, sums):
+            for index, block in zip(blocks, row):
+                if t.chunks_per_group > 1:
+                    self._keep(e, r, index, block)
+                else:
                     self._add_group(e, panel, group, r, bases[r], index, block)
 
     def _prefetch(self, e: LutEmission, panel: Any, pair: Any) -> None:
@@ -365,14 +392,16 @@ class LutGemm(LinearKernel):
                     at = [r, column]
                     v.store(e.tile, at, v.load(e.tile, at, LANES) + _times(value, plane), LANES)
 
-    def _add_group(self, e: LutEmission, panel: Any, group: Any, r: int, base: Base, index: int, block: Sums) -> None:
-        """Add a group of one row to its tile: scales and offsets."""
+    def _add_group(
+        self, e: LutEmission, panel: Any, group: Any, r: int, base: Base, index: int, block: Sums | None
+    ) -> None:
+        """Add a group of one row to its tile: scales and offsets. Without ``block`` its sums are those kept."""
         planes = e.panels.planes
-        if e.tables.chunks_per_group == 1:
+        if block is not None:
             sums = [block.values(plane) for plane in range(e.stored_planes)]
         for j in range(e.block // LANES):
             column = index * e.block + j * LANES
-            if e.tables.chunks_per_group == 1:
+            if block is not None:
                 here = [values[j] for values in sums]
             elif e.kept is not None:
                 here = [v.let(v.load(e.kept, [r, plane, column], LANES)) for plane in range(e.stored_planes)]

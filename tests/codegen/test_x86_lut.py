@@ -80,7 +80,7 @@ def test_planes_of_every_format(spelling, k, n):
 
 @settings(max_examples=5, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
 @given(
-    spelling=st.sampled_from(PLANES),
+    spelling=st.sampled_from([s for s in PLANES if plane_sum(parse_format(s)) is not None]),
     k=st.one_of(st.integers(1, 20), st.integers(21, 150)),
     n=st.integers(1, 130),
     seed=st.integers(0, 99),
@@ -161,7 +161,7 @@ def test_activations_split_into_parts_that_fit(four):
 
 @settings(max_examples=20, deadline=None)
 @given(
-    spelling=st.sampled_from(PLANES),
+    spelling=st.sampled_from([s for s in PLANES if plane_sum(parse_format(s)) is not None]),
     k=st.integers(1, 60),
     seed=st.integers(0, 99),
     spread=st.sampled_from([10, 90, 900]),

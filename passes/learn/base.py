@@ -39,8 +39,8 @@ class Learned(Ask):
         span: neighbouring blocks (residual additions) trained together.
         clip: learn which share of a token's range is represented.
         clip_weights: learn the same of weights, for the simulation only: the solver chooses its own grid.
-        round_weights: simulate the rounding of weights too, not of activations alone; None for where the solver rounds
-            each weight by itself. What is left after a solver that compensates looks different.
+        round_weights: simulate the rounding of weights too, not of activations alone; None leaves them out where
+            the solver compensates their errors and activations have no more bits: these are what is left to learn from.
         adaptive: Cayley Adam instead of Cayley SGD.
         holdout: share of the samples held out, at most 32; the parameters that serve them best are kept.
         seed: of starts and of the order of samples.

@@ -49,6 +49,13 @@ class Site:
     width: int
     precision: Precision
 
+    @property
+    def compensated(self) -> bool:
+        """Whether errors of the weight are made up for, and those of the activation, as coarse as it, are what is left."""
+        weight, activation = self.precision.weight, self.precision.activation
+        coarse = activation is not None and activation.bits <= getattr(weight, "bits", 0)
+        return self.precision.compensated and coarse
+
 
 @dataclass
 class Step:
@@ -185,8 +192,7 @@ class Program:
             result.offsets[site.node] = -self.shifts[site.activation] @ weight
         if site.activation in self.mixings:
             weight = self.mixings[site.activation].inverse(weight)
-        rounds = self.simulate[1] and (self.compensated or not site.precision.compensated)
-        if rounds and site.precision.weight is not None:
+        if self.simulate[1] and site.precision.weight is not None and (self.compensated or not site.compensated):
             clip: Any = 1.0
             if site.weight in self.weight_clips:
                 clip = torch.sigmoid(self.weight_clips[site.weight])

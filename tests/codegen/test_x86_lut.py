@@ -80,7 +80,7 @@ def test_planes_of_every_format(spelling, k, n):
 
 @settings(max_examples=5, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
 @given(
-    spelling=st.sampled_from([s for s in PLANES if plane_sum(parse_format(s)) is not None]),
+    spelling=st.sampled_from(PLANES),
     k=st.one_of(st.integers(1, 20), st.integers(21, 150)),
     n=st.integers(1, 130),
     seed=st.integers(0, 99),

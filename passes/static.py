@@ -162,9 +162,34 @@ def close(model: ir.Model, scales: Mapping[str, float], *, log2_bits: int = 4) -
         else:
             graph.insert_before(graph[0], [quantize, dequantize])
         _redirect(value, result)
+    _quantize_inputs(model)
     _keep_integers(model)
     add_functions(model)
     return model
+
+
+def _quantize_inputs(model: ir.Model) -> None:
+    """Where an input is moved before it is quantized, quantize it first, alike: hardware takes integers."""
+    graph = model.graph
+    for node in list(graph):
+        if not is_op(node, "QuantizeLinear") or node.inputs[0] is None:
+            continue
+        value: ir.Value | None = node.inputs[0]
+        while value is not None and (before := value.producer()) is not None:
+            if before.domain or before.op_type not in MOVEMENT:
+                break
+            value = before.inputs[0]
+        if value is None or value is node.inputs[0] or not value.is_graph_input():
+            continue
+        readers = [(use.node, use.idx) for use in value.uses()]
+        quantize = ir.node("QuantizeLinear", [value, *node.inputs[1:]], name=f"{value.name}.quantize")
+        dequantize = ir.node("DequantizeLinear", [*quantize.outputs, *node.inputs[1:]], name=f"{value.name}.dequantize")
+        for made, like in ((quantize, node.outputs[0]), (dequantize, value)):
+            out = made.outputs[0]
+            out.name, out.shape, out.type = f"{made.name}d", value.shape, like.type
+        graph.insert_before(graph[0], [quantize, dequantize])
+        for reader, index in readers:
+            reader.replace_input_with(index, dequantize.outputs[0])
 
 
 def _keep_integers(model: ir.Model) -> None:

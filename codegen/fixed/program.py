@@ -74,7 +74,8 @@ class Program:
         """
         values = {s.name: s.check(feeds[s.name]) for s in self.inputs}
         for node in self.nodes:
-            values[node.name] = node.output.check(node.reference(*(values[s.name] for s in node.inputs)))
+            inputs = [values[s.name].reshape(-1, *s.shape) for s in node.inputs]
+            values[node.name] = node.output.check(node.reference(*inputs))
         return values if every else {name: values[name] for name in self.outputs}
 
     def folded(self, foldings: Mapping[str, Folding]) -> Program:

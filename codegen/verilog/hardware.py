@@ -23,7 +23,9 @@ def make_netlist(program: Program, *, input_lanes: int | None = None) -> Netlist
     for stream in program.inputs:
         readers = [n for n in program.nodes for s in n.inputs if s.name == stream.name]
         first = readers[0] if readers else None
-        lanes = input_lanes or (build.input_lanes(first)[first.inputs.index(stream)] if first is not None else 1)
+        lanes = input_lanes or 1
+        if first is not None and not input_lanes:  # it may read the stream in another shape
+            lanes = build.input_lanes(first)[[s.name for s in first.inputs].index(stream.name)]
         channel = netlist.input(stream.name, lanes, stream.type, stream.tokens * stream.channels // lanes)
         waiting[stream.name] = plumbing.fork(netlist, channel, program.readers(stream.name))
     for node in program.nodes:

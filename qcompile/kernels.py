@@ -83,7 +83,8 @@ def quantize_rows(x: torch.Tensor, bits: int = 8) -> tuple[torch.Tensor, torch.T
     """``(M, K)`` to codes of ``bits`` bits, int8 ``(M, K)``, and float32 scales ``(M,)``: ``max|row| / (2^(bits-1) - 1)``,
     round to nearest even."""
     top = (1 << bits - 1) - 1
-    scale = x.abs().amax(-1).float() / top
+    largest = x.abs().amax(-1).float()
+    scale = largest / largest.new_full((), top)  # by a plain number, torch would multiply with its inverse
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))
     return torch.round(x.float() / scale[:, None]).clamp_(-top, top).to(torch.int8), scale
 

@@ -57,7 +57,7 @@ def compile_cold(recipe: str, folder: Path) -> tuple[float, float]:
 @click.command()
 @click.option("--recipe", "recipes", multiple=True, default=("w8a8", "w4a8", "w2a8"))
 @click.option("--output", type=click.Path(path_type=Path))
-@click.option("--seconds", default=1.5, help="Measuring time of each contender at each point.")
+@click.option("--seconds", default=3.0, help="Measuring time of each contender at each point.")
 @click.option("--threads", "counts", multiple=True, type=int, default=(1, 2))
 def main(recipes: tuple[str, ...], output: Path | None, seconds: float, counts: tuple[int, ...]) -> None:
     captured = capture(minilm_directory(), check=False)

@@ -53,13 +53,15 @@ def make_feed(inputs: Sequence[TensorSpec], extents: Mapping[str, int]) -> dict[
 
 
 def measure(
-    contenders: Mapping[str, Run], feed: Mapping[str, np.ndarray], *, seconds: float = 1.0, rounds: int = 5
+    contenders: Mapping[str, Run], feed: Mapping[str, np.ndarray], *, seconds: float = 1.0, rounds: int | None = None
 ) -> dict[str, float]:
     """Median milliseconds of each contender.
 
     Contenders take turns in short blocks, so that drift of the machine meets all alike; between blocks the threads of
-    the one before get time to go to sleep.
+    the one before get time to go to sleep. A machine whose speed jumps within seconds wants many of them: ``rounds`` are as
+    many as blocks of 0.15 s fit, five at least.
     """
+    rounds = rounds or max(5, round(seconds / 0.15))
     times: dict[str, list[float]] = {name: [] for name in contenders}
     for run in contenders.values():
         run(feed)

@@ -52,18 +52,17 @@ def test_training_reduces_the_error(name):
 
 
 def test_every_block_learns():
-    """Block by block, every block trains, and the losses fall."""
+    """Block by block, the loss falls on every block."""
     model = networks.residual()
     feeds = networks.feeds(model)
     context = networks.context(model, feeds)
     ask = FlatQuant(rotation_rate=0.01, rate=0.01, clip_weights=True)
     program = ask.program(context)
-    schedule = training.Schedule(25, None, 2, ask.rotation_rate, ask.rate)
+    schedule = training.Schedule(80, None, 2, ask.rotation_rate, ask.rate)
     parts = blocks(context.model, program.sites.keys())
     outcomes = training.train_blocks(program, feeds, parts, schedule, silent, "test")
     assert len(outcomes) == len(parts) > 1
-    assert all(o.steps == 25 and o.after < 1.2 * o.before for o in outcomes), outcomes
-    assert sum(o.after for o in outcomes) < sum(o.before for o in outcomes)
+    assert all(o.after < o.before and o.steps == 80 for o in outcomes), outcomes
 
 
 def test_the_result_is_the_same_every_time_and_depends_on_the_seed():

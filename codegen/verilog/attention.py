@@ -8,8 +8,7 @@ import numpy as np
 
 from qcompile.codegen.fixed.nodes import MatMul, Normalize, Softmax
 from qcompile.codegen.fixed.nodes.normalize import F, R, Z, root_table
-from qcompile.codegen.verilog import build, plumbing
-from qcompile.codegen.verilog.matvec import STYLES
+from qcompile.codegen.verilog import build, macs, plumbing
 from qcompile.codegen.verilog.movement import back
 from qcompile.codegen.verilog.netlist import Channel, Memory, Netlist, Process, Unit, Wait
 from qcompile.formats.fixed import IntType
@@ -31,14 +30,21 @@ def _matmul(node: MatMul, netlist: Netlist, inputs: Sequence[Channel]) -> Channe
     pe, simd = node.folding.pe, node.folding.simd
     rows, columns = node.rows // simd, node.columns // pe
     a, b = node.inputs
-    parameters, cycles = build.requantize_parameters(node.requantize, node.accumulator_bounds, node.output.type)
-    style = STYLES[node.products] if node.exponent is None else 2
-    triple = style == 1 and b.type.bits > (2 if b.type.signed else 1)
-    product = (b.type.bits + 1) // 2 if style == 1 else 1
-    latency = 1 + triple + product + (simd - 1).bit_length() + 1 + cycles + 1
+    low, high = node.product_bounds
+    parameters, latency = macs.mac_array(
+        pe=pe,
+        simd=simd,
+        rows=rows,
+        style=macs.STYLES[node.products] if node.exponent is None else macs.POWERS,
+        weight=b.type,
+        product=IntType.covering(min(low, 0), max(high, 0)),
+        accumulator=node.accumulator,
+        requantize=node.requantize,
+        bounds=node.accumulator_bounds,
+        output=node.output.type,
+    )
     out = build.stream_channel(netlist, node.output, pe)
     step = np.arange(a.tokens * node.heads * rows * columns)
-    low, high = node.product_bounds
     values = dict(
         TRANSPOSED=int(node.transposed),
         HEADS=node.heads,
@@ -48,10 +54,7 @@ def _matmul(node: MatMul, netlist: Netlist, inputs: Sequence[Channel]) -> Channe
         PE=pe,
         **build.type_parameters("X", a.type),
         **build.type_parameters("W", b.type),
-        STYLE=style,
         EXPONENT=node.exponent or 0,
-        P_BITS=build.signed_bits(IntType.covering(min(low, 0), max(high, 0))),
-        A_BITS=build.signed_bits(node.accumulator),
         **parameters,
         MULTIPLIER=int(node.requantize.multiplier[0]),
         TOKENS=a.tokens,

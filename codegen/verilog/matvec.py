@@ -7,12 +7,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from qcompile.codegen.fixed.nodes.matvec import MatVec
-from qcompile.codegen.verilog import build, unrolled
+from qcompile.codegen.verilog import build, macs, unrolled
 from qcompile.codegen.verilog.netlist import Channel, Memory, Netlist, Process, Unit, pack_word
 from qcompile.formats.fixed import IntType
-
-STYLES = {"dsp": 0, "lut": 1}
-"""How products are formed: by multipliers of the device, or by adders (``rtl/product.v``)."""
 
 
 @build.input_lanes.register
@@ -27,17 +24,23 @@ def _elaborate(node: MatVec, netlist: Netlist, inputs: Sequence[Channel]) -> Cha
     pe, simd = node.folding.pe, node.folding.simd
     rows, columns = node.k // simd, node.n // pe
     x, w = node.inputs[0], node.weight_type
-    accumulator = build.signed_bits(node.accumulator)
-    parameters, cycles = build.requantize_parameters(node.requantize, node.accumulator_bounds, node.output.type)
     thresholds = node.thresholds
-    literals = {}
+    search, literals = None, {}
     if thresholds is not None:
         search, literals["TABLE"] = _search(node, thresholds)
-        parameters, cycles = parameters | search, search["THRESHOLDS"]
-    style = STYLES[node.products]
-    triple = style == 1 and w.bits > (2 if w.signed else 1)
-    product = (w.bits + 1) // 2 if style == 1 else 1
-    latency = 1 + triple + product + (simd - 1).bit_length() + 1 + cycles + 1
+    parameters, latency = macs.mac_array(
+        pe=pe,
+        simd=simd,
+        rows=rows,
+        style=macs.STYLES[node.products],
+        weight=w,
+        product=product_type(node),
+        accumulator=node.accumulator,
+        requantize=node.requantize,
+        bounds=node.accumulator_bounds,
+        output=node.output.type,
+        search=search,
+    )
     out = build.stream_channel(netlist, node.output, pe)
 
     step = np.arange(rows * columns)
@@ -50,13 +53,8 @@ def _elaborate(node: MatVec, netlist: Netlist, inputs: Sequence[Channel]) -> Cha
             COLUMNS=columns,
             SIMD=simd,
             PE=pe,
-            X_BITS=x.type.bits,
-            X_SIGNED=int(x.type.signed),
-            W_BITS=w.bits,
-            W_SIGNED=int(w.signed),
-            STYLE=style,
-            P_BITS=build.signed_bits(product_type(node)),
-            A_BITS=accumulator,
+            **build.type_parameters("X", x.type),
+            **build.type_parameters("W", w),
             **parameters,
         ),
         {"s": inputs[0]},
@@ -83,8 +81,8 @@ def _search(node: MatVec, thresholds: np.ndarray) -> tuple[dict[str, int], str]:
     kind = IntType.covering(min(int(thresholds.min()), -1), int(thresholds.max()))
     word = pack_word(thresholds.T.reshape(-1), kind.bits)
     bits = len(thresholds).bit_length()
-    parameters = dict(MULTIPLY=0, SHIFT=0, CLAMP_LOW=0, CLAMP_HIGH=0, THRESHOLDS=bits, T_BITS=kind.bits)
-    return parameters | dict(LOW=node.requantize.low), f"{thresholds.size * kind.bits}'h{word:x}"
+    parameters = dict(THRESHOLDS=bits, T_BITS=kind.bits, LOW=node.requantize.low)
+    return parameters, f"{thresholds.size * kind.bits}'h{word:x}"
 
 
 def product_type(node: MatVec) -> IntType:
@@ -99,12 +97,11 @@ def _memories(node: MatVec, parameters: dict[str, int]) -> dict[str, Memory]:
     rows, columns = node.k // simd, node.n // pe
     # (K, N) -> (columns, rows, pe, simd)
     words = node.weight.reshape(rows, simd, columns, pe).transpose(2, 0, 3, 1).reshape(rows * columns, pe * simd)
-    accumulator = build.signed_bits(node.accumulator)
     memories = {
         "WEIGHTS": Memory(f"{node.name}_weights", words, node.weight_type.bits),
-        "BIASES": Memory(f"{node.name}_biases", node.bias.reshape(columns, pe), accumulator),
+        "BIASES": Memory(f"{node.name}_biases", node.bias.reshape(columns, pe), parameters["A_BITS"]),
     }
     if parameters["MULTIPLY"]:
-        multipliers = node.constants["multiplier"].reshape(columns, pe)
+        multipliers = macs.scale_words(node.constants["multiplier"], pe, parameters["TURNS"])
         memories["MULTIPLIERS"] = Memory(f"{node.name}_multipliers", multipliers, parameters["M_BITS"])
     return memories

@@ -7,8 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from qcompile.codegen.fixed.nodes import Depthwise, Geometry, MaxPool, Window
-from qcompile.codegen.verilog import build
-from qcompile.codegen.verilog.matvec import STYLES
+from qcompile.codegen.verilog import build, macs
 from qcompile.codegen.verilog.netlist import NEVER, Channel, Memory, Netlist, Process, Unit, Wait, pack_word
 from qcompile.formats.fixed import IntType
 
@@ -39,23 +38,29 @@ def _depthwise(node: Depthwise, netlist: Netlist, inputs: Sequence[Channel]) -> 
     middle = netlist.channel(f"{node.name}_taps", pe, x, windows * groups * taps)
     netlist.add(_window_unit(node, inputs[0], middle, by_channel=True, pad=0))
 
-    parameters, cycles = build.requantize_parameters(node.requantize, node.accumulator_bounds, node.output.type)
-    style = STYLES[node.products]
-    triple = style == 1 and w.bits > (2 if w.signed else 1)
-    latency = 1 + triple + ((w.bits + 1) // 2 if style == 1 else 1) + 1 + cycles + 1
     ends = np.stack([seen.low * node.weight, seen.high * node.weight])
-    product = IntType.covering(min(0, int(ends.min())), max(0, int(ends.max())))
-    accumulator = build.signed_bits(node.accumulator)
+    parameters, latency = macs.mac_array(
+        pe=pe,
+        simd=1,
+        rows=taps,
+        style=macs.STYLES[node.products],
+        weight=w,
+        product=IntType.covering(min(0, int(ends.min())), max(0, int(ends.max()))),
+        accumulator=node.accumulator,
+        requantize=node.requantize,
+        bounds=node.accumulator_bounds,
+        output=node.output.type,
+    )
     step = np.arange(windows * groups * taps)
     memories = {
         # (taps, C) -> (groups, taps, pe)
         "WEIGHTS": Memory(
             f"{node.name}_weights", node.weight.reshape(taps, groups, pe).transpose(1, 0, 2).reshape(-1, pe), w.bits
         ),
-        "BIASES": Memory(f"{node.name}_biases", node.bias.reshape(groups, pe), accumulator),
+        "BIASES": Memory(f"{node.name}_biases", node.bias.reshape(groups, pe), parameters["A_BITS"]),
     }
     if parameters["MULTIPLY"]:
-        multipliers = node.constants["multiplier"].reshape(groups, pe)
+        multipliers = macs.scale_words(node.constants["multiplier"], pe, parameters["TURNS"])
         memories["MULTIPLIERS"] = Memory(f"{node.name}_multipliers", multipliers, parameters["M_BITS"])
     out = build.stream_channel(netlist, node.output, pe)
     netlist.add(
@@ -69,9 +74,6 @@ def _depthwise(node: Depthwise, netlist: Netlist, inputs: Sequence[Channel]) -> 
                 EACH=1,
                 **build.type_parameters("X", x),
                 **build.type_parameters("W", w),
-                STYLE=style,
-                P_BITS=build.signed_bits(product),
-                A_BITS=accumulator,
                 **parameters,
             ),
             {"s": middle},

@@ -1,7 +1,7 @@
 // Products, their sums, accumulators and requantization of PE outputs, each from SIMD products per step. The pipeline never stops.
 //
 // `x` and `w` belong to the step that began a cycle ago, `go` and `done` to the one that begins now; a step that is `done` ends a
-// sum. `advance` asks for the `bias` of the next sum; its multiplier follows a cycle later. A sum is offered by `push`.
+// sum. `advance` asks for the `bias` of the next sum, `turn` for the next multipliers (scale_array.v). Outputs are offered by `push`.
 module mac_array #(
     parameter SIMD = 1,
     parameter PE = 1,
@@ -23,7 +23,8 @@ module mac_array #(
     parameter CLAMP_HIGH = 1,
     parameter signed [31:0] LOW = -128,
     parameter signed [31:0] HIGH = 127,
-    parameter THRESHOLDS = 0,  // bits of a search among thresholds in the place of a multiplication, see thresholds.v
+    parameter TURNS = 1,  // see scale_array.v; at most the steps of a sum
+    parameter THRESHOLDS = 0,
     parameter COLUMNS = 1,
     parameter T_BITS = 1,
     parameter [COLUMNS*PE*((1<<THRESHOLDS)-(THRESHOLDS?1:0))*T_BITS-1:0] TABLE = 0
@@ -35,8 +36,9 @@ module mac_array #(
     input [(EACH ? PE : 1)*SIMD*X_BITS-1:0] x,
     input [PE*SIMD*W_BITS-1:0] w,
     input [PE*A_BITS-1:0] bias,
-    input [PE*M_BITS-1:0] multiplier,
+    input [PE/TURNS*M_BITS-1:0] multiplier,
     output advance,
+    output turn,
     output push,
     output [PE*Y_BITS-1:0] y
 );
@@ -48,7 +50,8 @@ module mac_array #(
   localparam SUMMED = 1 + TRIPLE + PRODUCT + $clog2(SIMD);
   localparam STORED = SUMMED + 1;
   localparam SCALED = (MULTIPLY ? 2 : 0) + (SHIFT > 0 ? 1 : 0) + (CLAMP_LOW || CLAMP_HIGH ? 1 : 0);
-  localparam OUT = STORED + (THRESHOLDS ? THRESHOLDS : SCALED);
+  localparam CAPTURE = TURNS > 1 || MULTIPLY ? 1 : 0;
+  localparam OUT = STORED + CAPTURE + TURNS - 1 + (THRESHOLDS ? THRESHOLDS : SCALED);
 
   reg [OUT:1] valid, last;  // [i]: the step that began i cycles ago
   reg first;
@@ -72,24 +75,6 @@ module mac_array #(
   wire [PE*A_BITS-1:0] sums;
   genvar s, p;
   generate
-    if (THRESHOLDS) begin : search
-      thresholds #(
-          .PE(PE),
-          .COLUMNS(COLUMNS),
-          .A_BITS(A_BITS),
-          .T_BITS(T_BITS),
-          .BITS(THRESHOLDS),
-          .Y_BITS(Y_BITS),
-          .LOW(LOW),
-          .TABLE(TABLE)
-      ) out (
-          .clk(clk),
-          .rst(rst),
-          .valid(last[STORED]),
-          .a(sums),
-          .y(y)
-      );
-    end
     for (s = 0; s < LANES; s = s + 1) begin : lane
       wire [X_BITS:0] extended = {X_SIGNED ? x[s*X_BITS+X_BITS-1] : 1'b0, x[s*X_BITS+:X_BITS]};
       wire signed [XS-1:0] xs = extended[XS-1:0];
@@ -148,25 +133,33 @@ module mac_array #(
       wire signed [A_BITS-1:0] start = bias[p*A_BITS+:A_BITS];
       always @(posedge clk) if (valid[SUMMED]) accumulator <= sum + (first ? start : accumulator);
       assign sums[p*A_BITS+:A_BITS] = accumulator;
-      if (!THRESHOLDS) begin : scale
-        requantize #(
-            .A_BITS(A_BITS),
-            .MULTIPLY(MULTIPLY),
-            .M_BITS(M_BITS),
-            .P_BITS(Q_BITS),
-            .SHIFT(SHIFT),
-            .Y_BITS(Y_BITS),
-            .CLAMP_LOW(CLAMP_LOW),
-            .CLAMP_HIGH(CLAMP_HIGH),
-            .LOW(LOW),
-            .HIGH(HIGH)
-        ) out (
-            .clk(clk),
-            .a(accumulator),
-            .m(multiplier[p*M_BITS+:M_BITS]),
-            .y(y[p*Y_BITS+:Y_BITS])
-        );
-      end
     end
   endgenerate
+
+  scale_array #(
+      .PE(PE),
+      .TURNS(TURNS),
+      .A_BITS(A_BITS),
+      .MULTIPLY(MULTIPLY),
+      .M_BITS(M_BITS),
+      .Q_BITS(Q_BITS),
+      .SHIFT(SHIFT),
+      .Y_BITS(Y_BITS),
+      .CLAMP_LOW(CLAMP_LOW),
+      .CLAMP_HIGH(CLAMP_HIGH),
+      .LOW(LOW),
+      .HIGH(HIGH),
+      .THRESHOLDS(THRESHOLDS),
+      .COLUMNS(COLUMNS),
+      .T_BITS(T_BITS),
+      .TABLE(TABLE)
+  ) scale (
+      .clk(clk),
+      .rst(rst),
+      .valid(last[STORED]),
+      .a(sums),
+      .turn(turn),
+      .multiplier(multiplier),
+      .y(y)
+  );
 endmodule

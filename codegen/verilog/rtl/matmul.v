@@ -30,6 +30,7 @@ module matmul #(
     parameter CLAMP_HIGH = 1,
     parameter signed [31:0] LOW = -128,
     parameter signed [31:0] HIGH = 127,
+    parameter TURNS = 1,    // see scale_array.v
     parameter TOKENS = 1,   // of a
     parameter DEPTH = 2
 ) (
@@ -166,7 +167,7 @@ module matmul #(
     end
   endgenerate
 
-  wire push, advance;
+  wire push, advance, turn;
   wire [PE*Y_BITS-1:0] y;
   mac_array #(
       .SIMD(SIMD),
@@ -187,7 +188,8 @@ module matmul #(
       .CLAMP_LOW(CLAMP_LOW),
       .CLAMP_HIGH(CLAMP_HIGH),
       .LOW(LOW),
-      .HIGH(HIGH)
+      .HIGH(HIGH),
+      .TURNS(TURNS)
   ) macs (
       .clk(clk),
       .rst(rst),
@@ -196,8 +198,9 @@ module matmul #(
       .x(x),
       .w(w),
       .bias({PE * A_BITS{1'b0}}),
-      .multiplier({PE{MULTIPLIER[M_BITS-1:0]}}),
+      .multiplier({PE / TURNS{MULTIPLIER[M_BITS-1:0]}}),
       .advance(advance),
+      .turn(turn),
       .push(push),
       .y(y)
   );

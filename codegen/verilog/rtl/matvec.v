@@ -26,13 +26,14 @@ module matvec #(
     parameter CLAMP_HIGH = 1,
     parameter signed [31:0] LOW = -128,
     parameter signed [31:0] HIGH = 127,
+    parameter TURNS = 1,
     parameter THRESHOLDS = 0,
     parameter T_BITS = 1,
     parameter [COLUMNS*PE*((1<<THRESHOLDS)-(THRESHOLDS?1:0))*T_BITS-1:0] TABLE = 0,
     parameter DEPTH = 2,
     parameter WEIGHTS = "weights.hex",       // ROWS * COLUMNS words of PE * SIMD weights
     parameter BIASES = "biases.hex",         // COLUMNS words of PE
-    parameter MULTIPLIERS = "multipliers.hex"
+    parameter MULTIPLIERS = "multipliers.hex"  // COLUMNS * TURNS words of PE / TURNS
 ) (
     input clk,
     input rst,
@@ -95,21 +96,28 @@ module matvec #(
     end
   endgenerate
 
-  // Bias and multiplier of the column that reaches the accumulator.
+  // Bias of the column that reaches the accumulator, multipliers of the sums that are scaled.
+  localparam WORDS = COLUMNS * TURNS;
+  localparam MB = WORDS > 1 ? $clog2(WORDS) : 1;
+  localparam MW = PE / TURNS * M_BITS;
   reg [PE*A_BITS-1:0] biases[0:COLUMNS-1];
-  reg [PE*M_BITS-1:0] multipliers[0:COLUMNS-1];
+  reg [MW-1:0] multipliers[0:WORDS-1];
   reg [PE*A_BITS-1:0] bias;
-  reg [PE*M_BITS-1:0] multiplier;
-  reg [CB-1:0] bias_column, multiplier_column;
-  wire advance;
+  reg [MW-1:0] multiplier;
+  reg [CB-1:0] bias_column;
+  reg [MB-1:0] word;
+  wire advance, turn;
   initial $readmemh(BIASES, biases);
   initial if (MULTIPLY) $readmemh(MULTIPLIERS, multipliers);
   always @(posedge clk) begin
     bias <= biases[bias_column];
-    multiplier <= multipliers[multiplier_column];
-    multiplier_column <= bias_column;
+    multiplier <= multipliers[word];
     if (advance) bias_column <= bias_column == LAST_COLUMN ? {CB{1'b0}} : bias_column + 1'b1;
-    if (rst) bias_column <= 0;
+    if (turn) word <= word == WORDS - 1 ? {MB{1'b0}} : word + 1'b1;
+    if (rst) begin
+      bias_column <= 0;
+      word <= 0;
+    end
   end
 
   wire push;
@@ -134,6 +142,7 @@ module matvec #(
       .CLAMP_HIGH(CLAMP_HIGH),
       .LOW(LOW),
       .HIGH(HIGH),
+      .TURNS(TURNS),
       .THRESHOLDS(THRESHOLDS),
       .COLUMNS(COLUMNS),
       .T_BITS(T_BITS),
@@ -148,6 +157,7 @@ module matvec #(
       .bias(bias),
       .multiplier(multiplier),
       .advance(advance),
+      .turn(turn),
       .push(push),
       .y(y)
   );

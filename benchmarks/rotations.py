@@ -1,24 +1,31 @@
 """Perplexity of a decoder under the recipes that transform it, at four-bit weights, measured through the rewritten graph.
 
-    python benchmarks/rotations.py MODEL_DIRECTORY [--recipe spinquant] [--format W4A4] [--solver gptq]
+    python benchmarks/rotations.py MODEL_DIRECTORY [--recipe spinquant] [--format W4A4] [--solver gptq] [--seeds 3]
         [--device cuda] [--beside 6] [--output table.json] [--peers PYTHON]
 
 Weights int4 in groups of 128 with zero points, activations dynamic per token, keys and values, embedding and output head
-float. The protocol is that of ``benchmarks/perplexity.py``; calibration uses 64 windows of 512 tokens, learning all of
-them. ``--device cuda`` trains, calibrates and evaluates on a GPU; ``--beside`` runs so many recipes beside each other;
-``--output`` keeps what is measured after every figure, and what it holds is not measured again; ``--model`` takes a
-captured and recognised ONNX file of the same model instead of capturing it again. ``--peers`` names a Python that has
-llm-compressor and brevitas: they quantize the same model in the same run.
+float. The protocol is that of ``benchmarks/perplexity.py``. The windows of the calibration text are divided: 32, evenly
+spread, are held out; learning takes all others and the solver 64 of them. Where a recipe has several settings, those whose
+mean perplexity on the held-out windows is lowest are marked in the table; the evaluation text has no part in the choice.
+
+``--seeds`` repeats what depends on a seed (signs, starts, order of samples). ``--device cuda`` trains, calibrates and
+evaluates on a GPU; ``--beside`` runs so many recipes beside each other; ``--output`` keeps what is measured after every
+figure, and what it holds is not measured again; ``--model`` takes a captured and recognised ONNX file of the same model
+instead of capturing it again. ``--peers`` names a Python that has llm-compressor and brevitas: they quantize the same
+model in the same run.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -45,26 +52,35 @@ from qcompile.transforms import TransformContext, apply_transforms, resolve
 HEAD = (Override("*lm_head*", weight="none", activation="none"),)
 FORMATS = {"W4A4": "int4/token", "W4A8": "int8/token", "W4A16": "none"}
 SOLVERS = {"rtn": ("rtn", "float"), "gptq": ("gptq", "corrected")}
+LEARNED = {"batch": 8, "samples": 196}
 TRAINING = {
-    # Rates for this model; the defaults are for larger ones.
-    "spinquant": {"rotation_rate": 0.004, "batch": 8, "samples": 196},
-    "ostquant": {"rotation_rate": 0.004, "rate": 0.005, "batch": 8, "samples": 196, "loss": "kl"},
-    "ostquant, kl-top": {"rotation_rate": 0.004, "rate": 0.005, "batch": 8, "samples": 196, "loss": "kl-top"},
-    "flatquant": {"rotation_rate": 0.015, "rate": 0.02, "batch": 8, "samples": 196, "blockwise": False},
+    # Settings by recipe. Rates are for this model; the defaults are for larger ones.
+    "spinquant": {"rotation_rate": 0.004},
+    "ostquant, kl": {"rotation_rate": 0.004, "rate": 0.005, "loss": "kl"},
+    "ostquant, kl-top": {"rotation_rate": 0.004, "rate": 0.005, "loss": "kl-top"},
+    "flatquant, fast": {"rotation_rate": 0.015, "rate": 0.02, "blockwise": False},
+    "flatquant, slow": {"rotation_rate": 0.006, "rate": 0.01, "blockwise": False},
 }
+NO_SEED = ("plain", "smoothquant")
+HELD, BATCH = 32, 16
+"""Windows of the calibration text that are held out; windows that the solver's moments are taken from at once."""
 PEERS = ("llm-compressor", "brevitas")
-Figures = dict[str, dict[str, float]]
-"""Perplexities by recipe and by format and solver."""
+Cell = dict[str, list[float]]
+"""Perplexities by seed: of the evaluation windows and of those held out (peers: the former alone)."""
+Figures = dict[str, dict[str, Cell]]
+"""Cells by recipe and by format and solver."""
 
 
-def recipe(name: str, activation: str, solver: str, options: dict) -> Recipe:
+def recipe(name: str, activation: str, solver: str, options: dict, seed: int = 0) -> Recipe:
     """The transforms of a recipe with the benchmark's formats; everything but the head is quantized."""
     steps = () if name == "plain" else get_recipe(name.partition(",")[0]).transforms
     changed = []
     for step in steps:
-        if isinstance(resolve(step), Learned):
-            step = Step(step.name, {**step.options, **TRAINING.get(name, {}), **options})
-        changed.append(step)
+        ask = resolve(step)
+        more = {"seed": seed} if hasattr(ask, "seed") else {}
+        if isinstance(ask, Learned):
+            more |= LEARNED | TRAINING.get(name, {}) | options
+        changed.append(Step(step.name, {**step.options, **more}))
     chosen, hessian = SOLVERS[solver]
     return Recipe(
         name,
@@ -85,8 +101,11 @@ class Study:
         captured = ir.load(model) if model is not None else recognise(capture(directory, check=False).model)[0]
         self.model = in_memory(captured)
         self.ids = windows(directory, count, 512)
-        self.learning = feeds(windows(directory, 10**6, 512, "calibration.txt"))
-        self.feeds = feeds(windows(directory, samples, 512, "calibration.txt"))
+        texts = windows(directory, 10**6, 512, "calibration.txt")
+        held = np.isin(np.arange(len(texts)), np.linspace(0, len(texts) - 1, HELD + 2).astype(int)[1:-1])
+        self.held, self.learning = texts[held], feeds(texts[~held])
+        chosen = np.linspace(0, len(self.learning) - 1, min(samples, len(self.learning))).astype(int)
+        self.feeds = [self.learning[i] for i in chosen]
         self.device = device
 
     def transformed(self, chosen: Recipe) -> ir.Model:
@@ -104,14 +123,19 @@ class Study:
         chosen = dataclasses.replace(chosen, transforms=())
         model = model.clone()
         wanted = sorted(sites_with_hessian(model, chosen))
-        statistics = collect(model, self.feeds, wanted, hessian=wanted) if wanted else {}
-        return quantize_model(model, chosen, statistics, Report("", "", ""), feeds=self.feeds, device=self.device)
+        joined = [
+            {name: np.concatenate([f[name] for f in self.feeds[i : i + BATCH]]) for name in self.feeds[i]}
+            for i in range(0, len(self.feeds), BATCH)
+        ]
+        known = collect(model, joined, wanted, hessian=wanted) if wanted else {}
+        return quantize_model(model, chosen, known, Report("", "", ""), feeds=joined, device=self.device)
 
-    def perplexity(self, model: ir.Model) -> float:
-        """Of the evaluation windows, in ONNX Runtime, or in the interpreter on a GPU."""
+    def perplexity(self, model: ir.Model, ids: np.ndarray | None = None) -> float:
+        """Of the evaluation windows or of others, in ONNX Runtime, or in the interpreter on a GPU."""
+        rows = self.ids if ids is None else ids
         if self.device == "cpu":
             session = ort.session(model)
-            return perplexity(lambda feed: next(iter(ort.run(session, feed).values())), self.ids)
+            return perplexity(lambda feed: next(iter(ort.run(session, feed).values())), rows)
         import torch
 
         from qcompile.passes.execute import run
@@ -127,7 +151,11 @@ class Study:
                 found = run(model, feed, dtype="float32", constants=known, device=self.device)
             return next(iter(found.values())).cpu().numpy()
 
-        return perplexity(evaluate, self.ids)
+        return perplexity(evaluate, rows)
+
+    def both(self, model: ir.Model) -> list[float]:
+        """Perplexity of the evaluation windows and of those held out."""
+        return [self.perplexity(model), self.perplexity(model, self.held)]
 
 
 def in_memory(model: ir.Model) -> ir.Model:
@@ -138,63 +166,126 @@ def in_memory(model: ir.Model) -> ir.Model:
     return model
 
 
-def measure(study: Study, rows: Figures, name: str, kind: str, solvers: tuple[str, ...], options: dict, keep) -> None:
-    """The figures of one recipe and format that ``rows`` does not have yet."""
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """Figures measured by one process: those of one recipe, format and seed, for solvers that share its transforms."""
+
+    name: str
+    kind: str
+    solvers: tuple[str, ...]
+    seed: int
+
+    def missing(self, rows: Figures) -> list[str]:
+        """Solvers whose figure ``rows`` does not have yet."""
+        known = rows.get(self.name, {})
+        return [s for s in self.solvers if str(self.seed) not in known.get(f"{self.kind} {s}", {})]
+
+
+def jobs(names: tuple[str, ...], kinds: tuple[str, ...], solvers: tuple[str, ...], seeds: int) -> list[Job]:
+    """All there is to do, seed by seed, trainings first."""
+    found = []
+    for seed in range(seeds):
+        for name in sorted(names, key=lambda n: n not in TRAINING):
+            if seed and name in NO_SEED:
+                continue
+            for kind in kinds:
+                # At four-bit activations what is learned depends on whether the solver compensates errors of weights.
+                apart = name in TRAINING and kind == "W4A4"
+                parts = [(solver,) for solver in solvers] if apart else [solvers]
+                found += [Job(name, kind, part, seed) for part in parts]
+    return found
+
+
+def measure(study: Study, rows: Figures, job: Job, options: dict, keep: Callable[[Figures], None]) -> None:
+    """The figures of one job that ``rows`` does not have yet."""
     changed = None
-    for solver in solvers:
-        if f"{kind} {solver}" in rows.get(name, {}):
-            continue
+    for solver in job.missing(rows):
         start = time.time()
-        chosen = recipe(name, FORMATS[kind], solver, options)
-        if changed is None or name in TRAINING:  # what is learned depends on the solver
+        chosen = recipe(job.name, FORMATS[job.kind], solver, options, job.seed)
+        if changed is None:
             changed = study.transformed(chosen)
-        value = study.perplexity(study.quantized(changed, chosen))
-        rows.setdefault(name, {})[f"{kind} {solver}"] = value
+        found = study.both(study.quantized(changed, chosen))
+        rows.setdefault(job.name, {}).setdefault(f"{job.kind} {solver}", {})[str(job.seed)] = found
         keep(rows)
-        print(f"{name} {kind} {solver} {value:.4f} ({time.time() - start:.0f} s)", file=sys.stderr, flush=True)
+        text = f"{job.name} {job.kind} {solver} seed {job.seed}: {found[0]:.4f}, held out {found[1]:.4f}"
+        print(f"{text} ({time.time() - start:.0f} s)", file=sys.stderr, flush=True)
 
 
-def spread(
-    command: list[str], jobs: list[tuple[str, str, str]], beside: int, rows: Figures, output: Path, keep
-) -> None:
-    """The same in processes beside each other, one for each recipe, format and solver."""
+def spread(command: list[str], todo: list[Job], beside: int, rows: Figures, output: Path, keep) -> None:
+    """The same in processes beside each other, one for each job."""
 
-    def one(job: tuple[str, str, str]) -> None:
-        name, kind, solver = job
-        if f"{kind} {solver}" in rows.get(name, {}):
+    def one(number: int) -> None:
+        job = todo[number]
+        if not (missing := job.missing(rows)):
             return
-        part = output.with_name(f"{output.stem}.{name}.{kind}.{solver}.json")
-        if not part.exists():
-            part.write_text(json.dumps({"float": rows["float"]}))
-        chosen = [f"--recipe={name}", f"--format={kind}", f"--solver={solver}", f"--output={part}"]
-        subprocess.run([*command, *chosen], check=False)
+        part = output.with_name(f"{output.stem}.{number}.json")
+        part.write_text(json.dumps({"float": rows["float"]}))
+        chosen = [f"--recipe={job.name}", f"--format={job.kind}", f"--only-seed={job.seed}", f"--output={part}"]
+        subprocess.run([*command, *chosen, *(f"--solver={s}" for s in missing)], check=False)
         for key, row in json.loads(part.read_text()).items():
-            rows.setdefault(key, {}).update(row)
+            for column, cell in row.items():
+                rows.setdefault(key, {}).setdefault(column, {}).update(cell)
         part.unlink()
         keep(rows)
 
     with ThreadPoolExecutor(beside) as pool:
-        list(pool.map(one, jobs))
+        list(pool.map(one, range(len(todo))))
 
 
-def peers(python: str, directory: Path, study: Study, formats: tuple[str, ...], rows: Figures, keep) -> None:
+def peers(python: str, directory: Path, study: Study, columns: list[str], rows: Figures, keep) -> None:
     """What the peers make of the model, rotated as far as they can."""
     script = Path(__file__).parent / "peers" / "llm_rotations.py"
     with tempfile.TemporaryDirectory() as folder:
         ids = np.concatenate([f["input_ids"] for f in study.feeds])
         np.savez(Path(folder) / "ids.npz", evaluation=study.ids, calibration=ids)
-        for peer in PEERS:
-            for kind in formats:
-                if f"{kind} rtn" in rows.get(peer, {}):
-                    continue
-                options = {"bits": 4 if kind == "W4A4" else 8, "rotate": True, "gptq": False}
-                command = [python, str(script), peer, str(directory), f"{folder}/ids.npz", json.dumps(options)]
-                done = subprocess.run(command, check=False, capture_output=True, text=True)
-                if done.returncode:
-                    print(f"{peer} {kind}: {done.stderr.strip().splitlines()[-1]}", file=sys.stderr)
-                    continue
-                rows.setdefault(peer, {})[f"{kind} rtn"] = json.loads(done.stdout.splitlines()[-1])["perplexity"]
-                keep(rows)
+        for peer, column in itertools.product(PEERS, columns):
+            if column in rows.get(peer, {}):
+                continue
+            kind, solver = column.split()
+            options = {"bits": {"W4A4": 4, "W4A8": 8, "W4A16": 0}[kind], "rotate": True, "gptq": solver == "gptq"}
+            command = [python, str(script), peer, str(directory), f"{folder}/ids.npz", json.dumps(options)]
+            done = subprocess.run(command, check=False, capture_output=True, text=True)
+            if done.returncode:
+                print(f"{peer} {column}: {done.stderr.strip().splitlines()[-1]}", file=sys.stderr)
+                continue
+            value = json.loads(done.stdout.splitlines()[-1])["perplexity"]
+            print(f"{peer} {column} {value:.4f}", file=sys.stderr, flush=True)
+            rows.setdefault(peer, {})[column] = {"0": [value]}
+            keep(rows)
+
+
+def show(rows: Figures, names: list[str], columns: list[str]) -> None:
+    """The table of means over seeds, and what the peers lose beside the best chosen settings."""
+    exact = rows["float"]["float"]["0"][0]
+
+    def mean(name: str, column: str, which: int = 0) -> float:
+        return statistics.fmean(v[which] for v in rows[name][column].values())
+
+    table = Table("recipe", *columns, box=None, title=f"float {exact:.3f}")
+    best: dict[str, float] = {}
+    for name in names:
+        cells = []
+        for column in columns:
+            cell = [v[0] for v in rows.get(name, {}).get(column, {}).values()]
+            if not cell:
+                cells.append("")
+                continue
+            ours = [n for n in names if n not in PEERS and rows.get(n, {}).get(column)]
+            family = [n for n in ours if n.partition(",")[0] == name.partition(",")[0]]
+            mark = ""
+            if len(family) > 1 and name == min(family, key=lambda n: mean(n, column, 1)):
+                mark = " *"
+            if ours:
+                best[column] = mean(min(ours, key=lambda n: mean(n, column, 1)), column)
+            around = f" ({min(cell):.3f}..{max(cell):.3f})" if len(cell) > 1 else ""
+            cells.append(f"{statistics.fmean(cell):.3f}{around}{mark}")
+        table.add_row(name, *cells)
+    Console(width=200).print(table)
+    print("Mean (smallest..largest of the seeds); * best on the held-out windows, of several settings.")
+    for peer, column in itertools.product(PEERS, columns):
+        if column in best and column in rows.get(peer, {}):
+            ratio = (mean(peer, column) - exact) / (best[column] - exact)
+            print(f"{column}: the increase of {peer} is {ratio:.2f} times that of ours best on the held-out windows")
 
 
 @click.command()
@@ -207,12 +298,15 @@ def peers(python: str, directory: Path, study: Study, formats: tuple[str, ...], 
 @click.option("--samples", default=64, help="Calibration windows of the solver.")
 @click.option("--steps", default=600, help="Steps of learned recipes.")
 @click.option("--seconds", type=float, help="Time budget of each training.")
+@click.option("--seeds", default=1, help="How many seeds to measure with.")
+@click.option("--only-seed", type=int, help="Measure with this one alone.")
 @click.option("--device", default="cpu")
 @click.option("--beside", default=1, help="Recipes measured beside each other.")
 @click.option("--output", type=click.Path(path_type=Path), help="JSON file to keep figures in, and to take them from.")
 @click.option("--peers", "python", help="A Python that has llm-compressor and brevitas.")
 def main(
-    directory, model, recipes, formats, solvers, count, samples, steps, seconds, device, beside, output, python
+    directory, model, recipes, formats, solvers, count, samples, steps, seconds, seeds, only_seed, device, beside,
+    output, python,
 ) -> None:  # fmt: skip
     rows: Figures = json.loads(output.read_text()) if output is not None and output.exists() else {}
 
@@ -222,43 +316,31 @@ def main(
 
     study = Study(directory, model, count, samples, device)
     if "float" not in rows:
-        rows["float"] = {"float": study.perplexity(study.model)}
+        rows["float"] = {"float": {"0": study.both(study.model)}}
         keep(rows)
+    todo = jobs(recipes, formats, solvers, seeds if only_seed is None else only_seed + 1)
+    todo = [job for job in todo if only_seed in (None, job.seed)]
     if beside > 1:
         if output is None:
             raise click.UsageError("--beside needs --output")
-        jobs = [(name, kind, solver) for name in recipes for kind in formats for solver in solvers]
         settings = {
             "--windows": count,
             "--samples": samples,
             "--steps": steps,
             "--seconds": seconds,
             "--device": device,
+            "--model": model,
         }
-        settings |= {"--model": model}
         command = [sys.executable, __file__, str(directory)]
         command += [f"{option}={value}" for option, value in settings.items() if value is not None]
-        spread(command, jobs, beside, rows, output, keep)
+        spread(command, todo, beside, rows, output, keep)
     else:
-        options = {"steps": steps, "seconds": seconds, "device": device}
-        for name in recipes:
-            for kind in formats:
-                measure(study, rows, name, kind, solvers, options, keep)
-    if python is not None:
-        peers(python, directory, study, formats, rows, keep)
+        for job in todo:
+            measure(study, rows, job, {"steps": steps, "seconds": seconds, "device": device}, keep)
     columns = [f"{kind} {solver}" for kind in formats for solver in solvers]
-    table = Table("recipe", *columns, box=None, title=f"float {rows['float']['float']:.3f}")
-    exact = rows["float"]["float"]
-    for name in (*recipes, *(p for p in PEERS if p in rows)):
-        cells = [rows.get(name, {}).get(c) for c in columns]
-        table.add_row(name, *("" if value is None else f"{value:.3f} (+{value / exact - 1:.1%})" for value in cells))
-    Console().print(table)
-    for peer in (p for p in PEERS if p in rows):
-        for column, value in rows[peer].items():
-            ours = min((rows[r][column] for r in recipes if column in rows.get(r, {})), default=None)
-            if ours is not None:
-                ratio = (value - exact) / (ours - exact)
-                print(f"{column}: the increase of {peer} is {ratio:.2f} times that of our best")
+    if python is not None:
+        peers(python, directory, study, columns, rows, keep)
+    show(rows, [*recipes, *(p for p in PEERS if p in rows)], columns)
 
 
 if __name__ == "__main__":

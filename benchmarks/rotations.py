@@ -28,6 +28,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import click
 import numpy as np
@@ -52,8 +53,8 @@ from qcompile.transforms import TransformContext, apply_transforms, resolve
 HEAD = (Override("*lm_head*", weight="none", activation="none"),)
 FORMATS = {"W4A4": "int4/token", "W4A8": "int8/token", "W4A16": "none"}
 SOLVERS = {"rtn": ("rtn", "float"), "gptq": ("gptq", "corrected")}
-LEARNED = {"batch": 8, "samples": 196}
-TRAINING = {
+LEARNED: dict[str, Any] = {"batch": 8, "samples": 196}
+TRAINING: dict[str, dict[str, Any]] = {
     # Settings by recipe. Rates are for this model; the defaults are for larger ones.
     "spinquant": {"rotation_rate": 0.004},
     "ostquant, kl": {"rotation_rate": 0.004, "rate": 0.005, "loss": "kl"},
@@ -65,6 +66,7 @@ NO_SEED = ("plain", "smoothquant")
 HELD, BATCH = 32, 16
 """Windows of the calibration text that are held out; windows that the solver's moments are taken from at once."""
 PEERS = ("llm-compressor", "brevitas")
+PEER_BITS = {"W4A4": 4, "W4A8": 8}
 Cell = dict[str, list[float]]
 """Perplexities by seed: of the evaluation windows and of those held out (peers: the former alone)."""
 Figures = dict[str, dict[str, Cell]]
@@ -242,7 +244,9 @@ def peers(python: str, directory: Path, study: Study, columns: list[str], rows: 
             if column in rows.get(peer, {}):
                 continue
             kind, solver = column.split()
-            options = {"bits": {"W4A4": 4, "W4A8": 8, "W4A16": 0}[kind], "rotate": True, "gptq": solver == "gptq"}
+            if kind not in PEER_BITS:
+                continue
+            options = {"bits": PEER_BITS[kind], "rotate": True, "gptq": solver == "gptq"}
             command = [python, str(script), peer, str(directory), f"{folder}/ids.npz", json.dumps(options)]
             done = subprocess.run(command, check=False, capture_output=True, text=True)
             if done.returncode:

@@ -20,12 +20,14 @@ class FpgaTarget(Target):
     """A device.
 
     Attributes:
+        family: of devices; names the folder of Verilog written for its blocks.
         lut_inputs: inputs of a look-up table.
         luts, flipflops, multipliers, memory_kbit: what there is.
         synthesis: the Yosys command for its family.
         place: nextpnr's option for the device; empty where no place and route is available.
     """
 
+    family: str = ""
     lut_inputs: int = 4
     luts: int = 0
     flipflops: int = 0
@@ -45,14 +47,14 @@ class FpgaTarget(Target):
 
 def _ecp5(size: str, luts: int, multipliers: int, memory: int) -> FpgaTarget:
     return FpgaTarget(
-        "fpga", f"ecp5-{size}", lut_inputs=4, luts=luts, flipflops=luts, multipliers=multipliers, memory_kbit=memory,
+        "fpga", f"ecp5-{size}", family="ecp5", lut_inputs=4, luts=luts, flipflops=luts, multipliers=multipliers, memory_kbit=memory,
         synthesis="synth_ecp5", place=f"--{size}",
     )  # fmt: skip
 
 
 def _xc7(name: str, luts: int, multipliers: int, memory: int) -> FpgaTarget:
     return FpgaTarget(
-        "fpga", name, lut_inputs=6, luts=luts, flipflops=2 * luts, multipliers=multipliers, memory_kbit=memory,
+        "fpga", name, family="xc7", lut_inputs=6, luts=luts, flipflops=2 * luts, multipliers=multipliers, memory_kbit=memory,
         synthesis="synth_xilinx -family xc7 -flatten -noiopad -noclkbuf",
     )  # fmt: skip
 

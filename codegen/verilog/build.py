@@ -12,6 +12,9 @@ from qcompile.codegen.fixed.stream import Stream
 from qcompile.codegen.verilog.netlist import Channel, Netlist
 from qcompile.formats.fixed import IntType, Requantize
 
+ROUNDED_AT_ONCE = 5
+"""Bits shifted out whose rounding is decided and added in one cycle."""
+
 
 @singledispatch
 def elaborate(node: Node, netlist: Netlist, inputs: Sequence[Channel]) -> Channel:
@@ -45,11 +48,12 @@ def requantize_parameters(
 ) -> tuple[dict[str, int], int]:
     """Parameters of ``rtl/requantize.v``, and the cycles it takes."""
     if step is None:
-        return dict(MULTIPLY=0, M_BITS=1, Q_BITS=signed_bits(out), SHIFT=0, Y_BITS=out.bits, CLAMP_LOW=0, CLAMP_HIGH=0,
+        return dict(MULTIPLY=0, M_BITS=1, Q_BITS=signed_bits(out), SHIFT=0, ROUND=0, Y_BITS=out.bits, CLAMP_LOW=0, CLAMP_HIGH=0,
                     LOW=0, HIGH=0), 0  # fmt: skip
     least, most = step.unclamped(*bounds)
     low, high = int(least.min() < step.low), int(most.max() > step.high)
     multiply = int(not step.is_shift)
+    rounding = 0 if not step.shift else 1 if step.shift <= ROUNDED_AT_ONCE else 2
     # The product, and room for what the shift leaves.
     product = max(signed_bits(step.product_type(*bounds)), step.shift + 2)
     parameters = dict(
@@ -57,13 +61,14 @@ def requantize_parameters(
         M_BITS=signed_bits(step.multiplier_type),
         Q_BITS=product,
         SHIFT=step.shift,
+        ROUND=rounding,
         Y_BITS=out.bits,
         CLAMP_LOW=low,
         CLAMP_HIGH=high,
         LOW=step.low,
         HIGH=step.high,
     )
-    return parameters, 2 * multiply + (step.shift > 0) + (low or high)
+    return parameters, 3 * multiply + rounding + (low or high)
 
 
 def rounding_parameters(

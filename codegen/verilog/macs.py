@@ -45,12 +45,7 @@ def mac_array(
         bounds: exact range of the accumulator per channel.
         search: parameters of ``rtl/thresholds.v``, where it takes the place of a multiplication.
     """
-    parameters, cycles = build.requantize_parameters(requantize, bounds, output)
-    if search is not None:
-        parameters |= dict(MULTIPLY=0, SHIFT=0, CLAMP_LOW=0, CLAMP_HIGH=0, **search)
-        cycles = search["THRESHOLDS"]
-    shared = turns(pe, rows) if parameters["MULTIPLY"] or search else 1
-    captured = shared > 1 or parameters["MULTIPLY"]
+    parameters, cycles = scale_array(pe, rows, requantize, bounds, output, search)
     triple = style == STYLES["lut"] and weight.bits > (2 if weight.signed else 1)
     multiplied = (weight.bits + 1) // 2 if style == STYLES["lut"] else 1
     summed = 1 + triple + multiplied + (simd - 1).bit_length() + 1
@@ -59,9 +54,26 @@ def mac_array(
         P_BITS=build.signed_bits(product),
         A_BITS=build.signed_bits(accumulator),
         **parameters,
-        TURNS=shared,
     )
-    return values, summed + captured + shared - 1 + cycles + 1
+    return values, summed + cycles + 1
+
+
+def scale_array(
+    pe: int,
+    rows: int,
+    requantize: Requantize | None,
+    bounds: tuple[np.ndarray, np.ndarray],
+    output: IntType,
+    search: dict[str, int] | None = None,
+) -> tuple[dict[str, int], int]:
+    """Parameters of ``rtl/scale_array.v`` and the cycles it takes; arguments as in `mac_array`."""
+    parameters, cycles = build.requantize_parameters(requantize, bounds, output)
+    if search is not None:
+        parameters |= dict(MULTIPLY=0, SHIFT=0, ROUND=0, CLAMP_LOW=0, CLAMP_HIGH=0, **search)
+        cycles = search["THRESHOLDS"]
+    shared = turns(pe, rows) if parameters["MULTIPLY"] or search else 1
+    captured = shared > 1 and search is not None
+    return parameters | {"TURNS": shared}, captured + shared - 1 + cycles
 
 
 def scale_words(multiplier: np.ndarray, pe: int, shared: int) -> np.ndarray:

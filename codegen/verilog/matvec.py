@@ -1,4 +1,4 @@
-"""`MatVec` in hardware: ``rtl/matvec.v``, or a pipeline of its own (`unrolled`)."""
+"""`MatVec` in hardware: ``rtl/matvec.v``, a pipeline of its own (`unrolled`), or weights a bit at a time (`bitserial`)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from qcompile.codegen.fixed.nodes.matvec import MatVec
-from qcompile.codegen.verilog import build, macs, unrolled
+from qcompile.codegen.verilog import bitserial, build, macs, unrolled
 from qcompile.codegen.verilog.netlist import Channel, Memory, Netlist, Process, Unit, pack_word
 from qcompile.formats.fixed import IntType
 
@@ -21,13 +21,15 @@ def _lanes(node: MatVec) -> tuple[int, ...]:
 def _elaborate(node: MatVec, netlist: Netlist, inputs: Sequence[Channel]) -> Channel:
     if node.products == "constant":
         return unrolled.elaborate(node, netlist, inputs)
-    pe, simd = node.folding.pe, node.folding.simd
-    rows, columns = node.k // simd, node.n // pe
-    x, w = node.inputs[0], node.weight_type
     thresholds = node.thresholds
     search, literals = None, {}
     if thresholds is not None:
         search, literals["TABLE"] = _search(node, thresholds)
+    if node.products == "serial":
+        return bitserial.elaborate(node, netlist, inputs, search, literals)
+    pe, simd = node.folding.pe, node.folding.simd
+    rows, columns = node.k // simd, node.n // pe
+    x, w = node.inputs[0], node.weight_type
     parameters, latency = macs.mac_array(
         pe=pe,
         simd=simd,

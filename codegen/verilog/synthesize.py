@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from qcompile.codegen.verilog import tools
+from qcompile.codegen.verilog.top import RTL
 from qcompile.errors import TargetError
 from qcompile.targets.fpga import FpgaTarget
 
@@ -49,7 +50,7 @@ def synthesize(
 
     Args:
         folder: holds the sources and the contents of their memories.
-        top, sources: the top module and the files.
+        top, sources: the top module and the files; where ``rtl/`` has one for the blocks of the family, that one is taken.
         target: the device.
         options: more options of the synthesis command, e.g. ``-nodsp``.
         timeout: seconds after which to give up.
@@ -58,7 +59,8 @@ def synthesize(
         TargetError: Yosys is missing or rejects the design.
     """
     command = f"{target.synthesis} {options} -top {top}".replace("  ", " ")
-    script = f"read_verilog -defer {' '.join(sources)}; hierarchy -top {top}; {command}; write_json {top}.json; tee -o {top}.stat stat"
+    files = [str(p) if (p := RTL / target.family / Path(f).name).is_file() else f for f in sources]
+    script = f"read_verilog -defer {' '.join(files)}; hierarchy -top {top}; {command}; write_json {top}.json; tee -o {top}.stat stat"
     tools.call([*tools.require("yosys"), "-q", "-p", script], folder, timeout)
     return read_cells((folder / f"{top}.stat").read_text(encoding="utf-8"))
 

@@ -30,7 +30,8 @@ class MatVec(Node):
         requantize: to the output; None to put out accumulators.
         scale: of the output stream.
         products: how hardware forms them: ``lut`` by adders, ``dsp`` by multipliers, ``constant`` all in one cycle by adders
-            made for this matrix; then there is one folding only.
+            made for this matrix; then there is one folding only; ``serial`` a bit of the weights per cycle.
+        group_scale: int64 ``(G, N)`` where ``weight`` is integers times the scale of their group of ``K / G`` consecutive k.
         scaling: how hardware requantizes: ``multiply``, or ``thresholds``, a search that needs no multiplier.
     """
 
@@ -40,6 +41,7 @@ class MatVec(Node):
     scale: np.ndarray | float | None = None
     products: str = "lut"
     scaling: str = "multiply"
+    group_scale: np.ndarray | None = None
 
     kind = "matvec"
 
@@ -47,6 +49,10 @@ class MatVec(Node):
         k, n = self.weight.shape
         if self.inputs[0].channels != k or self.bias.shape != (n,):
             raise FormatError(f"{self.name}: {self.inputs[0].channels} channels meet a weight of shape {(k, n)}")
+        if self.group_scale is not None and (
+            k % len(self.group_scale) or (self.codes * self._spread != self.weight).any()
+        ):
+            raise FormatError(f"{self.name}: its weights are no multiples of the scales of their groups")
 
     @property
     def k(self) -> int:
@@ -57,6 +63,28 @@ class MatVec(Node):
     def n(self) -> int:
         """Output channels."""
         return self.weight.shape[1]
+
+    @property
+    def groups(self) -> int:
+        """Groups of input channels that share a scale."""
+        return 1 if self.group_scale is None else len(self.group_scale)
+
+    @property
+    def _spread(self) -> np.ndarray:
+        assert self.group_scale is not None
+        return np.repeat(self.group_scale, self.k // self.groups, axis=0)
+
+    @cached_property
+    def codes(self) -> np.ndarray:
+        """Weights without the scales of their groups."""
+        if self.group_scale is None:
+            return self.weight
+        return self.weight // np.where(self._spread == 0, 1, self._spread)
+
+    @cached_property
+    def code_type(self) -> IntType:
+        """The narrowest type of `codes`."""
+        return IntType.covering(int(self.codes.min()), int(self.codes.max()))
 
     @property
     def thresholds(self) -> np.ndarray | None:
@@ -126,11 +154,26 @@ class MatVec(Node):
 
     @property
     def simd_choices(self) -> tuple[int, ...]:
-        return (self.k,) if self.products == "constant" else divisors(self.k)
+        if self.products == "constant":
+            return (self.k,)
+        if self.products != "serial":
+            return divisors(self.k)
+        # The sum of a group takes at least as long as its multiplication, a cycle per bit of the scale.
+        length, needed = self.k // self.groups, 1
+        if self.group_scale is not None:
+            needed = IntType.covering(min(-1, int(self.group_scale.min())), int(self.group_scale.max())).bits
+        found = tuple(d for d in divisors(length) if self.code_type.bits * length // d >= needed)
+        if not found:
+            raise FormatError(
+                f"{self.name}: groups of {length} weights are too short to multiply their sums bit by bit; "
+                "use products=lut or longer groups"
+            )
+        return found
 
     @property
     def interval(self) -> int:
-        return self.inputs[0].tokens * (self.k // self.folding.simd) * (self.n // self.folding.pe)
+        planes = self.code_type.bits if self.products == "serial" else 1
+        return self.inputs[0].tokens * planes * (self.k // self.folding.simd) * (self.n // self.folding.pe)
 
 
 def dot_bounds(low: np.ndarray, high: np.ndarray, weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

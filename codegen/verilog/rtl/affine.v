@@ -10,6 +10,7 @@ module affine #(
     parameter OFFSETS = 1,     // words of offsets, repeated
     parameter Q_BITS = 24,     // the sum, signed
     parameter SHIFT = 0,
+    parameter ROUND = 1,
     parameter Y_BITS = 8,
     parameter CLAMP_LOW = 1,
     parameter CLAMP_HIGH = 1,
@@ -28,7 +29,7 @@ module affine #(
     input m_ready,
     output [PE*Y_BITS-1:0] m_data
 );
-  localparam OUT = 1 + SCALE + ADD + (SHIFT > 0 ? 1 : 0) + (CLAMP_LOW || CLAMP_HIGH ? 1 : 0);
+  localparam OUT = 1 + SCALE + ADD + ROUND + (CLAMP_LOW || CLAMP_HIGH ? 1 : 0);
   localparam MB = SCALES > 1 ? $clog2(SCALES) : 1;
   localparam OB = OFFSETS > 1 ? $clog2(OFFSETS) : 1;
 
@@ -91,6 +92,7 @@ module affine #(
           .M_BITS(1),
           .P_BITS(Q_BITS),
           .SHIFT(SHIFT),
+          .ROUND(ROUND),
           .Y_BITS(Y_BITS),
           .CLAMP_LOW(CLAMP_LOW),
           .CLAMP_HIGH(CLAMP_HIGH),

@@ -12,6 +12,7 @@ module combine #(
     parameter signed [31:0] B_SCALE = 1,
     parameter Q_BITS = 24,  // what is shifted, signed
     parameter SHIFT = 0,
+    parameter ROUND = 1,
     parameter Y_BITS = 8,
     parameter CLAMP_LOW = 1,
     parameter CLAMP_HIGH = 1,
@@ -31,7 +32,7 @@ module combine #(
     input m_ready,
     output [PE*Y_BITS-1:0] m_data
 );
-  localparam OUT = 3 + (SHIFT > 0 ? 1 : 0) + (CLAMP_LOW || CLAMP_HIGH ? 1 : 0);
+  localparam OUT = 3 + ROUND + (CLAMP_LOW || CLAMP_HIGH ? 1 : 0);
   wire room;
   wire go = a_valid & b_valid & room;
   assign a_ready = b_valid & room;
@@ -65,6 +66,7 @@ module combine #(
           .M_BITS(1),
           .P_BITS(Q_BITS),
           .SHIFT(SHIFT),
+          .ROUND(ROUND),
           .Y_BITS(Y_BITS),
           .CLAMP_LOW(CLAMP_LOW),
           .CLAMP_HIGH(CLAMP_HIGH),

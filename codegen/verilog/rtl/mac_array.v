@@ -18,6 +18,7 @@ module mac_array #(
     parameter M_BITS = 16,
     parameter Q_BITS = 32,  // accumulator times multiplier
     parameter SHIFT = 16,
+    parameter ROUND = 1,
     parameter Y_BITS = 8,
     parameter CLAMP_LOW = 1,
     parameter CLAMP_HIGH = 1,
@@ -49,8 +50,8 @@ module mac_array #(
   // Cycles from a step to the registers: 1 fetch, then perhaps 3x, the product, the tree, the accumulator.
   localparam SUMMED = 1 + TRIPLE + PRODUCT + $clog2(SIMD);
   localparam STORED = SUMMED + 1;
-  localparam SCALED = (MULTIPLY ? 2 : 0) + (SHIFT > 0 ? 1 : 0) + (CLAMP_LOW || CLAMP_HIGH ? 1 : 0);
-  localparam CAPTURE = TURNS > 1 || MULTIPLY ? 1 : 0;
+  localparam SCALED = (MULTIPLY ? 3 : 0) + ROUND + (CLAMP_LOW || CLAMP_HIGH ? 1 : 0);
+  localparam CAPTURE = TURNS > 1 && THRESHOLDS ? 1 : 0;
   localparam OUT = STORED + CAPTURE + TURNS - 1 + (THRESHOLDS ? THRESHOLDS : SCALED);
 
   reg [OUT:1] valid, last;  // [i]: the step that began i cycles ago
@@ -144,6 +145,7 @@ module mac_array #(
       .M_BITS(M_BITS),
       .Q_BITS(Q_BITS),
       .SHIFT(SHIFT),
+      .ROUND(ROUND),
       .Y_BITS(Y_BITS),
       .CLAMP_LOW(CLAMP_LOW),
       .CLAMP_HIGH(CLAMP_HIGH),
@@ -156,7 +158,7 @@ module mac_array #(
   ) scale (
       .clk(clk),
       .rst(rst),
-      .valid(last[STORED]),
+      .soon(last[SUMMED]),
       .a(sums),
       .turn(turn),
       .multiplier(multiplier),

@@ -21,6 +21,7 @@ module matvec #(
     parameter M_BITS = 16,
     parameter Q_BITS = 32,  // accumulator times multiplier
     parameter SHIFT = 16,
+    parameter ROUND = 1,
     parameter Y_BITS = 8,
     parameter CLAMP_LOW = 1,
     parameter CLAMP_HIGH = 1,
@@ -137,6 +138,7 @@ module matvec #(
       .M_BITS(M_BITS),
       .Q_BITS(Q_BITS),
       .SHIFT(SHIFT),
+      .ROUND(ROUND),
       .Y_BITS(Y_BITS),
       .CLAMP_LOW(CLAMP_LOW),
       .CLAMP_HIGH(CLAMP_HIGH),

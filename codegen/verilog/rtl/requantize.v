@@ -1,11 +1,12 @@
 // y = clamp(round_half_even(a * m / 2^SHIFT), LOW, HIGH). Parts that do nothing take no cycle and no logic:
-// 2 cycles to multiply (MULTIPLY), 1 to round (SHIFT > 0), 1 to clamp (CLAMP_LOW or CLAMP_HIGH).
+// 3 cycles to multiply (MULTIPLY), ROUND to round (0 if SHIFT is 0, else 1, or 2 for a shorter path), 1 to clamp (CLAMP_LOW or CLAMP_HIGH).
 module requantize #(
     parameter A_BITS = 16,
     parameter MULTIPLY = 1,
     parameter M_BITS = 16,  // signed
     parameter P_BITS = 32,  // a * m, signed
     parameter SHIFT = 16,
+    parameter ROUND = 1,
     parameter Y_BITS = 8,
     parameter CLAMP_LOW = 1,
     parameter CLAMP_HIGH = 1,
@@ -24,12 +25,16 @@ module requantize #(
 
   generate
     if (MULTIPLY) begin : multiply
-      reg signed [P_BITS-1:0] p0, p1;
-      always @(posedge clk) begin
-        p0 <= a * m;
-        p1 <= p0;
-      end
-      assign scaled = p1;
+      multiply #(
+          .A_BITS(A_BITS),
+          .B_BITS(M_BITS),
+          .P_BITS(P_BITS)
+      ) unit (
+          .clk(clk),
+          .a(a),
+          .b(m),
+          .p(scaled)
+      );
     end else begin : keep
       assign scaled = a;
     end
@@ -43,8 +48,19 @@ module requantize #(
       end else begin : none
         assign below = 1'b0;
       end
+      wire up = half & (below | kept[0]);
       reg signed [R_BITS-1:0] r;
-      always @(posedge clk) r <= kept + $signed({1'b0, half & (below | kept[0])});
+      if (ROUND == 2) begin : two
+        reg signed [P_BITS-SHIFT-1:0] kept_r;
+        reg up_r;
+        always @(posedge clk) begin
+          kept_r <= kept;
+          up_r <= up;
+          r <= kept_r + $signed({1'b0, up_r});
+        end
+      end else begin : one
+        always @(posedge clk) r <= kept + $signed({1'b0, up});
+      end
       assign rounded = r;
     end else begin : exact
       assign rounded = scaled;

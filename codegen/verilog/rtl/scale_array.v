@@ -1,8 +1,9 @@
 // Sums of PE columns become outputs: y = requantize(a), or by thresholds.
 //
-// Sums are whole at most once in TURNS cycles, so PE / TURNS units take them in turns: `valid` loads the sums into a register from
-// which a word of PE / TURNS leaves per cycle, and the outputs are collected until they are PE. `turn` asks for the multipliers of
-// the next word, which are used a cycle later. The outputs appear CAPTURE + TURNS - 1 + the cycles of a unit after the sums.
+// Sums are whole at most once in TURNS cycles, so PE / TURNS units take them in turns: the first word of them at once, the others
+// from a register that moves by a word per cycle; the outputs are collected until they are PE. `soon` announces whole sums a cycle
+// ahead. `turn` asks for the multipliers of the next word, which come a cycle later. The outputs appear TURNS - 1 + the cycles of a
+// unit after the sums; a cycle later if thresholds are searched in turns.
 module scale_array #(
     parameter PE = 1,
     parameter TURNS = 1,   // divides PE
@@ -11,6 +12,7 @@ module scale_array #(
     parameter M_BITS = 16,
     parameter Q_BITS = 32,
     parameter SHIFT = 16,
+    parameter ROUND = 1,
     parameter Y_BITS = 8,
     parameter CLAMP_LOW = 1,
     parameter CLAMP_HIGH = 1,
@@ -23,7 +25,7 @@ module scale_array #(
 ) (
     input clk,
     input rst,
-    input valid,
+    input soon,
     input [PE*A_BITS-1:0] a,
     output turn,
     input [PE/TURNS*M_BITS-1:0] multiplier,
@@ -33,20 +35,21 @@ module scale_array #(
   localparam AW = UNITS * A_BITS;
   localparam YW = UNITS * Y_BITS;
 
+  reg valid;
   wire [AW-1:0] word;
   wire [YW-1:0] outputs;
-  wire word_valid;
+  always @(posedge clk) valid <= soon & ~rst;
 
   genvar i;
   generate
     if (TURNS > 1) begin : share
-      reg [TURNS-1:1] later;  // [i]: `valid` i cycles ago
+      reg [TURNS-1:1] later;  // [i]: `soon` i cycles ago
       always @(posedge clk) begin
-        later <= {later, valid};
+        later <= {later, soon};
         if (rst) later <= 0;
       end
-      assign turn = valid | |later;
-      for (i = 0; i < TURNS; i = i + 1) begin : place
+      assign turn = soon | |later;
+      for (i = 1; i < TURNS; i = i + 1) begin : place
         reg [AW-1:0] held;
         if (i == TURNS - 1) begin : last
           always @(posedge clk) held <= a[i*AW+:AW];
@@ -54,30 +57,32 @@ module scale_array #(
           always @(posedge clk) held <= valid ? a[i*AW+:AW] : place[i+1].held;
         end
       end
-      assign word = place[0].held;
+      assign word = valid ? a[AW-1:0] : place[1].held;
       reg [(TURNS-1)*YW-1:0] collected;
       always @(posedge clk) collected <= {outputs, collected} >> YW;
       assign y = {outputs, collected};
-    end else if (MULTIPLY) begin : capture
-      // A register of its own in front of the multiplier, which can be placed beside it.
-      reg [AW-1:0] held;
-      always @(posedge clk) held <= a;
-      assign turn = valid;
-      assign word = held;
-      assign y = outputs;
     end else begin : direct
-      assign turn = valid;
+      assign turn = soon;
       assign word = a;
       assign y = outputs;
     end
 
     if (THRESHOLDS) begin : search
+      wire [AW-1:0] searched;
+      wire found;
       if (TURNS > 1) begin : late
-        reg r;
-        always @(posedge clk) r <= turn & ~rst;
-        assign word_valid = r;
+        reg [AW-1:0] word_r;
+        reg turn_r, turn_rr;
+        always @(posedge clk) begin
+          word_r <= word;
+          turn_r <= turn & ~rst;
+          turn_rr <= turn_r & ~rst;
+        end
+        assign searched = word_r;
+        assign found = turn_rr;
       end else begin : now
-        assign word_valid = valid;
+        assign searched = word;
+        assign found = valid;
       end
       thresholds #(
           .PE(UNITS),
@@ -91,12 +96,11 @@ module scale_array #(
       ) unit (
           .clk(clk),
           .rst(rst),
-          .valid(word_valid),
-          .a(word),
+          .valid(found),
+          .a(searched),
           .y(outputs)
       );
     end else begin : scale
-      assign word_valid = 1'b0;
       for (i = 0; i < UNITS; i = i + 1) begin : pe
         requantize #(
             .A_BITS(A_BITS),
@@ -104,6 +108,7 @@ module scale_array #(
             .M_BITS(M_BITS),
             .P_BITS(Q_BITS),
             .SHIFT(SHIFT),
+            .ROUND(ROUND),
             .Y_BITS(Y_BITS),
             .CLAMP_LOW(CLAMP_LOW),
             .CLAMP_HIGH(CLAMP_HIGH),

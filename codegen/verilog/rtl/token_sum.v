@@ -11,6 +11,7 @@ module token_sum #(
     parameter signed [31:0] MULTIPLIER = 1,
     parameter Q_BITS = 32,
     parameter SHIFT = 16,
+    parameter ROUND = 1,
     parameter Y_BITS = 8,
     parameter CLAMP_LOW = 1,
     parameter CLAMP_HIGH = 1,
@@ -27,7 +28,7 @@ module token_sum #(
     input m_ready,
     output [PE*Y_BITS-1:0] m_data
 );
-  localparam OUT = 1 + (MULTIPLY ? 2 : 0) + (SHIFT > 0 ? 1 : 0) + (CLAMP_LOW || CLAMP_HIGH ? 1 : 0);
+  localparam OUT = 1 + (MULTIPLY ? 3 : 0) + ROUND + (CLAMP_LOW || CLAMP_HIGH ? 1 : 0);
   localparam TB = TOKENS > 1 ? $clog2(TOKENS) : 1;
   localparam GB = GROUPS > 1 ? $clog2(GROUPS) : 1;
   reg [TB-1:0] token;
@@ -66,6 +67,7 @@ module token_sum #(
           .M_BITS(M_BITS),
           .P_BITS(Q_BITS),
           .SHIFT(SHIFT),
+          .ROUND(ROUND),
           .Y_BITS(Y_BITS),
           .CLAMP_LOW(CLAMP_LOW),
           .CLAMP_HIGH(CLAMP_HIGH),

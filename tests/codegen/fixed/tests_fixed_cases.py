@@ -63,6 +63,17 @@ def half_up(rng, name):
     return MatVec(name, node.inputs, weight, bias, step, products="constant")
 
 
+def grouped(rng, name="fc_serial_groups", groups=3, length=8, n=6, bits=4):
+    """Groups of weights with scales of either sign, dequantized after their sums."""
+    kind = IntType(bits, True)
+    codes = rng.integers(kind.low, kind.high + 1, (groups * length, n))
+    scale = rng.integers(-99, 128, (groups, n))
+    weight = codes * np.repeat(scale, length, axis=0)
+    x = Stream.of(f"{name}_x", 3, len(codes), INT8)
+    step = requantize(rng, n, reach=0.0005)
+    return MatVec(name, (x,), weight, rng.integers(-9999, 9999, n), step, products="serial", group_scale=scale)
+
+
 def nodes(rng):
     """One node of every kind and variant, by name."""
     image = Stream.of("image", 30, 6, INT8)  # 5 x 6 pixels
@@ -91,6 +102,17 @@ def nodes(rng):
         half_up(rng, "fc_constant_half_up"),
         matvec(rng, "fc_thresholds", step=requantize(rng, 6, -8, 7, reach=0.01), scaling="thresholds"),
         matvec(rng, "fc_thresholds_relu", step=requantize(rng, 6, 0, 5, reach=0.005), scaling="thresholds"),
+        matvec(rng, "fc_serial", products="serial"),
+        matvec(rng, "fc_serial_one_bit", w=IntType(1, False), x=UINT8, products="serial"),
+        matvec(rng, "fc_serial_w8", w=IntType(8, True), step=ties(6, 9), products="serial"),
+        matvec(
+            rng,
+            "fc_serial_thresholds",
+            step=requantize(rng, 6, -8, 7, reach=0.01),
+            products="serial",
+            scaling="thresholds",
+        ),
+        grouped(rng),
         Window("window", (image,), pixels),
         Window("window_strided", (image,), strided),
         Window("window_dilated", (image,), dilated),

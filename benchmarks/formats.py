@@ -21,7 +21,20 @@ from qcompile.demo import bundled, cosine_to_float, minilm_directory
 from qcompile.passes.recognise import recognise
 
 FORMATS = [
-    *("int8", "fixed<8>", "int6/g32", "int5/g32", "int4/g32", "dual4/g32", "nf4/g32", "fp4/g32", "mxfp4", "nvfp4"),
+    *(
+        "int8",
+        "fixed<8>",
+        "nf8/g32",
+        "mxfp8",
+        "fp8/g32",
+        "e5m2/g32",
+        "pow2sum2/g32",
+        "mxfp6",
+        "fp6/g32",
+        "nf6/g32",
+        "nf5/g32",
+    ),
+    *("int6/g32", "int5/g32", "int4/g32", "dual4/g32", "nf4/g32", "fp4/g32", "mxfp4", "nvfp4"),
     *("codebook4/g32", "pow2sum1/g32", "bitplane4/g32", "int3/g32", "bitplane3/g32", "codebook3/g32", "int2/g32"),
     *("ternary/g32", "bitplane2/g32", "codebook2/g32"),
 ]

@@ -205,9 +205,11 @@ def _dequantize(emit: Emitter, node: ir.Node, place: StoredWeight, array: Callab
             # Inverting the sign bit adds its weight.
             codes = emit("BitwiseXor", codes, emit.constant(np.array(stored.bias, np.uint8)))
         real = emit("Cast", codes, to=int(ir.DataType.FLOAT))
-        if "table" in names:
+        if stored.levels is not None or "table" in names:
             index = emit("Cast", codes, to=int(ir.DataType.INT32))
-            real = emit("Gather", _levels(emit, array(names["table"])), index)
+            known = stored.levels
+            levels = _levels(emit, array(names["table"]), stored) if known is None else emit.constant(known)
+            real = emit("Gather", levels, index)
         zero = per_row(names["zero"]) if "zero" in names else emit.constant(np.array(stored.bias, np.float32))
         real = emit("Sub", real, zero)
         if "super_scale" in names:
@@ -222,12 +224,13 @@ def _dequantize(emit: Emitter, node: ir.Node, place: StoredWeight, array: Callab
     ir.convenience.replace_all_uses_with(node.outputs[0], result)
 
 
-def _levels(emit: Emitter, table: ir.Value) -> ir.Value:
-    """A table of 16 levels as float32: one byte each, or all low bytes before the high ones."""
+def _levels(emit: Emitter, table: ir.Value, stored: StoredCodes) -> ir.Value:
+    """A table of levels as float32: one number each, or all low bytes before the high ones."""
     levels = emit("Cast", table, to=int(ir.DataType.FLOAT))
-    if _dims(table)[0] == ENTRIES:
+    entries = max(ENTRIES, 1 << stored.layout.bits)
+    if _dims(table)[0] == entries:
         return levels
-    parts = emit("Reshape", levels, emit.constant(np.array([2, ENTRIES], np.int64)))
+    parts = emit("Reshape", levels, emit.constant(np.array([2, entries], np.int64)))
     whole = emit("Mul", parts, emit.constant(np.array([[1], [256]], np.float32)))
     return emit("ReduceSum", whole, emit.constant(np.array([0], np.int64)), keepdims=0)
 

@@ -81,6 +81,7 @@ class StoredCodes:
         unit: see above.
         bias: what the unsigned codes of a symmetric format exceed the signed ones by.
         twos_complement: whether they are stored in two's complement; ``bias`` is the weight of the sign bit then.
+        levels: what codes stand for, float32, where no packed array ``table`` says so.
     """
 
     layout: BitLayout
@@ -89,6 +90,7 @@ class StoredCodes:
     unit: int = 1
     bias: int = 0
     twos_complement: bool = False
+    levels: np.ndarray | None = None
 
 
 class LinearKernel(ABC):

@@ -15,11 +15,12 @@ K, N = 53, 37
 FORMATS = {
     "ternary/g16": 0.5, "fixed<8>": 0.03, "fixed<5>": 0.12, "dual4/g16": 0.12, "nf4/g16": 0.11, "nf3": 0.3, "mxfp4": 0.14,
     "nvfp4": 0.12, "codebook4/g20": 0.1, "pow2sum1/g32": 0.24, "bitplane2/g20": 0.35, "bitplane3": 0.25,
-    "q3_k": 0.2, "q4_k": 0.09,
+    "q3_k": 0.2, "q4_k": 0.09, "mxfp6": 0.07, "mxfp8": 0.04, "e4m3/g20": 0.04, "e5m2": 0.07, "e2m3/g16": 0.03,
+    "nf5/g16": 0.06, "nf8": 0.02, "pow2sum2/g32": 0.06, "e3m2": 0.07, "nf6/g20": 0.03,
 }  # fmt: skip
 """Formats, and the largest relative error that rounding normal weights to them may make."""
 
-FLOAT = ("nf3", "fixed<5>")
+FLOAT = ("nf3", "fixed<5>", "nf6/g20", "e3m2")
 """Those of them that multiply float activations."""
 
 
@@ -106,6 +107,8 @@ def test_a_convolution_takes_tables_and_planes(tmp_path):
 
 
 def test_a_format_without_a_kernel_is_refused_with_the_reasons(tmp_path):
-    source = model(f"net (float[m, {K}] x) => (float[m, {N}] y) {{ y = MatMul (x, w) }}", w=(K, N))
-    with pytest.raises(TargetError, match=r"no kernel on .* multiplies mxfp8 weights .*x86-table16"):
-        qcompile.compile(source, recipe=Recipe("rtn", weight="mxfp8"), output=tmp_path / "out", progress=False)
+    """A group whose sums exceed the accumulators of all families."""
+    k = 1 << 17
+    source = model(f"net (float[m, {k}] x) => (float[m, 1] y) {{ y = MatMul (x, w) }}", w=(k, 1))
+    with pytest.raises(TargetError, match=r"no kernel on .* multiplies int8 weights .*overflow"):
+        qcompile.compile(source, recipe=Recipe("rtn", weight="int8"), output=tmp_path / "out", progress=False)

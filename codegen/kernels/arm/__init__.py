@@ -1,7 +1,7 @@
 """Kernels for 64-bit ARM processors: integer GEMM on SDOT or 16-bit multiply-adds, look-up tables, bit planes,
-tables of levels, and weight-only GEMM."""
+tables of levels, small floats, and weight-only GEMM."""
 
-from qcompile.codegen.kernels.arm.floats import FloatGemm, FloatTableGemm
+from qcompile.codegen.kernels.arm.floats import FloatGemm, FloatTableGemm, MinifloatGemm
 from qcompile.codegen.kernels.arm.gemm import DotGemm, NeonGemm
 from qcompile.codegen.kernels.arm.lut import TableLookupGemm
 from qcompile.codegen.kernels.arm.mmla import MmlaGemm
@@ -20,6 +20,7 @@ FAMILIES = (
     NeonByteTableGemm,
     NeonWordTableGemm,
     FloatGemm,
+    MinifloatGemm,
     FloatTableGemm,
 )
 """Families of linear kernels, the one to prefer among equals first."""
@@ -30,6 +31,7 @@ __all__ = [
     "DotGemm",
     "FloatGemm",
     "FloatTableGemm",
+    "MinifloatGemm",
     "MmlaGemm",
     "NeonByteTableGemm",
     "NeonGemm",

@@ -1,4 +1,4 @@
-"""Weight-only GEMM on ARM: codes are widened to float32, or looked up as floats by TBL, and multiplied by FMLA."""
+"""GEMM in floats on ARM: codes are widened to float32, looked up by TBL, or converted from float16, and multiplied by FMLA."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tvm.script import tirx as T
 from qcompile.codegen.kernels.arm.gemm import integer_format
 from qcompile.codegen.kernels.arm.products import BYTES
 from qcompile.codegen.kernels.base import LinearProblem
-from qcompile.codegen.kernels.cpu import float_tables, floats
+from qcompile.codegen.kernels.cpu import float_tables, floats, minifloats
 from qcompile.codegen.kernels.cpu import vector as v
 from qcompile.codegen.kernels.cpu.gemm import Emission
 from qcompile.codegen.kernels.cpu.levels import ENTRIES
@@ -68,13 +68,17 @@ class FloatTableGemm(float_tables.FloatTableGemm, FloatGemm):
         return float_tables.FloatTableGemm.panels(self, problem, config)
 
     def tiles(self, problem: LinearProblem, target: Target) -> list[tuple[int, int]]:
+        if problem.weight.bits > 4:  # many rows share a long look-up
+            return [(8, 2), (12, 1), (4, 4)]
         return [(4, 3), (6, 2), (2, 4)]
 
     def speed(self, problem: LinearProblem, target: Target) -> tuple[float, float]:
         rate, unpack = super().speed(problem, target)
-        return rate, unpack + 6.0
+        return rate, unpack + (12.0 if problem.weight.bits > 4 else 6.0)
 
     def prologue(self, e: Emission, first: Any, rows: Any) -> None:
+        if e.problem.weight.bits > 4:
+            return
         at = range(0, ENTRIES, 4)
         e.extra["table"] = [v.let(v.bits_of(v.load(e.names["table"], [i], 4), "uint8", BYTES)) for i in at]
 
@@ -84,3 +88,20 @@ class FloatTableGemm(float_tables.FloatTableGemm, FloatGemm):
         index = v.let(v.bits_of(first, "uint8", BYTES))
         found = T.call_llvm_pure_intrin("uint8x16", "llvm.aarch64.neon.tbl4", *e.extra["table"], index)
         return v.bits_of(found, "float32", lanes)
+
+
+class MinifloatGemm(minifloats.MinifloatGemm):
+    """FCVTL and FMLA; float or int8 activations."""
+
+    name = "arm-minifloat"
+    kind = "arm"
+
+    def lanes(self, target: Target) -> int:
+        return 4
+
+    def tiles(self, problem: LinearProblem, target: Target) -> list[tuple[int, int]]:
+        return [(6, 2), (4, 2), (8, 1)]
+
+    def speed(self, problem: LinearProblem, target: Target) -> tuple[float, float]:
+        bits = problem.weight.bits
+        return 6.0, 4.0 + (bits if 8 % bits else 0.0)

@@ -1,4 +1,6 @@
-"""Weight-only GEMM of codes that index a table of at most 16 levels, whatever the processor: panels, packing, the loop."""
+"""Weight-only GEMM of codes that index a table of levels, whatever the processor: panels, packing, the loop.
+
+Tables of at most 16 levels lie in registers; longer ones in the first cache, where every code is looked up by itself."""
 
 from __future__ import annotations
 
@@ -13,8 +15,9 @@ from qcompile.codegen.kernels.base import LinearProblem, StoredCodes
 from qcompile.codegen.kernels.cpu import vector as v
 from qcompile.codegen.kernels.cpu.floats import FloatGemm
 from qcompile.codegen.kernels.cpu.gemm import Emission
-from qcompile.codegen.kernels.cpu.levels import ENTRIES, is_table, real_levels
+from qcompile.codegen.kernels.cpu.levels import ENTRIES, entries, is_table, real_levels
 from qcompile.codegen.kernels.cpu.panels import Panels
+from qcompile.codegen.kernels.cpu.tables import after_weight
 from qcompile.codegen.kernels.cpu.unpack import field, unsigned_field
 from qcompile.formats import Format, IntFormat, Quantized
 from qcompile.formats.levels import LevelFormat
@@ -64,9 +67,8 @@ class FloatTableGemm(FloatGemm):
         return {"weight": packed.pop("weight"), "table": table, **packed}
 
     def params(self, problem: LinearProblem, config: dict[str, Any], panels: Panels) -> list[v.Param]:
-        params = super().params(problem, config, panels)
-        place = next(i for i, param in enumerate(params) if param.name == "weight")
-        return [*params[: place + 1], v.Param("table", (ENTRIES,)), *params[place + 1 :]]
+        table = v.Param("table", (entries(problem.weight),))
+        return after_weight(super().params(problem, config, panels), table)
 
     def stored(self, problem: LinearProblem, config: dict[str, Any]) -> StoredCodes:
         panels = self.panels(problem, config)
@@ -79,8 +81,12 @@ class FloatTableGemm(FloatGemm):
         sources = [v.let(field(planes, index, p, 8)) if p.planes else planes[0] for planes in raw]
         for offset in range(p.depth):
             end = 8 * (offset + 1) if p.planes else 8 * offset + (index + 1) * p.bits
-            yield offset, [v.let(self.level(e, v.let(unsigned_field(w, end, p.bits, p.lanes)))) for w in sources]
+            codes = [v.let(unsigned_field(w, end, p.bits, p.lanes)) for w in sources]
+            if entries(e.problem.weight) > ENTRIES:
+                yield offset, [v.let(e.names["table"].vload([code], v.typed("float32", p.lanes))) for code in codes]
+            else:
+                yield offset, [v.let(self.level(e, code)) for code in codes]
 
     @abstractmethod
     def level(self, e: Emission, codes: Any) -> Any:
-        """The floats at codes (int32 lanes)."""
+        """The floats at codes (int32 lanes) of a table of 16."""

@@ -160,6 +160,38 @@ class Panels:
         return np.ascontiguousarray(padded.transpose(1, 0, 2))
 
 
+@dataclass(frozen=True)
+class PaddedPanels(Panels):
+    """Panels of unsigned codes whose activations are copied, so that every position has one of its own or 0."""
+
+    @property
+    def bias(self) -> int:
+        return -self.fmt.qmin
+
+    @property
+    def clamped(self) -> bool:
+        return False
+
+    @property
+    def length(self) -> int:
+        """Positions of a row."""
+        return self.groups * self.rows_per_group * self.step
+
+    def source(self) -> np.ndarray:
+        position = np.arange(self.rows_per_group * self.step)
+        k = np.arange(self.groups)[:, None] * self.group + position
+        return np.where((position < self.group) & (k < self.k), k, -1).reshape(-1)
+
+
+@dataclass(frozen=True)
+class IndexPanels(PaddedPanels):
+    """The same of table indices or bit patterns, stored as they are."""
+
+    @property
+    def bias(self) -> int:
+        return 0
+
+
 def integer_format(fmt: Format) -> IntFormat | None:
     """The integer format whose codes and scales those of ``fmt`` are, up to where a scale is kept; None if there is none."""
     if isinstance(fmt, IntFormat):

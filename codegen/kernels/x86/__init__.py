@@ -3,12 +3,24 @@
 from qcompile.codegen.kernels.x86.floats import FloatGemm, FloatTableGemm
 from qcompile.codegen.kernels.x86.lut import LutGemm
 from qcompile.codegen.kernels.x86.maddubs import MaddubsGemm
+from qcompile.codegen.kernels.x86.minifloats import MinifloatGemm
 from qcompile.codegen.kernels.x86.pairs import PairGemm
 from qcompile.codegen.kernels.x86.tables import ByteTableGemm, WordTableGemm
 from qcompile.codegen.kernels.x86.vnni import VnniGemm
 from qcompile.codegen.kernels.x86.wide import WideGemm
 
-FAMILIES = (VnniGemm, MaddubsGemm, LutGemm, ByteTableGemm, WordTableGemm, PairGemm, WideGemm, FloatGemm, FloatTableGemm)
+FAMILIES = (
+    VnniGemm,
+    MaddubsGemm,
+    LutGemm,
+    ByteTableGemm,
+    WordTableGemm,
+    PairGemm,
+    WideGemm,
+    FloatGemm,
+    MinifloatGemm,
+    FloatTableGemm,
+)
 """Families of linear kernels, the one to prefer among equals first."""
 
 __all__ = [
@@ -18,6 +30,7 @@ __all__ = [
     "FloatTableGemm",
     "LutGemm",
     "MaddubsGemm",
+    "MinifloatGemm",
     "PairGemm",
     "VnniGemm",
     "WideGemm",

@@ -1,4 +1,4 @@
-"""Weight-only GEMM on x86: integers, and codes that index a table of at most 16 levels.
+"""Weight-only GEMM on x86: integers, and codes that index a table of levels.
 
 With AVX-512 a code of at most 4 bits is shifted to the bottom of its lane and looked up in a register of 16 floats (``vpermps``
 reads 4 index bits and ignores the others). AVX2 has registers of 8: two look-ups, of which the code's highest bit picks one.
@@ -72,9 +72,18 @@ class FloatTableGemm(float_tables.FloatTableGemm, FloatGemm):
 
     def speed(self, problem: LinearProblem, target: Target) -> tuple[float, float]:
         rate, unpack = super().speed(problem, target)
+        if problem.weight.bits > 4:  # loads of single floats
+            return rate, unpack + 4.0 * self.lanes(target)
         return rate, unpack if target.has("avx512") else unpack + 3.0
 
+    def tiles(self, problem: LinearProblem, target: Target) -> list[tuple[int, int]]:
+        if problem.weight.bits > 4:  # many rows share a long look-up
+            return [(6, 2), (12, 1), (4, 2)]
+        return super().tiles(problem, target)
+
     def prologue(self, e: Emission, first: Any, rows: Any) -> None:
+        if e.problem.weight.bits > 4:
+            return
         size = min(e.panels.lanes, ENTRIES)
         e.extra["table"] = [v.let(v.load(e.names["table"], [at], size)) for at in range(0, ENTRIES, size)]
 

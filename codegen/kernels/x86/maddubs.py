@@ -15,10 +15,10 @@ from tvm.script import tirx as T
 from qcompile.codegen.kernels.base import LinearProblem
 from qcompile.codegen.kernels.cpu import vector as v
 from qcompile.codegen.kernels.cpu.gemm import Emission, Register, Tile, TiledGemm
-from qcompile.codegen.kernels.cpu.panels import Panels
+from qcompile.codegen.kernels.cpu.panels import PaddedPanels, Panels
 from qcompile.codegen.kernels.cpu.unpack import as_bytes, field
 from qcompile.codegen.kernels.x86.instructions import MADDUBS, MADDWD, prefetch
-from qcompile.codegen.kernels.x86.signed import PaddedPanels, signed_rows
+from qcompile.codegen.kernels.x86.signed import signed_rows
 from qcompile.codegen.kernels.x86.vnni import byte_refusal
 from qcompile.targets.target import Target
 

@@ -11,39 +11,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 from tvm.script import tirx as T
 from tvm.tirx.script.builder import ir as B
 
 from qcompile.codegen.kernels.cpu import vector as v
 from qcompile.codegen.kernels.cpu.gemm import Emission
-from qcompile.codegen.kernels.cpu.panels import Panels
+from qcompile.codegen.kernels.cpu.panels import PaddedPanels
 
 PAD = 64
 """Elements between the end of a row and the next: rows a power of two apart would fall on the same lines of the cache."""
-
-
-@dataclass(frozen=True)
-class PaddedPanels(Panels):
-    """Panels of unsigned codes whose activations are copied, so that every position has one of its own or 0."""
-
-    @property
-    def bias(self) -> int:
-        return -self.fmt.qmin
-
-    @property
-    def clamped(self) -> bool:
-        return False
-
-    @property
-    def length(self) -> int:
-        """Positions of a row."""
-        return self.groups * self.rows_per_group * self.step
-
-    def source(self) -> np.ndarray:
-        position = np.arange(self.rows_per_group * self.step)
-        k = np.arange(self.groups)[:, None] * self.group + position
-        return np.where((position < self.group) & (k < self.k), k, -1).reshape(-1)
 
 
 @dataclass

@@ -275,32 +275,26 @@ def test_two_bit_weights_cost_two_instructions_per_sixteen_products(emulation):
 
 
 @on
-def test_tables_of_levels(cpu, emulation):
-    """Rows that leave places to fill, also with code 0 far from the level 0, and the largest activations."""
+def test_tables_of_levels_and_small_floats(cpu, emulation):
+    """Rows that leave places to fill, also with code 0 far from the level 0, all codes, and the largest activations."""
     rng = np.random.default_rng(8)
     batch, checks = Batch(cpu), []
-    spellings = (
-        "nf4/g64",
-        "nf4",
-        "nf3/g20",
-        "e2m1/g32",
-        "e1m1",
-        "mxfp4",
-        "nvfp4",
-        "codebook4/g64",
-        "codebook2",
-        "codebook1/g32",
-        "codebook3",
-        "e3m0/g32",
-    )
-    for spelling, activation in [*((s, "int8") for s in spellings), *((s, "none") for s in spellings[1:8])]:
+    integers = [
+        "nf4/g64", "nf4", "nf3/g20", "e2m1/g32", "e1m1", "mxfp4", "nvfp4", "codebook4/g64", "codebook2", "codebook1/g32",
+        "codebook3", "e3m0/g32", "mxfp6", "e2m3/g20", "nf5/g32", "nf7/g20", "nf8", "pow2sum2/g32", "mxfp8", "e5m2", "e4m2/g7",
+    ]  # fmt: skip
+    floats = [*integers[1:8], "mxfp6", "e4m3/g20", "nf6/g20", "pow2sum2"]
+    for spelling, activation in [*((s, "int8") for s in integers), *((s, "none") for s in floats)]:
         k, n = int(rng.integers(33, 140)), int(rng.integers(1, 30))
         if activation == "none" and spelling.startswith("codebook"):
             k = 64 * (k // 64 + 1)
         problem = LinearProblem(k, n, parse_format(spelling), parse_activation(activation))
         values = rng.normal(size=(k, n)).astype(np.float32)
         weight = problem.weight.encode(values)
-        assert select(problem, batch.target).family.name.startswith("arm-table"), spelling
+        if problem.weight.bits > 4:
+            codes = rng.integers(0, 1 << problem.weight.bits, (k, n)).astype(np.uint8)
+            weight.codes[...] = np.where(np.isnan(problem.weight.table[codes]), weight.codes, codes)
+        assert select(problem, batch.target).family.name.startswith(("arm-table", "arm-minifloat")), spelling
         for family in able(problem, batch.target):
             config = {**small(family.configs(problem, batch.target)[0]), "scales": "float32"}
             name, packed = batch.add(family, problem, config, weight)

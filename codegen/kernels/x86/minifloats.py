@@ -1,0 +1,28 @@
+"""GEMM of small floats on x86: ``vcvtph2ps`` and FMA."""
+
+from __future__ import annotations
+
+from qcompile.codegen.kernels.base import LinearProblem
+from qcompile.codegen.kernels.cpu import minifloats
+from qcompile.targets.target import Target
+
+
+class MinifloatGemm(minifloats.MinifloatGemm):
+    """FMA on 256- or 512-bit registers."""
+
+    name = "x86-minifloat"
+
+    def lanes(self, target: Target) -> int:
+        return 16 if target.has("avx512") else 8
+
+    def refuse(self, problem: LinearProblem, target: Target) -> str:
+        if not target.has("avx2", "fma", "f16c"):
+            return f"{self.name} needs AVX2, FMA and F16C, which {target} does not have"
+        return ""
+
+    def tiles(self, problem: LinearProblem, target: Target) -> list[tuple[int, int]]:
+        return [(10, 1), (6, 2), (4, 2)] if target.has("avx512") else [(6, 1), (5, 1), (4, 1), (2, 2)]
+
+    def speed(self, problem: LinearProblem, target: Target) -> tuple[float, float]:
+        bits = problem.weight.bits
+        return 13.0, 6.0 + (bits if 8 % bits else 0.0)

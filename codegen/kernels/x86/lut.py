@@ -98,6 +98,13 @@ class LutEmission:
         """``count`` as a loop bound LLVM cannot limit from above, so that it keeps the loop."""
         return T.max(count, count - self.m)
 
+    def nowhere(self, group: Any) -> Any:
+        """0, which LLVM must take to change from group to group, as ``begin`` of a first chunk might not be 0.
+
+        Otherwise it carries a tile over groups in registers, of which there are too few: it spills, and stores twice.
+        """
+        return T.bitwise_and(group, self.tables.begin[0, 0])
+
 
 class LutGemm(LinearKernel):
     """``vpshufb`` on 256- or 512-bit registers.
@@ -205,7 +212,8 @@ class LutGemm(LinearKernel):
         per_vector = size // planes.bits if planes.uniform and planes.bits in (2, 4) else size
         widths = sorted({per_vector * count for count in (1, 2, 4, 8) if 16 <= per_vector * count <= 128})
         padded = {width: -(-problem.n // width) * width for width in widths}
-        order = sorted(widths, key=lambda w: (padded[w] > 1.1 * min(padded.values()), abs(w - 64), w))
+        likely = 128 if planes.bits == 1 else 64  # loads of tables are shared by the columns of a panel
+        order = sorted(widths, key=lambda w: (padded[w] > 1.1 * min(padded.values()), abs(w - likely), w))
         table = -(-problem.k // PAIR) * BYTES
         block = max(4, min(16, CACHE // table // 4 * 4))
         grouped = self.grouped(self.panels(problem, {"columns": 64, "bytes": size}))
@@ -407,12 +415,13 @@ class LutGemm(LinearKernel):
                 here = [v.let(v.load(e.kept, [r, plane, column], LANES)) for plane in range(e.stored_planes)]
             else:
                 here = []
-            so_far = v.load(e.tile, [r, column], LANES)
+            at = [r, e.nowhere(group) + column]
+            so_far = v.load(e.tile, at, LANES)
             if e.kept is None and str(e.tile.dtype) == "int32":
                 value = so_far if e.signed else so_far + v.splat(base.whole, LANES)
                 for plane, part in enumerate(here):
                     value = value + _times(part, plane)
-                v.store(e.tile, [r, column], value, LANES)
+                v.store(e.tile, at, value, LANES)
                 continue
             value = v.let(so_far)
             if planes.uniform:
@@ -437,7 +446,7 @@ class LutGemm(LinearKernel):
                 else:
                     offset = self._scale(e, "offset", [panel, group, column])
                 value = v.let(vmath.fma(v.splat(total, LANES), offset, value))
-            v.store(e.tile, [r, column], value, LANES)
+            v.store(e.tile, at, value, LANES)
 
     @staticmethod
     def _scale(e: LutEmission, name: str, at: list[Any]) -> Any:

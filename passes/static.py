@@ -19,8 +19,10 @@ from collections.abc import Mapping
 import numpy as np
 import onnx_ir as ir
 
+from qcompile.errors import UnsupportedOperatorError
 from qcompile.passes.domain import DOMAIN, add_functions, register_function
 from qcompile.passes.graph import add_initializer, constant, is_op, replace
+from qcompile.passes.weights import DEQUANTIZERS
 
 MOVEMENT = (
     "Reshape",
@@ -114,7 +116,7 @@ def open_values(model: ir.Model) -> list[ir.Value]:
 def origin(value: ir.Value) -> ir.Value | None:
     """The value whose quantizer ``value`` needs: in front of operators that only move elements; None if it has one."""
     while (node := value.producer()) is not None:
-        if node.op_type in ("DequantizeLinear", "Log2Dequantize", "Bipolar"):
+        if node.op_type in ("DequantizeLinear", "Log2Dequantize", "Bipolar", *DEQUANTIZERS):
             return None
         if node.domain or node.op_type not in MOVEMENT or node.inputs[0] is None:
             break
@@ -165,6 +167,21 @@ def close(model: ir.Model, scales: Mapping[str, float], *, log2_bits: int = 4) -
     _quantize_inputs(model)
     _keep_integers(model)
     add_functions(model)
+    return model
+
+
+def round_scales(model: ir.Model) -> ir.Model:
+    """Round the scales of activations up to powers of two, in place; integers are then rescaled by shifts (QFX)."""
+    for node in model.graph:
+        if not is_op(node, "QuantizeLinear"):
+            continue
+        scale = node.inputs[1]
+        assert scale is not None
+        value = constant(scale)
+        if value is None:
+            raise UnsupportedOperatorError(f"the scale {scale.name!r} of {node.name!r} is not constant")
+        rounded = np.exp2(np.ceil(np.log2(np.asarray(value, np.float64)) - 1e-6)).astype(np.float32)
+        scale.const_value = ir.tensor(rounded, name=scale.name)
     return model
 
 

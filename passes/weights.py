@@ -41,6 +41,9 @@ TRUE_BITS = "qcompile.bits"
 FORMAT = "qcompile.format"
 SITE = "qcompile.site"
 
+DEQUANTIZERS = ("DequantizeTable", "DequantizePlanes", "DequantizeSuperBlocks")
+"""Functions of the domain `qcompile` that make weights."""
+
 SUPER_BLOCKS = ("block_scale", "super_scale", "block_offset", "super_offset")
 """Operands of `DequantizeSuperBlocks` after the codes. Offsets are 0 in formats without them."""
 
@@ -164,7 +167,7 @@ def integer_tensor(codes: np.ndarray, bits: int) -> ir.TensorProtocol:
 def quantized_weight(value: ir.Value | None) -> QuantizedWeight | None:
     """The constant ``(K, N)`` codes behind ``value``, as written by `write_weight`, or DequantizeLinear of others."""
     node = value.producer() if value is not None else None
-    if is_op(node, "DequantizeTable", "DequantizePlanes", "DequantizeSuperBlocks", domain=DOMAIN):
+    if is_op(node, *DEQUANTIZERS, domain=DOMAIN):
         assert node is not None
         return _of_domain(node)
     if not is_op(node, "DequantizeLinear"):

@@ -15,6 +15,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
+
 from qcompile.codegen.verilog.netlist import Memory, Unit
 from qcompile.targets.fpga import DEFAULT, TARGETS, FpgaTarget
 
@@ -98,20 +100,33 @@ def _fifo(family: Family, width: int, depth: int) -> Area:
 
 def _requantize(p: dict[str, int], family: Family) -> Area:
     """One ``rtl/requantize.v``."""
+    multiply = p.get("MULTIPLY", 0)
     kept = p["Q_BITS"] - p["SHIFT"] if p["SHIFT"] else 0
-    luts = p["SHIFT"] / (family.inputs - 1)
-    if p["SHIFT"]:  # a DSP block that multiplies rounds as well
-        luts += kept / 3 if family.inputs == 6 and p.get("MULTIPLY") else family.adder(kept)
+    luts, registers = p["SHIFT"] / (family.inputs - 1), kept * p.get("ROUND", 0) + p["Y_BITS"]
+    if p["SHIFT"]:
+        luts += family.adder(kept)
     if p["CLAMP_LOW"] or p["CLAMP_HIGH"]:
         luts += p["Y_BITS"] + (kept - p["Y_BITS"]) / 3 * (family.inputs == 4)
-    registers = kept + p["Y_BITS"] * (p["CLAMP_LOW"] or p["CLAMP_HIGH"])
-    return Area(luts, registers, p.get("MULTIPLY", 0))
+    if multiply == 2:  # a barrel shifter
+        luts += p["Q_BITS"] * family.select(1 << p["M_BITS"])
+        registers += p["A_BITS"] + p["M_BITS"] + p["Q_BITS"]
+    return Area(luts, registers, multiply == 1)
+
+
+def _scale_array(p: dict[str, int], family: Family) -> Area:
+    """``rtl/scale_array.v``: PE / TURNS units, sums that wait for them and outputs that wait for each other."""
+    one = _thresholds(p, family) if p.get("THRESHOLDS") else _requantize(p, family)
+    units, waiting = p["PE"] // p["TURNS"], p["PE"] - p["PE"] // p["TURNS"]
+    registers = waiting * (p["A_BITS"] + p["Y_BITS"])
+    # A word is loaded or moved; the last one is only loaded.
+    moved = (p["PE"] - units if p["TURNS"] > 1 else 0) * p["A_BITS"]
+    return Area(units * one.luts + moved, units * one.flipflops + registers, units * one.multipliers)
 
 
 def _thresholds(p: dict[str, int], family: Family) -> Area:
     """One sum in ``rtl/thresholds.v``: a comparison per bit, with one of a few constants."""
     bits = p["THRESHOLDS"]
-    constants = sum(family.contents_of(p["COLUMNS"] << i, p["T_BITS"]) for i in range(bits))
+    constants = sum(family.contents_of(p["COLUMNS"] * p["TURNS"] << i, p["T_BITS"]) for i in range(bits))
     return Area(bits * family.adder(p["A_BITS"]) + constants, bits * (p["A_BITS"] + bits))
 
 
@@ -151,7 +166,6 @@ def _macs(unit: Unit, family: Family) -> Area:
     if p["STYLE"] == 1 and p["W_BITS"] > 1 + p["W_SIGNED"]:
         total += Area(lanes * family.adder(p["X_BITS"]), lanes * (2 * p["X_BITS"] + 2))
     tree = _tree(simd, p["P_BITS"], p["A_BITS"], family)
-    requantize = _thresholds(p, family) if p.get("THRESHOLDS") else _requantize(p, family)
     accumulator = family.adder(p["A_BITS"])
     if family.inputs == 4:
         accumulator += p[
@@ -163,11 +177,7 @@ def _macs(unit: Unit, family: Family) -> Area:
         )  # the adders of DSP blocks take the first level of the tree, and one more
     elif simd == 1:
         accumulator = 0
-    total += Area(
-        pe * (tree.luts + accumulator + requantize.luts),
-        pe * (tree.flipflops + p["A_BITS"] + requantize.flipflops),
-        pe * requantize.multipliers,
-    )
+    total += Area(pe * (tree.luts + accumulator), pe * (tree.flipflops + p["A_BITS"])) + _scale_array(p, family)
     for memory in unit.memories.values():
         luts, bits = family.contents(memory)
         total += Area(luts, memory.words.shape[1] * memory.bits, memory_bits=bits)
@@ -177,6 +187,31 @@ def _macs(unit: Unit, family: Family) -> Area:
         taken = unit.inputs["b"] if "b" in unit.inputs else list(unit.inputs.values())[-1]
         total += Area(family.ports(taken.width, taken.beats), taken.width)
     return total
+
+
+def _bitserial(unit: Unit, family: Family) -> Area:
+    """``rtl/bitserial.v``: a pair of gated inputs per adder of the first level, the sum of a group, its multiplication."""
+    p = unit.parameters
+    pe, simd, x = p["PE"], p["SIMD"], p["X_BITS"] + (not p["X_SIGNED"])
+    steps = [p[n] for n in ("ROWS", "PLANES", "GROUPS", "COLUMNS")]
+    counters = sum(max(n - 1, 1).bit_length() for n in (*steps, int(np.prod(steps))))
+    total = Area(20 + counters * (2 if family.inputs == 6 else 4), 60)
+    pairs = (simd + 1) // 2
+    gate = family.adder(x) + (0 if family.inputs == 6 else 2 * x)
+    tree = _tree(pairs, x + 1, p["P_BITS"], family)
+    # The sum of a group selects among itself, twice itself and 0, and adds or subtracts.
+    summed = family.adder(p["P_BITS"]) + (0 if family.inputs == 6 else 2 * p["P_BITS"])
+    whole = family.adder(p["A_BITS"]) + p["A_BITS"] * (2 if p["SCALES"] else 0 if family.inputs == 6 else 1)
+    registers = pairs * (x + 1) + tree.flipflops + p["P_BITS"] + p["A_BITS"]
+    if p["SCALES"]:
+        registers += 2 * p["A_BITS"] + 2 * p["S_BITS"] + 1
+        whole += p["S_BITS"]
+    total += Area(pe * (pairs * gate + tree.luts + summed + whole), pe * registers) + _scale_array(p, family)
+    for memory in unit.memories.values():
+        luts, bits = family.contents(memory)
+        total += Area(luts, memory.words.shape[1] * memory.bits, memory_bits=bits)
+    kept = family.ports(simd * p["X_BITS"], p["ROWS"] * p["GROUPS"]) + simd * p["X_BITS"]
+    return total + Area(kept, simd * p["X_BITS"])
 
 
 def _unrolled(unit: Unit, family: Family) -> Area:
@@ -200,4 +235,9 @@ def _other(unit: Unit, family: Family) -> Area:
     return total
 
 
-_BODIES: dict[str, Callable[[Unit, Family], Area]] = {"matvec": _macs, "matmul": _macs, "unrolled": _unrolled}
+_BODIES: dict[str, Callable[[Unit, Family], Area]] = {
+    "matvec": _macs,
+    "matmul": _macs,
+    "bitserial": _bitserial,
+    "unrolled": _unrolled,
+}

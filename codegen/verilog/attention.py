@@ -56,7 +56,7 @@ def _matmul(node: MatMul, netlist: Netlist, inputs: Sequence[Channel]) -> Channe
         **build.type_parameters("W", b.type),
         EXPONENT=node.exponent or 0,
         **parameters,
-        MULTIPLIER=int(node.requantize.multiplier[0]),
+        MULTIPLIER=int(build.scale_codes(node.requantize)[0]),
         TOKENS=a.tokens,
     )
     loaded = inputs[1].beats

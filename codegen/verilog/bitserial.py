@@ -106,6 +106,6 @@ def _memories(node: MatVec, rows: int, parameters: dict[str, int]) -> dict[str, 
         scales = node.group_scale.reshape(groups, columns, pe).transpose(1, 0, 2).reshape(-1, pe)
         memories["GROUP_SCALES"] = Memory(f"{node.name}_scales", scales, parameters["S_BITS"])
     if parameters["MULTIPLY"]:
-        multipliers = macs.scale_words(node.constants["multiplier"], pe, parameters["TURNS"])
+        multipliers = macs.scale_words(node.requantize, node.n, pe // parameters["TURNS"])
         memories["MULTIPLIERS"] = Memory(f"{node.name}_multipliers", multipliers, parameters["M_BITS"])
     return memories

@@ -52,13 +52,14 @@ def requantize_parameters(
                     LOW=0, HIGH=0), 0  # fmt: skip
     least, most = step.unclamped(*bounds)
     low, high = int(least.min() < step.low), int(most.max() > step.high)
-    multiply = int(not step.is_shift)
+    multiply = 0 if step.is_shift else 2 if is_powers(step) else 1
     rounding = 0 if not step.shift else 1 if step.shift <= ROUNDED_AT_ONCE else 2
+    codes = scale_codes(step)
     # The product, and room for what the shift leaves.
     product = max(signed_bits(step.product_type(*bounds)), step.shift + 2)
     parameters = dict(
         MULTIPLY=multiply,
-        M_BITS=signed_bits(step.multiplier_type),
+        M_BITS=max(1, int(codes.max()).bit_length()) if multiply == 2 else signed_bits(step.multiplier_type),
         Q_BITS=product,
         SHIFT=step.shift,
         ROUND=rounding,
@@ -68,7 +69,17 @@ def requantize_parameters(
         LOW=step.low,
         HIGH=step.high,
     )
-    return parameters, 3 * multiply + rounding + (low or high)
+    return parameters, (0, 3, 2)[multiply] + rounding + (low or high)
+
+
+def is_powers(step: Requantize) -> bool:
+    """Whether all multipliers are powers of two."""
+    return bool((step.multiplier > 0).all() and (step.multiplier & (step.multiplier - 1) == 0).all())
+
+
+def scale_codes(step: Requantize) -> np.ndarray:
+    """What ``rtl/requantize.v`` takes for the multipliers: themselves, or places to shift if all are powers of two."""
+    return np.rint(np.log2(step.multiplier)).astype(np.int64) if is_powers(step) else step.multiplier
 
 
 def rounding_parameters(

@@ -76,6 +76,7 @@ def scale_array(
     return parameters | {"TURNS": shared}, captured + shared - 1 + cycles
 
 
-def scale_words(multiplier: np.ndarray, pe: int, shared: int) -> np.ndarray:
-    """Multipliers ``(N,)`` by the words in which ``rtl/scale_array.v`` reads them."""
-    return multiplier.reshape(-1, pe // shared)
+def scale_words(requantize: Requantize | None, columns: int, units: int) -> np.ndarray:
+    """Multipliers of ``columns`` channels in the words that ``units`` units of ``rtl/scale_array.v`` read."""
+    assert requantize is not None
+    return np.broadcast_to(build.scale_codes(requantize), (columns,)).reshape(-1, units)

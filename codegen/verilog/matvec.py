@@ -104,6 +104,6 @@ def _memories(node: MatVec, parameters: dict[str, int]) -> dict[str, Memory]:
         "BIASES": Memory(f"{node.name}_biases", node.bias.reshape(columns, pe), parameters["A_BITS"]),
     }
     if parameters["MULTIPLY"]:
-        multipliers = macs.scale_words(node.constants["multiplier"], pe, parameters["TURNS"])
+        multipliers = macs.scale_words(node.requantize, node.n, pe // parameters["TURNS"])
         memories["MULTIPLIERS"] = Memory(f"{node.name}_multipliers", multipliers, parameters["M_BITS"])
     return memories

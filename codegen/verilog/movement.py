@@ -142,7 +142,7 @@ def _token_sum(node: TokenSum, netlist: Netlist, inputs: Sequence[Channel]) -> C
         **build.type_parameters("X", x.type),
         A_BITS=build.signed_bits(node.accumulator),
         **parameters,
-        MULTIPLIER=int(node.requantize.multiplier[0]),
+        MULTIPLIER=int(build.scale_codes(node.requantize)[0]),
     )
     netlist.add(Unit(node.name, "token_sum", values, {"s": inputs[0]}, {"m": out}, (process,), node=node.name))
     return out

@@ -60,7 +60,7 @@ def _depthwise(node: Depthwise, netlist: Netlist, inputs: Sequence[Channel]) -> 
         "BIASES": Memory(f"{node.name}_biases", node.bias.reshape(groups, pe), parameters["A_BITS"]),
     }
     if parameters["MULTIPLY"]:
-        multipliers = macs.scale_words(node.constants["multiplier"], pe, parameters["TURNS"])
+        multipliers = macs.scale_words(node.requantize, node.channels, pe // parameters["TURNS"])
         memories["MULTIPLIERS"] = Memory(f"{node.name}_multipliers", multipliers, parameters["M_BITS"])
     out = build.stream_channel(netlist, node.output, pe)
     netlist.add(

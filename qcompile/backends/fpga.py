@@ -41,7 +41,9 @@ class Fpga(Backend):
         "pe-budget": "products formed per cycle by all nodes together, at most",
         "luts": "look-up tables, at most (estimated)",
         "target-cycles": "cycles per frame, at most; the least area that reaches them",
-        "products": "how products are formed: lut (adders), dsp (multipliers), constant (a token per cycle; adders made for the matrix)",
+        "products": "how products are formed: lut (adders), dsp (multipliers), serial (a bit of the weights per cycle), "
+        "constant (a token per cycle; adders made for the matrix)",
+        "scales": "of activations: any, or powers (of two; sums are then scaled by shifts)",
         "scaling": "how sums become outputs of at most 4 bits: multiply, or thresholds (no multiplier)",
         "softmax-bits": "bits of attention's probabilities, as powers of two (4)",
     }
@@ -76,9 +78,10 @@ def static_model(job: Job) -> ir.Model:
     """The quantized stage with a static quantizer in front of every operand."""
     from qcompile.calibration import collect
     from qcompile.passes.decompose import decompose
-    from qcompile.passes.static import close, is_probability, open_values
+    from qcompile.passes.static import close, is_probability, open_values, round_scales
+    from qcompile.passes.weights import DEQUANTIZERS
 
-    model = decompose(job.quantized, {"Attention"}, keep={"Bipolar"})
+    model = decompose(job.quantized, {"Attention"}, keep={"Bipolar", *DEQUANTIZERS})
     missing = [v.name or "" for v in open_values(model) if not is_probability(v)]
     scales: dict[str, float] = {}
     if missing:
@@ -86,7 +89,11 @@ def static_model(job: Job) -> ir.Model:
             raise CalibrationError("static activations need calibration data; pass --calibration")
         statistics = collect(model, job.feeds, missing)
         scales = {name: max(s.percentile(99.999), 1e-12) / 127 for name, s in statistics.items()}
-    return close(model, scales, log2_bits=int(job.options.get("softmax-bits", 4)))
+    kind = str(job.options.get("scales", "any"))
+    if kind not in ("any", "powers"):
+        raise TargetError(f"scales of activations are any or powers, not {kind!r}")
+    closed = close(model, scales, log2_bits=int(job.options.get("softmax-bits", 4)))
+    return round_scales(closed) if kind == "powers" else closed
 
 
 def fold(imported: Imported, options: Mapping[str, Any], target: Any) -> Any:
@@ -95,8 +102,8 @@ def fold(imported: Imported, options: Mapping[str, Any], target: Any) -> Any:
 
     program = imported.program
     products = str(options.get("products", "lut"))
-    if products not in ("lut", "dsp", "constant"):
-        raise TargetError(f"products are formed by lut, dsp or constant, not {products!r}")
+    if products not in ("lut", "dsp", "serial", "constant"):
+        raise TargetError(f"products are formed by lut, dsp, serial or constant, not {products!r}")
     scaling = str(options.get("scaling", "multiply"))
     if scaling not in ("multiply", "thresholds"):
         raise TargetError(f"sums are scaled by multiply or thresholds, not {scaling!r}")
@@ -104,8 +111,8 @@ def fold(imported: Imported, options: Mapping[str, Any], target: Any) -> Any:
     for node in program.nodes:
         if hasattr(node, "scaling"):
             node = dataclasses.replace(node, scaling=scaling)
-        possible = products == "constant" and node.kind != "matvec"
-        has = hasattr(node, "products") and not possible
+        matrices_only = products in ("serial", "constant") and node.kind != "matvec"
+        has = hasattr(node, "products") and not matrices_only
         nodes.append(dataclasses.replace(node, products=products) if has else node)
     program = dataclasses.replace(program, nodes=tuple(nodes))
     limits = {

@@ -54,6 +54,41 @@ def test_a_model_becomes_sources_that_equal_its_integer_onnx_model(files):
     assert json.loads(done.stdout) == {"frames": 40, "differences": 0}
 
 
+@pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")
+@pytest.mark.parametrize(
+    ("weight", "option", "multipliers"),
+    [
+        ("e2m1", "products=lut", None),
+        ("e3m2/g6", "products=serial", None),
+        ("int4/g6", "products=serial", None),
+        ("dual4/g6", "products=lut", None),
+        ("ternary/channel", "products=serial", None),
+        ("pow2sum2", "products=constant", 0),
+        ("pow2sum1", "scales=powers", 0),
+        ("fixed<6>", "scales=powers", 0),
+    ],
+)
+def test_every_format_whose_levels_are_integers_reaches_hardware(files, weight, option, multipliers):
+    out, data = files / "out", files / "data.npz"
+    done = run("compile", files / "model.onnx", "--target", "fpga", "--recipe", "fixed-w4a8", "--weight", weight,
+               "--calibration", data, "--pe-budget", 8, "--option", option, "-o", out, "--json")  # fmt: skip
+    assert done.exit_code == 0, done.output
+    report = json.loads(done.stdout)
+    assert report["quality"]["program_to_onnx_error"] == 0
+    assert report["quality"]["onnx_to_float_cosine"] > 0.75
+    if multipliers is not None:
+        assert report["hardware"]["estimate"]["multipliers"] == multipliers
+    done = run("simulate", out, data, "--with", "c", "--json")
+    assert json.loads(done.stdout) == {"frames": 40, "differences": 0}, done.output
+
+
+def test_levels_that_are_no_integers_are_refused_by_name(files):
+    done = run("compile", files / "model.onnx", "--target", "fpga", "--recipe", "fixed-w4a8", "--weight", "nf4",
+               "--calibration", files / "data.npz", "-o", files / "out", "--quiet")  # fmt: skip
+    assert done.exit_code == 4
+    assert "w1.codes" in done.output and "no integers" in done.output
+
+
 def test_limits_that_cannot_be_met_say_how_near_one_comes(files):
     done = run("compile", files / "model.onnx", "--target", "fpga", "--recipe", "fixed-w4a8", "--calibration",
                files / "data.npz", "--target-cycles", 0, "-o", files / "out", "--quiet")  # fmt: skip

@@ -153,7 +153,10 @@ def _output(context: Context, value: ir.Value) -> Port:
     found = context.values.get(value)
     if isinstance(found, Pending):
         kind = IntType(OUTPUT_BITS, True)
-        found = found.quantize(context.builder, max(found.reach(), 1e-30) / kind.high, -kind.high, kind.high)
+        scale = 2.0 ** np.ceil(
+            np.log2(max(found.reach(), 1e-30) / kind.high)
+        )  # a shift wherever what is summed allows one
+        found = found.quantize(context.builder, float(scale), -kind.high, kind.high)
     if not isinstance(found, Real) or found.log2:
         raise UnsupportedOperatorError(f"the output {value.name!r} is not computed from quantized values")
     return Port(value.name or "output", found.index.shape, found.stream.name, found.index, found.scale)

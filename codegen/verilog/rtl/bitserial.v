@@ -66,7 +66,7 @@ module bitserial #(
   localparam TREE = 2 + $clog2(PAIRS);
   localparam GROUPED = TREE + 1;
   localparam STORED = GROUPED + 1 + (SCALES ? S_BITS : 0);
-  localparam SCALED = (MULTIPLY ? 3 : 0) + ROUND + (CLAMP_LOW || CLAMP_HIGH ? 1 : 0);
+  localparam SCALED = (MULTIPLY == 1 ? 3 : MULTIPLY) + ROUND + (CLAMP_LOW || CLAMP_HIGH ? 1 : 0);
   localparam CAPTURE = TURNS > 1 && THRESHOLDS ? 1 : 0;
   localparam OUT = STORED + CAPTURE + TURNS - 1 + (THRESHOLDS ? THRESHOLDS : SCALED);
 

@@ -50,7 +50,7 @@ module mac_array #(
   // Cycles from a step to the registers: 1 fetch, then perhaps 3x, the product, the tree, the accumulator.
   localparam SUMMED = 1 + TRIPLE + PRODUCT + $clog2(SIMD);
   localparam STORED = SUMMED + 1;
-  localparam SCALED = (MULTIPLY ? 3 : 0) + ROUND + (CLAMP_LOW || CLAMP_HIGH ? 1 : 0);
+  localparam SCALED = (MULTIPLY == 1 ? 3 : MULTIPLY) + ROUND + (CLAMP_LOW || CLAMP_HIGH ? 1 : 0);
   localparam CAPTURE = TURNS > 1 && THRESHOLDS ? 1 : 0;
   localparam OUT = STORED + CAPTURE + TURNS - 1 + (THRESHOLDS ? THRESHOLDS : SCALED);
 

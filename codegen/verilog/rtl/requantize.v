@@ -1,9 +1,9 @@
 // y = clamp(round_half_even(a * m / 2^SHIFT), LOW, HIGH). Parts that do nothing take no cycle and no logic:
-// 3 cycles to multiply (MULTIPLY), ROUND to round (0 if SHIFT is 0, else 1, or 2 for a shorter path), 1 to clamp (CLAMP_LOW or CLAMP_HIGH).
+// 3 cycles to multiply (MULTIPLY 1) or 2 to shift left by m (MULTIPLY 2), ROUND to round (0 if SHIFT is 0, else 1, or 2 for a shorter path), 1 to clamp (CLAMP_LOW or CLAMP_HIGH).
 module requantize #(
     parameter A_BITS = 16,
     parameter MULTIPLY = 1,
-    parameter M_BITS = 16,  // signed
+    parameter M_BITS = 16,  // signed, or places
     parameter P_BITS = 32,  // a * m, signed
     parameter SHIFT = 16,
     parameter ROUND = 1,
@@ -24,7 +24,17 @@ module requantize #(
   wire signed [R_BITS-1:0] rounded;
 
   generate
-    if (MULTIPLY) begin : multiply
+    if (MULTIPLY == 2) begin : power
+      reg signed [A_BITS-1:0] a_r;
+      reg [M_BITS-1:0] m_r;
+      reg signed [P_BITS-1:0] r;
+      always @(posedge clk) begin
+        a_r <= a;
+        m_r <= m;
+        r <= a_r <<< m_r;
+      end
+      assign scaled = r;
+    end else if (MULTIPLY) begin : multiply
       multiply #(
           .A_BITS(A_BITS),
           .B_BITS(M_BITS),

@@ -28,7 +28,7 @@ module token_sum #(
     input m_ready,
     output [PE*Y_BITS-1:0] m_data
 );
-  localparam OUT = 1 + (MULTIPLY ? 3 : 0) + ROUND + (CLAMP_LOW || CLAMP_HIGH ? 1 : 0);
+  localparam OUT = 1 + (MULTIPLY == 1 ? 3 : MULTIPLY) + ROUND + (CLAMP_LOW || CLAMP_HIGH ? 1 : 0);
   localparam TB = TOKENS > 1 ? $clog2(TOKENS) : 1;
   localparam GB = GROUPS > 1 ? $clog2(GROUPS) : 1;
   reg [TB-1:0] token;

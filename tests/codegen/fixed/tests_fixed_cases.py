@@ -90,6 +90,7 @@ def nodes(rng):
         matvec(rng, "fc_ties", step=ties(6)),
         matvec(rng, "fc_relu", step=requantize(rng, 6, 0, 255)),
         matvec(rng, "fc_shift", step=Requantize(one(1), 7, -8, 7)),
+        matvec(rng, "fc_powers", step=Requantize(1 << np.arange(6), 9, -128, 127)),
         matvec(rng, "fc_raw", step=None, w=IntType(8, True)),
         matvec(rng, "fc_binary", w=IntType(1, False), x=UINT8),
         matvec(rng, "fc_ternary", w=IntType(2, True)),

@@ -7,7 +7,7 @@ import onnx_ir as ir
 
 from qcompile.codegen.fixed.importer.driver import Context, Value, label, operator
 from qcompile.codegen.fixed.importer.operators.common import attribute, bare
-from qcompile.codegen.fixed.importer.operators.linear import column_scale, weight
+from qcompile.codegen.fixed.importer.operators.linear import integer_matrix, weight
 from qcompile.codegen.fixed.importer.values import Linear, Real, image_order, matrix_view
 from qcompile.codegen.fixed.nodes import Depthwise, Geometry, MatVec, MaxPool, TokenSum, Window
 from qcompile.errors import UnsupportedOperatorError
@@ -50,7 +50,8 @@ def _conv(context: Context, node: ir.Node) -> Value:
     channels, groups = value.index.shape[0], int(attribute(node, "group", 1))
     # (O, C / groups, kh, kw) -> (kh kw C / groups, O)
     matrix = codes.map(lambda a: a.transpose(2, 3, 1, 0).reshape(-1, out))
-    scale = value.scale * column_scale(matrix, node)
+    found = integer_matrix(matrix)
+    scale = value.scale * found.scale
     bias = np.zeros(out)
     if len(node.inputs) > 2 and node.inputs[2] is not None:
         bias = np.asarray(context.constant(node.inputs[2], node), np.float64)
@@ -58,12 +59,12 @@ def _conv(context: Context, node: ir.Node) -> Value:
     if groups == channels == out and per_group == 1:
         return Linear(
             bare(node), index, (window.windows, out), scale, bias,
-            lambda name, b, step: Depthwise(name, (value.stream,), window, matrix.codes, b, step),
+            lambda name, b, step: Depthwise(name, (value.stream,), window, found.weight, b, step),
         )  # fmt: skip
-    taps, dense = window.taps, matrix.codes
+    taps, dense = window.taps, found.weight
     if groups > 1:  # a block for every group, zeros elsewhere
         dense = np.zeros((taps, channels, out), np.int64)
-        blocks = matrix.codes.reshape(taps, per_group, out)
+        blocks = found.weight.reshape(taps, per_group, out)
         for group in range(groups):
             rows, columns = (slice(group * n, (group + 1) * n) for n in (per_group, out // groups))
             dense[:, rows, columns] = blocks[:, :, columns]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import onnx_ir as ir
 
@@ -24,11 +26,44 @@ def weight(context: Context, value: ir.Value | None, node: ir.Node) -> Codes:
     return found
 
 
-def column_scale(codes: Codes, node: ir.Node) -> np.ndarray:
-    """Scales ``(N,)`` of a ``(K, N)`` weight."""
-    if (codes.scale != codes.scale[:1]).any():
-        raise UnsupportedOperatorError(f"{label(node)}: weights in groups along the sum; quantize per output channel")
-    return codes.scale[0]
+SCALE_STEPS = 255
+"""Steps in which scales of groups are counted, at most; the largest of a column has as many where no fewer give all."""
+
+
+@dataclass(frozen=True, eq=False)
+class IntegerMatrix:
+    """``weight * scale`` with ``weight`` integers.
+
+    Attributes:
+        weight: int64 ``(K, N)``, the scales of groups multiplied in.
+        scale: float64 ``(N,)``.
+        group_scale: int64 ``(G, N)``, positive; None if there is one scale per column.
+    """
+
+    weight: np.ndarray
+    scale: np.ndarray
+    group_scale: np.ndarray | None = None
+
+
+def integer_matrix(codes: Codes) -> IntegerMatrix:
+    """A ``(K, N)`` weight as integers times a scale per column.
+
+    Scales of groups along K become integers of at most 8 bits times a scale of the column, as in Zhang et al., "Dual Grained
+    Quantization" (2023): exactly where they are multiples of one in up to `SCALE_STEPS` steps, else rounded.
+    """
+    if (codes.scale == codes.scale[:1]).all():
+        return IntegerMatrix(codes.codes, codes.scale[0])
+    changes = np.flatnonzero((codes.scale[1:] != codes.scale[:-1]).any(1)) + 1
+    length = int(np.gcd.reduce([len(codes.scale), *changes.tolist()]))
+    scale, signs = np.abs(codes.scale[::length]), np.sign(codes.scale)
+    top = np.where(scale.any(0), scale.max(0), 1)
+    steps = np.arange(1, SCALE_STEPS + 1)[:, None]
+    # (steps, N): whether the largest scale of the column in so many steps makes all of them whole.
+    whole = np.stack([(np.abs((r := scale / top * n) - np.rint(r)) < 1e-4).all(0) for n in steps[:, 0]])
+    count = np.where(whole.any(0), whole.argmax(0) + 1, SCALE_STEPS)
+    groups = np.rint(scale / top * count).astype(np.int64)
+    weight = (codes.codes * signs).astype(np.int64) * np.repeat(groups, length, axis=0)
+    return IntegerMatrix(weight, top / count, groups)
 
 
 @operator("MatMul")
@@ -58,13 +93,14 @@ def _dense(context: Context, node: ir.Node, codes: Codes) -> Linear:
         raise UnsupportedOperatorError(f"{label(node)}: a weight of {codes.codes.ndim} axes")
     stream, order = matrix_view(context.builder, value, label(node))
     n = codes.codes.shape[1]
-    matrix = np.empty_like(codes.codes)
-    matrix[order] = codes.codes
+    found = integer_matrix(codes)
+    matrix = np.empty_like(found.weight)
+    matrix[order] = found.weight
+    groups = found.group_scale if (np.diff(order) == 1).all() else None  # elsewhere channels of a group are apart
     index = np.arange(stream.tokens * n).reshape(*value.index.shape[:-1], n)
-    scale = value.scale * column_scale(codes, node)
     return Linear(
-        bare(node), index, (stream.tokens, n), scale, np.zeros(n),
-        lambda name, bias, step: MatVec(name, (stream,), matrix, bias, step),
+        bare(node), index, (stream.tokens, n), value.scale * found.scale, np.zeros(n),
+        lambda name, bias, step: MatVec(name, (stream,), matrix, bias, step, group_scale=groups),
     )  # fmt: skip
 
 

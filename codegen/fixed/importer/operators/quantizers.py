@@ -95,6 +95,34 @@ def _dequantize(context: Context, node: ir.Node) -> Value:
     return Codes(codes - spread(zero), spread(scale))
 
 
+MOST_LEVEL_BITS = 20
+"""Integers that levels of a table may become."""
+
+
+@operator("DequantizeTable", domain=DOMAIN)
+def _dequantize_table(context: Context, node: ir.Node) -> Value:
+    """Levels that are whole multiples of a power of two, as those of minifloats and of sums of powers of two, are integers."""
+    codes, table, scale = (context.constant(value, node) for value in node.inputs[:3])
+    length = int(attribute(node, "block_size", len(codes)))
+    used = np.nan_to_num(np.asarray(table, np.float64))  # a code that is no number is not used
+    for places in range(MOST_LEVEL_BITS + 1):
+        levels = used * 2.0**places
+        if (levels == np.rint(levels)).all():
+            break
+    else:
+        raise UnsupportedOperatorError(
+            f"{label(node)}: the levels of the format of {node.inputs[0].name!r} are no integers; "  # type: ignore[union-attr]
+            "hardware takes integers, minifloats and sums of powers of two"
+        )
+    if np.abs(levels).max() >= 1 << MOST_LEVEL_BITS:
+        raise UnsupportedOperatorError(
+            f"{label(node)}: the levels of {node.inputs[0].name!r} need more than {MOST_LEVEL_BITS} bits as integers"  # type: ignore[union-attr]
+        )
+    integers = levels.astype(np.int64)[codes.astype(np.int64) & (len(levels) - 1)]
+    spread = np.repeat(np.asarray(scale, np.float64), length, axis=0)[: len(codes)]
+    return Codes(integers, spread * 2.0**-places)
+
+
 @operator("Log2Quantize", domain=DOMAIN)
 def _log2_quantize(context: Context, node: ir.Node) -> Value:
     found = context.get(node.inputs[0], node)

@@ -1,8 +1,11 @@
 """Linear kernels on this machine beside ONNX Runtime, llama.cpp and a pure read, shape by shape, in one table.
 
-    TVM_NUM_THREADS=2 python benchmarks/cpu_gemm.py                                all of it: hours
+    TVM_NUM_THREADS=2 python benchmarks/cpu_gemm.py --out figures.jsonl            all of it: hours
     python benchmarks/cpu_gemm.py --shapes 4096x4096 --rows 1 --from memory        K x N, one row, from memory
+    python benchmarks/cpu_gemm.py --out figures.jsonl --markdown                   tables of what was measured
     python benchmarks/cpu_gemm.py --cliff --weights int2/g128                      throughput over N = 64 .. 512
+
+With ``--out`` every line is kept as it is measured, and one that is there already is not measured again.
 
 `ours` is the per-token quantizer and the kernel that `select` chooses, as the peers quantize too; `kernel` is the latter
 alone. Peers: ``MatMulNBits`` with accuracy level 4 (``nbits``) and its look-up kernel (``ort-lut``), ONNX Runtime's exact 8-bit
@@ -12,16 +15,19 @@ llama.cpp comes with the extra ``peers``, or from ``--ggml FOLDER``; a library o
 A call computes several products with weights of their own: `cache` has a few megabytes of them, `memory` several times the
 last-level cache. Contenders take turns in three blocks, in one process; a figure is the lowest of the three medians, in
 microseconds per product, and in brackets how many times ours it is. One thread is timed by its own CPU clock, which other
-processes disturb least, several by the wall clock.
+processes disturb least, several by the wall clock. From 128 rows on a call is one product.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
 os.environ.setdefault("TVM_NUM_THREADS", str(len(os.sched_getaffinity(0))))
 
@@ -39,10 +45,26 @@ from qcompile.targets import x86
 from qcompile.targets.target import Target
 
 SHAPES = ["4096x4096", "11008x4096", "4096x11008", "3200x8640", "1536x384", "2048x5632"]
-WEIGHTS = ["int1/g128", "int2/g128", "int3/g128", "int4/g128", "int8"]
-GGML = {1: [], 2: ["Q2_K", "TQ2_0"], 3: ["Q3_K"], 4: ["Q4_0", "Q4_K"], 8: ["Q8_0"]}
+WEIGHTS = ["int1/g128", "int2/g128", "int3/g128", "int4/g128", "int8", "q4_k", "nf4/g64"]
+GGML = {"int2": ["Q2_K", "TQ2_0"], "int3": ["Q3_K"], "int4": ["Q4_0", "Q4_K"], "int8": ["Q8_0"],
+        "q4_k": ["Q4_K"], "nf4": ["Q4_K"]}  # fmt: skip
 CACHE, MEMORY = 4 << 20, 128 << 20
+MANY = 128
+"""Rows from which on a call is one product."""
+
 Call = Callable[[], None]
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of the table: ``weights`` of shape ``(k, n)``, ``rows``, threads, and where weights come from."""
+
+    weights: str
+    k: int
+    n: int
+    rows: int
+    threads: int
+    where: str
 
 
 class Contender:
@@ -79,16 +101,16 @@ class Contender:
 def peers(fmt: Format, k: int, n: int, m: int, copies: int, size: int, threads: int, target: Target, args) -> dict:
     """Calls by name, None for peers that cannot do the product."""
     found: dict[str, Call | None] = {}
-    group = fmt.group or k
-    if fmt.bits in (2, 4):
+    name, group = str(fmt).partition("/")[0], fmt.group or k
+    if name in ("int2", "int4"):
         able = fmt.group and k % group == 0
         found[f"nbits{fmt.bits}"] = ort.nbits(k, n, m, fmt.bits, group, copies, threads) if able else None
         if fmt.bits == 2 and m == 1:
             found["ort-lut"] = ort.nbits(k, n, m, 2, group, copies, threads, lut=True) if able else None
-    if fmt.bits == 8:
+    if name == "int8":
         found["u8s8"] = ort.integers(k, n, m, copies, threads, quantize=False)
         found["dynamic"] = ort.integers(k, n, m, copies, threads, quantize=True)
-    for kind in GGML.get(fmt.bits, []):
+    for kind in GGML.get(name, []):
         if args.library is None or k % ggml.BLOCK[kind]:
             found[kind] = None
             continue
@@ -96,8 +118,8 @@ def peers(fmt: Format, k: int, n: int, m: int, copies: int, size: int, threads: 
         args.opened.append(product)
         found[kind] = product.caller(threads)
     for text in args.peer:
-        name, _, path = text.partition("=")
-        found[name] = library.product(path, k, n, m, fmt.bits, fmt.group, copies, threads)
+        peer, _, path = text.partition("=")
+        found[peer] = library.product(path, k, n, m, fmt.bits, fmt.group, copies, threads)
     if m == 1:
         found["read"] = read.reader(size, copies, threads, target)
     return found
@@ -110,10 +132,10 @@ def measure(calls: dict[str, Call], copies: int, seconds: float, threads: int) -
     for _ in range(3):
         for name, call in calls.items():
             time.sleep(0.03)
+            start, end = clock(), time.perf_counter() + seconds / 3 / len(calls)
             call()
-            end = time.perf_counter() + seconds / 3 / len(calls)
-            samples = []
-            while len(samples) < 3 or time.perf_counter() < end:
+            samples = [clock() - start] if time.perf_counter() > end else []  # a slow one needs no other to warm up
+            while not samples or (time.perf_counter() < end or 1 < len(samples) < 3):
                 start = clock()
                 call()
                 samples.append(clock() - start)
@@ -121,39 +143,102 @@ def measure(calls: dict[str, Call], copies: int, seconds: float, threads: int) -
     return {name: 1e6 * min(values) / copies for name, values in medians.items()}
 
 
-def line(fmt: str, k: int, n: int, m: int, threads: int, where: str, args) -> None:
-    """One line of the table."""
-    target = x86.host(cores=threads) if args.target == "native" else x86.named(args.target, threads)
-    tvm.get_global_func("runtime.config_threadpool")(1, threads)
-    problem = LinearProblem(k, n, parse_format(fmt), parse_activation("int8/token"), threads=threads)
-    own = Contender(problem, target, m, None, CACHE if where == "cache" else MEMORY)
-    others = peers(problem.weight, k, n, m, own.copies, own.size, threads, target, args)
-    calls = own.calls | {name: call for name, call in others.items() if call is not None}
-    us = measure(calls, own.copies, args.seconds, threads)
+class Prepared:
+    """Everything a line needs, ready to be measured."""
+
+    def __init__(self, line: Line, args) -> None:
+        self.line, self.args = line, args
+        target = x86.host(cores=line.threads) if args.target == "native" else x86.named(args.target, line.threads)
+        tvm.get_global_func("runtime.config_threadpool")(1, line.threads)
+        problem = LinearProblem(
+            line.k, line.n, parse_format(line.weights), parse_activation("int8/token"), threads=line.threads
+        )
+        few = 1 if line.rows >= MANY else None
+        own = Contender(problem, target, line.rows, few, CACHE if line.where == "cache" else MEMORY)
+        self.copies, self.family = own.copies, own.choice.family.name
+        args.opened = self.opened = []
+        found = peers(problem.weight, line.k, line.n, line.rows, own.copies, own.size, line.threads, target, args)
+        self.missing = [name for name, call in found.items() if call is None]
+        self.calls = own.calls | {name: call for name, call in found.items() if call is not None}
+
+    def run(self) -> dict:
+        """The line and its figures."""
+        tvm.get_global_func("runtime.config_threadpool")(1, self.line.threads)
+        us = measure(self.calls, self.copies, self.args.seconds, self.line.threads)
+        return asdict(self.line) | {"family": self.family, "us": us, "missing": self.missing}
+
+    def close(self) -> None:
+        """Free what peers hold."""
+        for product in self.opened:
+            product.close()
+        self.calls.clear()
+        gc.collect()
+
+
+def text(row: dict) -> str:
+    """A measured line as it is printed."""
+    us = row["us"]
     cells = [f"{us['ours']:9.1f}", f"{us['kernel']:9.1f}"]
-    cells += [f"{name} " + (f"{us[name]:.1f} ({us[name] / us['ours']:.2f}x)" if name in us else "-") for name in others]
-    head = f"{k:6}x{n:<6}{fmt:>10} {m:4} {threads:3} {where:>6} {own.choice.family.name:>12}"
-    print(head, *cells, sep="  ", flush=True)
-    for product in args.opened:
-        product.close()
-    args.opened.clear()
-    del own, others, calls
-    gc.collect()
+    cells += [f"{n} {t:.1f} ({t / us['ours']:.2f}x)" for n, t in us.items() if n not in ("ours", "kernel")]
+    cells += [f"{name} -" for name in row["missing"]]
+    head = f"{row['k']:6}x{row['n']:<6}{row['weights']:>10} {row['rows']:4} {row['threads']:3} {row['where']:>6}"
+    return "  ".join([f"{head} {row['family']:>12}", *cells])
 
 
-def cliff(fmt: str, k: int, m: int, args) -> None:
-    """Throughput over N: no width may fall far behind its neighbours."""
+def markdown(rows: list[dict]) -> str:
+    """One table for each format of weights, number of threads and source: microseconds, and multiples of ours."""
+    lines: list[str] = []
+    for weights, threads, where in sorted({(r["weights"], r["threads"], r["where"]) for r in rows}):
+        here = [r for r in rows if (r["weights"], r["threads"], r["where"]) == (weights, threads, where)]
+        names = list(dict.fromkeys(name for r in here for name in [*r["us"], *r["missing"]]))[2:]
+        lines += ["", f"{weights}, {threads} thread{'s' * (threads > 1)}, {where}", ""]
+        lines += ["| K x N | M | ours | kernel | " + " | ".join(names) + " |", "|---" * (4 + len(names)) + "|"]
+        for r in here:
+            us = r["us"]
+            others = [f"{us[n]:.0f} ({us[n] / us['ours']:.2f}x)" if n in us else "-" for n in names]
+            cells = [f"{r['k']} x {r['n']}", r["rows"], f"{us['ours']:.0f}", f"{us['kernel']:.0f}", *others]
+            lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines)
+
+
+def wanted(args) -> Iterator[Line]:
+    """The lines asked for."""
+    for weights in args.weights:
+        for shape in args.shapes:
+            k, n = map(int, shape.split("x"))
+            for m in args.rows:
+                for where in args.where if m == 1 else args.where[:1]:
+                    for threads in args.threads:
+                        yield Line(weights, k, n, m, threads, where)
+
+
+def known(path: str | None) -> list[dict]:
+    """The lines in a file of results."""
+    if path is None or not Path(path).exists():
+        return []
+    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines() if line]
+
+
+WIDTHS = range(64, 513, 32)
+
+
+def widths(fmt: str, k: int, m: int) -> list[Contender]:
+    """Our kernels for all widths."""
     target = x86.host(cores=1)
     tvm.get_global_func("runtime.config_threadpool")(1, 1)
-    widths, rates = list(range(64, 513, 32)), []
-    for n in widths:
-        problem = LinearProblem(k, n, parse_format(fmt), parse_activation("int8/token"))
-        own = Contender(problem, target, m, 4, CACHE)
-        us = measure({"kernel": own.calls["kernel"]}, own.copies, args.seconds, 1)["kernel"]
+    problems = [LinearProblem(k, n, parse_format(fmt), parse_activation("int8/token")) for n in WIDTHS]
+    return [Contender(problem, target, m, 4, CACHE) for problem in problems]
+
+
+def cliff(fmt: str, k: int, m: int, contenders: list[Contender], seconds: float) -> str:
+    """Throughput over N: no width may fall far behind its neighbours."""
+    rates = []
+    for n, own in zip(WIDTHS, contenders):
+        us = measure({"kernel": own.calls["kernel"]}, own.copies, seconds, 1)["kernel"]
         rates.append(m * k * n / us / 1e3)
     worst = min(b / ((a + c) / 2) for a, b, c in zip(rates, rates[1:], rates[2:]))
-    print(f"{fmt}, K = {k}, M = {m}: " + " ".join(f"{n}:{rate:.0f}" for n, rate in zip(widths, rates)), end="")
-    print(f" G multiply-adds/s; lowest share of its neighbours {worst:.0%}", flush=True)
+    numbers = " ".join(f"{n}:{rate:.0f}" for n, rate in zip(WIDTHS, rates))
+    return f"{fmt}, K = {k}, M = {m}: {numbers} G multiply-adds/s; lowest share of its neighbours {worst:.0%}"
 
 
 def main() -> None:
@@ -168,24 +253,34 @@ def main() -> None:
     parser.add_argument("--ggml", metavar="FOLDER", help="holds libggml-base.so and libggml-cpu.so")
     parser.add_argument("--peer", action="append", default=[], metavar="NAME=PATH", help="see peers/library.py")
     parser.add_argument("--cliff", action="store_true", help="throughput over N instead of the table")
+    parser.add_argument("--out", metavar="FILE", help="JSON lines to go on with")
+    parser.add_argument("--markdown", action="store_true", help="print what FILE holds, and measure nothing")
     args = parser.parse_args()
-    args.opened = []
+    done = {tuple(row[name] for name in Line.__annotations__): row for row in known(args.out)}
+    if args.markdown:
+        print(markdown(list(done.values())))
+        return
     try:
         args.library = ggml.Ggml(args.ggml)
     except FileNotFoundError as error:
         args.library = None
         print(f"llama.cpp: {error}")
-    for fmt in args.weights:
-        if args.cliff:
+    if args.cliff:
+        for fmt in args.weights:
             for m in args.rows:
-                cliff(fmt, int(args.shapes[0].partition("x")[0]), m, args)
-            continue
-        for shape in args.shapes:
-            k, n = map(int, shape.split("x"))
-            for m in args.rows:
-                for where in args.where if m == 1 else args.where[:1]:
-                    for threads in args.threads:
-                        line(fmt, k, n, m, threads, where, args)
+                k = int(args.shapes[0].partition("x")[0])
+                print(cliff(fmt, k, m, widths(fmt, k, m), args.seconds), flush=True)
+        return
+    for line in wanted(args):
+        row = done.get(tuple(asdict(line).values()))
+        if row is None:
+            prepared = Prepared(line, args)
+            row = prepared.run()
+            prepared.close()
+            if args.out is not None:
+                with open(args.out, "a", encoding="utf-8") as file:
+                    file.write(json.dumps(row) + "\n")
+        print(text(row), flush=True)
 
 
 if __name__ == "__main__":

@@ -27,6 +27,10 @@ REPACKED = ("Q4_0", "Q4_K")
 """Types with a repacked layout for AVX2, which needs N to be a multiple of 8; ggml does not check."""
 
 
+SAMPLE = 64
+"""Rows of weights that are really quantized; the rest repeats them."""
+
+
 class InitParams(Structure):
     """``struct ggml_init_params``."""
 
@@ -107,11 +111,13 @@ class Product:
 
     def __init__(self, ggml: Ggml, kind: str, k: int, n: int, m: int, copies: int, repack: bool, seed: int = 0) -> None:
         self.ggml, self.m, self.n, self.copies = ggml, m, n, copies
-        self.weight = np.random.default_rng(seed).normal(size=(n, k)).astype(np.float32)
+        few = min(n, SAMPLE)
+        sample = np.random.default_rng(seed).normal(size=(few, k)).astype(np.float32)
         row = ggml.row_size(TYPES[kind], k)
-        quantized = np.empty(row * n, np.uint8)
-        source = self.weight.ctypes.data_as(POINTER(c_float))
-        ggml.quantize_chunk(TYPES[kind], source, quantized.ctypes.data, 0, n, k, None)
+        quantized = np.empty((few, row), np.uint8)
+        source = sample.ctypes.data_as(POINTER(c_float))
+        ggml.quantize_chunk(TYPES[kind], source, quantized.ctypes.data, 0, few, k, None)
+        quantized = np.ascontiguousarray(np.tile(quantized, (-(-n // few), 1))[:n])
         room = InitParams((copies + 2) * 4096 + (1 << 20), None, True)
         self.weights, self.work = ggml.init(room), ggml.init(room)
         tensors = [ggml.new_tensor_2d(self.weights, TYPES[kind], k, n) for _ in range(copies)]

@@ -134,7 +134,7 @@ def _schedule(mod: tvm.IRModule, target: CudaTarget) -> tvm.IRModule:
     """Bind loops to blocks and threads by dlight's rules.
 
     Their reductions across threads take the usual combiners only, and those of ONNX that see NaN differ: a function that
-    cannot be lowered falls back to a thread per element.
+    cannot be lowered gets a thread per element.
     """
     from tvm.s_tir import dlight
 
@@ -144,9 +144,29 @@ def _schedule(mod: tvm.IRModule, target: CudaTarget) -> tvm.IRModule:
     scheduled = dlight.ApplyDefaultSchedule(*rules)(mod)
     for var, function in scheduled.functions_items():
         if isinstance(function, tirx.PrimFunc) and not _compiles(function, target):
-            simple = dlight.ApplyDefaultSchedule(gpu.Fallback())(tvm.IRModule({var: plain[var]}))
-            scheduled.update_func(var, simple[var])
+            scheduled.update_func(var, _thread_per_element(plain[var]))
     return scheduled
+
+
+def _thread_per_element(function: tirx.PrimFunc) -> tirx.PrimFunc:
+    """Every thread computes one element of the result, and in registers what that takes: one kernel, no memory between."""
+    from tvm.s_tir import Schedule
+    from tvm.s_tir.dlight.analysis import normalize_prim_func
+    from tvm.s_tir.dlight.base import try_inline
+
+    schedule = Schedule(function)
+    blocks = try_inline(schedule, normalize_prim_func(schedule))
+    *before, last = [info.block_rv for info in blocks]
+    loops = list(zip(schedule.get_loops(last), blocks[-1].dom_kind()))
+    spatial = [loop for loop, kind in loops if kind == "S"] or [schedule.add_unit_loop(last)]
+    schedule.reorder(*spatial, *[loop for loop, kind in loops if kind != "S"])
+    block, thread = schedule.split(schedule.fuse(*spatial), factors=[None, 256])
+    schedule.bind(block, "blockIdx.x")
+    schedule.bind(thread, "threadIdx.x")
+    for producer in reversed(before):
+        schedule.compute_at(producer, thread, preserve_unit_loops=True)
+        schedule.set_scope(producer, 0, "local")
+    return schedule.mod["main"].with_attr("tirx.is_scheduled", True)
 
 
 def _compiles(function: tirx.PrimFunc, target: CudaTarget) -> bool:

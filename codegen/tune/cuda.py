@@ -20,6 +20,7 @@ from typing import Any
 
 from qcompile.codegen.kernels.base import LinearProblem
 from qcompile.codegen.kernels.cuda import FAMILIES, build, tuned
+from qcompile.codegen.kernels.cuda.linear import activation_type
 from qcompile.codegen.kernels.cuda.plan import ROWS, Entry, Plan, family, make_plan
 from qcompile.codegen.tune.database import write_atomically
 from qcompile.codegen.tune.search import Journal, Trial
@@ -61,7 +62,7 @@ class Batch:
 
 def kind(problem: LinearProblem) -> str:
     """Type of the activations searches are made with."""
-    return "int8" if problem.activation.bits else "float16"
+    return activation_type(problem.activation, "float16")
 
 
 def candidates(problem: LinearProblem, target: CudaTarget, rows: int, count: int) -> list[Entry]:

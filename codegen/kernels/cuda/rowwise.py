@@ -6,10 +6,11 @@
     y = a @ blockdiag(H, ..., H)                                  orthonormal Walsh-Hadamard blocks, if ``hadamard``
     codes = clip(round_half_even(y / scale))                      if ``quantize``
 
-One block computes one row; its values stay in registers, 4 neighbours to a thread, so that memory is read once and
-written once. A Hadamard block of order ``core 2^p`` (see `qcompile.formats.hadamard`) is applied to what a thread holds in
-registers, to the rest in shared memory: passes of up to 32 points for the power of two, one for the core. Sums are float32; the quantizer divides, so that codes are those of
-``QuantizePerToken`` bit for bit.
+One block computes one row; its values stay in registers, 4 or 8 neighbours to a thread, so that memory is read once and
+written once. Rows of whole vectors of 256 are rotated by tensor cores (`rotation`). In others a Hadamard block of order
+``core 2^p`` (see `qcompile.formats.hadamard`) is applied to what a thread holds in registers, to the rest in shared memory:
+passes of up to 32 points for the power of two, one for the core. Sums are float32; the quantizer divides, so that codes are
+those of ``QuantizePerToken`` bit for bit.
 
 Sources: Ba et al., "Layer Normalization" (2016); Zhang and Sennrich, "Root Mean Square Layer Normalization" (2019);
 Shazeer, "GLU Variants Improve Transformer" (2020); Fino and Algazi, "Unified matrix treatment of the fast Walsh-Hadamard
@@ -27,6 +28,7 @@ import numpy as np
 
 from qcompile.codegen.kernels.base import ACTIVATIONS
 from qcompile.codegen.kernels.cuda import build
+from qcompile.codegen.kernels.cuda.rotation import VECTOR, WarpRotation, warp_rotation
 from qcompile.errors import TargetError
 from qcompile.formats.hadamard import hadamard_matrix
 from qcompile.targets.cuda import CudaTarget
@@ -80,14 +82,28 @@ class CudaRowwise:
             raise TargetError("a row kernel without output")
 
     @property
+    def rotation(self) -> WarpRotation | None:
+        """How tensor cores rotate the row, if they do."""
+        return warp_rotation(self.width, self.hadamard) if self.quantize else None
+
+    @property
+    def direct(self) -> bool:
+        """Whether elements are rotated as they are loaded."""
+        return self.dtype != "float32" and not (self.norm or self.activation or self.gated or self.out)
+
+    @property
     def vector(self) -> int:
         """Neighbouring elements of a thread."""
+        if self.rotation:
+            return 8
         return 4 if self.width % 4 == 0 else 1
 
     @property
     def threads(self) -> int:
         """Of a block: a power of two; 16 elements each where that fills a warp, 32 of wide rows, so that several blocks fit
         a multiprocessor."""
+        if self.rotation:
+            return self.rotation.threads
         each = 32 if self.width > 4096 else 16 if self.width > 512 else 4
         wanted = max(1, -(-self.width // each))
         return min(1024, max(32, 1 << (wanted - 1).bit_length()))
@@ -95,12 +111,28 @@ class CudaRowwise:
     @property
     def chunks(self) -> int:
         """Vectors of a thread."""
+        if self.rotation:
+            return self.rotation.rounds * self.rotation.held
         return -(-self.width // (self.threads * self.vector))
 
     @property
     def shared_bytes(self) -> int:
-        """Scratch of three reductions, and the row if it is rotated."""
-        return 4 * (3 * SCRATCH + (padded_words(self.width) if self.hadamard else 0))
+        """Scratch of three reductions, and the row if it is rotated through shared memory."""
+        if self.rotation:
+            row = self.width if self.rotation.radix > 1 else 0
+        else:
+            row = padded_words(self.width) if self.hadamard else 0
+        return 4 * (3 * SCRATCH + row)
+
+    def place(self, chunk: int, thread: Any) -> tuple[Any, Any]:
+        """First column of a thread's vector, and whether it is inside the row: True or an expression."""
+        if w := self.rotation:
+            turn, c = divmod(chunk, w.held)
+            task = turn * w.warps + thread // 32
+            inside = True if (turn + 1) * w.warps <= w.tasks else task < w.tasks
+            return (task * w.held + c) * VECTOR + thread % 32 * 8, inside
+        at = (chunk * self.threads + thread) * self.vector
+        return at, True if (chunk + 1) * self.threads * self.vector <= self.width else at < self.width
 
     def build(self, target: Any, name: str) -> Any:
         """The PrimFunc.

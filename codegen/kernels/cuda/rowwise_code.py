@@ -11,6 +11,7 @@ from tvm.tirx.script.builder import ir as B
 
 from qcompile.codegen.kernels.base import Epilogue
 from qcompile.codegen.kernels.cuda import emit as e
+from qcompile.codegen.kernels.cuda.rotation_code import WarpRotate, multiply_signs
 from qcompile.codegen.kernels.cuda.rowwise import SCRATCH, CudaRowwise
 from qcompile.formats.hadamard import factors, hadamard_signs
 
@@ -31,11 +32,11 @@ def emit(kind: CudaRowwise, name: str) -> Any:
     return builder.get()
 
 
-class _Kernel:
+class _Kernel(WarpRotate):
     """Names of one kernel while it is written."""
 
     def __init__(self, kind: CudaRowwise) -> None:
-        self.k = kind
+        self.k, self.dtype = kind, kind.dtype
 
     def emit(self) -> None:
         k = self.k
@@ -53,26 +54,35 @@ class _Kernel:
         self.arena = e.shared(k.shared_bytes)
         self.reductions = 0
         self.value = e.Registers((k.chunks, k.vector), "float32")
+        if k.rotation:
+            self.rotation = k.rotation
+            self.lane, self.warp = e.let(self.tx % 32), e.let(self.tx // 32)
+            self._prepare_signs(k.direct)
+            if k.direct:
+                self._rotate_loaded()
+                return
         self._load()
         self._normalise()
         if self.y is not None:
             self._each(lambda c, at: self._write(self.y, at, [self.value[c, i] for i in range(k.vector)], k.out))
-        if k.quantize:
+        if k.rotation:
+            self._rotate_warps(None)
+        elif k.quantize:
             if k.hadamard:
                 self._rotate()
-            self._quantize()
+            self._quantize(self.value, self._each, self._store_vector, 1.0)
 
     # Elements
 
     def _each(self, use: Any, otherwise: Any = None) -> None:
         """Call ``use(chunk, column)`` for every vector of this thread inside the row."""
-        k = self.k
-        for c in range(k.chunks):
-            at = e.let((c * k.threads + self.tx) * k.vector)
-            if (c + 1) * k.threads * k.vector <= k.width:
+        for c in range(self.k.chunks):
+            place, inside = self.k.place(c, self.tx)
+            at = e.let(place)
+            if inside is True:
                 use(c, at)
                 continue
-            with T.If(at < k.width):
+            with T.If(inside):
                 with T.Then():
                     use(c, at)
                 if otherwise is not None:
@@ -84,18 +94,27 @@ class _Kernel:
         k = self.k
         if k.vector == 1:
             return [T.cast(buffer[tuple(index)], "float32")]
-        words = e.Registers((k.vector if dtype == "float32" else k.vector // 2,), "uint32")
-        count = words.shape[0]
-        e.ptx(f"ld.global.nc.v{count}.b32", *[words[i] for i in range(count)], buffer.ptr_to(index))
+        words = self._read_words(buffer, index, k.vector if dtype == "float32" else k.vector // 2)
         if dtype == "float32":
-            return [T.reinterpret("float32", words[i]) for i in range(count)]
+            return [T.reinterpret("float32", w) for w in words]
         if dtype == "bfloat16":
             halves = [
-                (words[i // 2] << e.u32(16)) if i % 2 == 0 else words[i // 2] & e.u32(0xFFFF0000) for i in range(4)
+                (words[i // 2] << e.u32(16)) if i % 2 == 0 else words[i // 2] & e.u32(0xFFFF0000)
+                for i in range(k.vector)
             ]
             return [T.reinterpret("float32", h) for h in halves]
-        halves = [T.cast(words[i // 2] >> e.u32(16 * (i % 2)), "uint16") for i in range(4)]
+        halves = [T.cast(words[i // 2] >> e.u32(16 * (i % 2)), "uint16") for i in range(k.vector)]
         return [T.cast(T.reinterpret("float16", h), "float32") for h in halves]
+
+    def _read_words(self, buffer: Any, index: list[Any], count: int) -> list[Any]:
+        """``count`` words from an element on, up to four at a time."""
+        words = e.Registers((count,), "uint32")
+        size = min(count, 4)
+        elements = self.k.vector * size // count
+        for part in range(count // size):
+            place = buffer.ptr_to([*index[:-1], index[-1] + part * elements])
+            e.ptx(f"ld.global.nc.v{size}.b32", *[words[part * size + i] for i in range(size)], place)
+        return [words[i] for i in range(count)]
 
     def _write(self, buffer: Any, at: Any, values: list[Any], dtype: str) -> None:
         if self.k.vector == 1:
@@ -104,8 +123,11 @@ class _Kernel:
         if dtype == "float32":
             words = [T.reinterpret("uint32", v) for v in values]
         else:
-            words = [e.pair(values[0], values[1], dtype), e.pair(values[2], values[3], dtype)]
-        e.ptx(f"st.global.v{len(words)}.b32", buffer.ptr_to([self.row, at]), *words)
+            words = [e.pair(values[i], values[i + 1], dtype) for i in range(0, len(values), 2)]
+        for start in range(0, len(words), 4):
+            part = words[start : start + 4]
+            place = buffer.ptr_to([self.row, at + start * len(values) // len(words)])
+            e.ptx(f"st.global.v{len(part)}.b32", place, *part)
 
     def _load(self) -> None:
         k = self.k
@@ -181,7 +203,60 @@ class _Kernel:
 
         self._each(scale)
 
-    # Rotation
+    # Rotation by tensor cores
+
+    def _rotate_loaded(self) -> None:
+        """All loads first, then products."""
+        k = self.k
+        words = e.Registers((k.chunks, 4), "uint32")
+
+        def load(c: int, at: Any) -> None:
+            for i, word in enumerate(self._read_words(self.x, [self.row, at], 4)):
+                words[c, i] = word
+
+        def zero(c: int) -> None:
+            for i in range(4):
+                words[c, i] = e.u32(0)
+
+        self._each(load, zero)
+        self._rotate_warps(words)
+
+    def _rotate_warps(self, words: Any) -> None:
+        """Rotate and quantize; the scale of the orthonormal transform is that of the steps, not of every element."""
+        k, w = self.k, self.rotation
+        factor = float(1 / np.sqrt(w.order))
+        scratch = 3 * SCRATCH
+        for turn in range(w.rounds):
+            start = turn * w.held
+            for c in range(start, start + w.held):
+                self._transform(e.View(self.value, c), None if words is None else e.View(words, c))
+            self._butterflies(self.value, start)
+            if w.radix > 1:
+                for c in range(start, start + w.held):
+                    place, inside = k.place(c, self.tx)
+                    values = [self.value[c, i] for i in range(8)]
+                    if inside is True:
+                        self._put(place, values, scratch)
+                    else:
+                        with T.If(inside), T.Then():
+                            self._put(place, values, scratch)
+        if w.radix == 1:
+            self._quantize(self.value, self._each, self._store_vector, factor)
+            return
+        T.evaluate(T.cuda.cta_sync())
+        column = self._column()
+        points = self._pass_columns(column, scratch)
+
+        def every(use: Any, otherwise: Any = None) -> None:
+            for r in range(w.radix):
+                use(r, column + r * w.stride)
+
+        def store(code: e.Registers, r: int, at: Any) -> None:
+            self._store_bytes(self.codes, self.row, at, [code[r, v] for v in range(w.neighbours)])
+
+        self._quantize(points, every, store, factor)
+
+    # Rotation by butterflies
 
     def _place(self, index: Any) -> Any:
         """Where element ``index`` of the row lies in shared memory; a word is left out after 32 against bank conflicts."""
@@ -270,47 +345,25 @@ class _Kernel:
                         for i in range(radix):
                             if i >> level & 1 == 0:
                                 self._butterfly(points, i, i | 1 << level)
-                sums = None if signs is None else self._sums_of_four(points, radix)
+                else:
+                    multiply_signs(points, lambda r: r, signs)
                 for i in range(radix):
-                    total = points[i] if sums is None or signs is None else self._column(sums, signs[:, i])
-                    B.buffer_store(self.arena, T.reinterpret("uint32", total), [place[i]])
+                    B.buffer_store(self.arena, T.reinterpret("uint32", points[i]), [place[i]])
         T.evaluate(T.cuda.cta_sync())
-
-    def _sums_of_four(self, points: e.Registers, count: int) -> e.Registers:
-        """Of every four points a, b, c, d the sums a +- b +- c +- d, by the signs of b, c and d: every column of a matrix of
-        signs is a quarter of them added up (Arlazarov et al., 1970)."""
-        sums = e.Registers((count // 4, 8), "float32")
-        pair = e.Registers((4,), "float32")
-        for g in range(count // 4):
-            for k in range(2):
-                pair[2 * k] = points[4 * g + 2 * k] + points[4 * g + 2 * k + 1]
-                pair[2 * k + 1] = points[4 * g + 2 * k] - points[4 * g + 2 * k + 1]
-            for b in range(2):
-                for c in range(2):
-                    for d in range(2):
-                        other = pair[2 + (c ^ d)]
-                        sums[g, 4 * b + 2 * c + d] = pair[b] - other if c else pair[b] + other
-        return sums
-
-    def _column(self, sums: e.Registers, signs: np.ndarray) -> Any:
-        """Points times a column of signs."""
-        total = None
-        for g in range(len(signs) // 4):
-            first, *rest = (int(s) for s in signs[4 * g : 4 * g + 4])
-            b, c, d = (int(s != first) for s in rest)
-            part = sums[g, 4 * b + 2 * c + d]
-            if total is None:
-                total = part if first > 0 else T.float32(0) - part
-            else:
-                total = total + part if first > 0 else total - part
-        return total
 
     # Quantizer
 
-    def _quantize(self) -> None:
+    def _quantize(self, value: e.Registers, each: Any, store: Any, factor: float) -> None:
         """Codes from products with 1 / step; where one is near a tie, the whole thread divides, as ``QuantizePerToken``
-        does: the products differ from quotients by less than `NEAR`."""
+        does: the products differ from quotients by less than `NEAR`.
+
+        Args:
+            value: registers ``[piece, element]``. each: calls a function with every piece inside the row and its column.
+            store: of the codes of a piece.
+            factor: what values have yet to be multiplied with.
+        """
         k = self.k
+        pieces, size = value.shape
         top = (1 << k.bits - 1) - 1
         step, inverse = e.Registers((1,), "float32"), e.Registers((1,), "float32")
         if self.static is not None:
@@ -322,49 +375,46 @@ class _Kernel:
             largest[0] = T.float32(0)
 
             def grow(c: int, at: Any) -> None:
-                for i in range(k.vector):
-                    largest[0] = T.max(largest[0], T.abs(self.value[c, i]))
+                for i in range(size):
+                    largest[0] = T.max(largest[0], T.abs(value[c, i]))
 
-            self._each(grow)
-            most = self._reduce(largest[0], "max")
+            each(grow)
+            most = self._reduce(largest[0], "max") * T.float32(factor)
             e.ptx("div.rn.f32", step[0], most * T.float32(k.clip), T.float32(top))
             step[0] = T.Select(step[0] == T.float32(0), T.float32(1), step[0])
-        e.ptx("div.rn.f32", inverse[0], T.float32(1), step[0])
+        with T.If(self.tx == 0), T.Then():
+            B.buffer_store(self.scale, step[0], [self.row])
+        e.ptx("div.rn.f32", inverse[0], T.float32(factor), step[0])
         bounded = self.static is not None or k.clip < 1
-        code = e.Registers((k.chunks, k.vector), "uint32")
+        code = e.Registers((pieces, size), "uint32")
         farthest = e.Registers((1,), "float32")
         farthest[0] = T.float32(0)
         rounded, q = e.Registers((1,), "float32"), e.Registers((1,), "float32")
 
-        def bound(value: Any) -> Any:
-            return T.max(T.min(value, T.float32(high)), T.float32(low)) if bounded else value
+        def bound(number: Any) -> Any:
+            return T.max(T.min(number, T.float32(high)), T.float32(low)) if bounded else number
 
         def multiply(c: int, at: Any) -> None:
-            for i in range(k.vector):
-                q[0] = bound(self.value[c, i] * inverse[0])
+            for i in range(size):
+                q[0] = bound(value[c, i] * inverse[0])
                 rounded[0] = q[0] + T.float32(MAGIC)
                 code[c, i] = T.reinterpret("uint32", rounded[0]) + e.u32(zero & 0xFFFFFFFF)
                 farthest[0] = T.max(farthest[0], T.abs(q[0] - (rounded[0] - T.float32(MAGIC))))
 
         def divide(c: int, at: Any) -> None:
-            for i in range(k.vector):
-                e.ptx("div.rn.f32", q[0], self.value[c, i], step[0])
+            for i in range(size):
+                e.ptx("div.rn.f32", q[0], value[c, i] * T.float32(factor), step[0])
                 rounded[0] = bound(q[0]) + T.float32(MAGIC)
                 code[c, i] = T.reinterpret("uint32", rounded[0]) + e.u32(zero & 0xFFFFFFFF)
 
-        def store(c: int, at: Any) -> None:
-            if k.vector == 1:
-                B.buffer_store(self.codes, T.cast(T.cast(code[c, 0], "int32"), "int8"), [self.row, at])
-                return
-            pair = e.Registers((3,), "uint32")
-            for h in range(2):
-                e.ptx("prmt.b32", pair[h], code[c, 2 * h], code[c, 2 * h + 1], e.u32(0x0040))
-            e.ptx("prmt.b32", pair[2], pair[0], pair[1], e.u32(0x5410))
-            e.ptx("st.global.b32", self.codes.ptr_to([self.row, at]), pair[2])
-
-        self._each(multiply)
+        each(multiply)
         with T.If(farthest[0] > T.float32(0.5 - NEAR)), T.Then():
-            self._each(divide)
-        self._each(store)
-        with T.If(self.tx == 0), T.Then():
-            B.buffer_store(self.scale, step[0], [self.row])
+            each(divide)
+        each(lambda c, at: store(code, c, at))
+
+    def _store_vector(self, code: e.Registers, c: int, at: Any) -> None:
+        """Codes of neighbours, one byte each."""
+        if self.k.vector == 1:
+            B.buffer_store(self.codes, T.cast(T.cast(code[c, 0], "int32"), "int8"), [self.row, at])
+            return
+        self._store_bytes(self.codes, self.row, at, [code[c, i] for i in range(self.k.vector)])

@@ -1,14 +1,23 @@
-"""The float model that programs are compiled from."""
+"""The float models that programs are compiled from, and what they are compiled with."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 from onnxscript import FLOAT, script
 from onnxscript import opset23 as op
 
-RECIPES = ("w8a8-rtn", "w4a8-rtn", "w8a16")
-"""What programs are compiled with."""
+RECIPES = {
+    "w8a8-rtn": ("float_model", "w8a8-rtn", False),
+    "w4a8-rtn": ("float_model", "w4a8-rtn", False),
+    "w8a16": ("float_model", "w8a16", False),
+    "conv-w8a8-rtn": ("convolutions", "w8a8-rtn", False),
+    "conv-w8a8-static": ("convolutions", "w8a8-static", True),
+    "conv-w8a16": ("convolutions", "w8a16", False),
+}
+"""Programs by name: function of this file, recipe, whether it is calibrated."""
 
 
 def float_model() -> ir.Model:
@@ -25,3 +34,46 @@ def float_model() -> ir.Model:
         return y
 
     return ir.serde.deserialize_model(model.to_model_proto())
+
+
+def convolutions() -> ir.Model:
+    """``y``: 3 x 3 with stride, depthwise, pointwise with a residual, grouped, pooling and a classifier; images of 3 channels."""
+    rng = np.random.default_rng(1)
+
+    def normal(*shape: int) -> np.ndarray:
+        return (rng.standard_normal(shape) / np.sqrt(np.prod(shape[1:]))).astype(np.float32)
+
+    first, first_bias = normal(24, 3, 3, 3), normal(24, 1)[:, 0]
+    depth, point, point_bias = normal(24, 1, 3, 3), normal(24, 24, 1, 1), normal(24, 1)[:, 0]
+    grouped, head = normal(32, 6, 3, 3), normal(10, 32).T.copy()
+
+    @script(default_opset=op)
+    def model(x: FLOAT["images", 3, 21, 18]) -> FLOAT["images", 10]:  # noqa: F821, UP037
+        a = op.Relu(
+            op.Conv(x, op.Constant(value=first), op.Constant(value=first_bias), pads=[1, 1, 1, 1], strides=[2, 2])
+        )
+        b = op.Relu(op.Conv(a, op.Constant(value=depth), pads=[1, 1, 1, 1], group=24))
+        c = op.Add(op.Conv(b, op.Constant(value=point), op.Constant(value=point_bias)), a)
+        d = op.Relu(op.Conv(c, op.Constant(value=grouped), dilations=[2, 2], group=4))
+        e = op.Flatten(op.GlobalAveragePool(d))
+        return op.MatMul(e, op.Constant(value=head))
+
+    return ir.serde.deserialize_model(model.to_model_proto())
+
+
+def inputs(name: str, count: int, seed: int = 0) -> dict[str, Any]:
+    """``count`` rows or images."""
+    shape = (48,) if RECIPES[name][0] == "float_model" else (3, 21, 18)
+    return {"x": np.random.default_rng(seed).standard_normal((count, *shape)).astype(np.float32)}
+
+
+def compile_program(name: str, folder: Any, **options: Any) -> Any:
+    """Compile a program of `RECIPES` for CUDA; ``folder`` holds the float model."""
+    import qcompile
+
+    make, recipe, calibrated = RECIPES[name]
+    path = folder / f"{make}.onnx"
+    ir.save(globals()[make](), path)
+    if calibrated:
+        options["calibration"] = [inputs(name, 4, seed) for seed in range(4)]
+    return qcompile.compile(path, target="cuda", recipe=recipe, progress=False, **options)

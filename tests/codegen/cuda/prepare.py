@@ -45,19 +45,13 @@ def prepare(index: int, arch: str, libraries: bool) -> str:
 
 def prepare_programs(arch: str) -> None:
     """Compile the programs of the tests."""
-    import onnx_ir as ir
-
-    import qcompile
-
     models = load("models")
     with tempfile.TemporaryDirectory() as folder:
-        ir.save(models.float_model(), Path(folder) / "m.onnx")
-        for recipe in models.RECIPES:
-            out = build.cache_directory() / "programs" / recipe
+        for name in models.RECIPES:
+            out = build.cache_directory() / "programs" / name
             shutil.rmtree(out, ignore_errors=True)
             out.parent.mkdir(parents=True, exist_ok=True)
-            options = {"target": "cuda", "variant": arch, "recipe": recipe, "output": out, "progress": False}
-            qcompile.compile(Path(folder) / "m.onnx", **options)
+            models.compile_program(name, Path(folder), variant=arch, output=out)
             print(out, flush=True)
 
 

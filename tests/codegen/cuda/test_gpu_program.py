@@ -8,7 +8,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-import onnx_ir as ir
 import pytest
 import torch
 
@@ -17,26 +16,24 @@ from qcompile import ort
 from qcompile.codegen.kernels.cuda import build
 from qcompile.errors import InputError
 
-from .models import RECIPES, float_model
+from .models import RECIPES, compile_program, inputs
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 
-def program(recipe: str, folder: Path) -> qcompile.CompiledModel:
-    prepared = build.cache_directory() / "programs" / recipe
-    if prepared.exists():
-        return qcompile.load(prepared)
-    ir.save(float_model(), folder / "m.onnx")
-    return qcompile.compile(folder / "m.onnx", target="cuda", recipe=recipe, output=folder / "out", progress=False)
+def program(name: str, folder: Path) -> qcompile.CompiledModel:
+    prepared = build.cache_directory() / "programs" / name
+    return qcompile.load(prepared) if prepared.exists() else compile_program(name, folder, output=folder / "out")
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
-def test_program(recipe: str, tmp_path: Path) -> None:
-    compiled = program(recipe, tmp_path)
+@pytest.mark.parametrize("name", RECIPES)
+def test_program(name: str, tmp_path: Path) -> None:
+    compiled = program(name, tmp_path)
     session = ort.session(compiled.onnx_path)
     for rows in (1, 5, 17, 200):
-        x = torch.randn(rows, 48, device="cuda")
-        want = ort.run(session, {"x": x.cpu().numpy()})["y"]
+        given = inputs(name, rows, rows)
+        want = ort.run(session, given)["y"]
+        x = torch.from_numpy(given["x"]).cuda()
         y = compiled(x)
         assert y.is_cuda and np.linalg.norm(y.cpu().numpy() - want) <= 2e-3 * np.linalg.norm(want)
     side = torch.cuda.Stream()

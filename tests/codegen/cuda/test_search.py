@@ -14,6 +14,7 @@ from click.testing import CliRunner
 from qcompile.cli import cli
 from qcompile.codegen.kernels.base import LinearProblem
 from qcompile.codegen.kernels.cuda import tuned
+from qcompile.codegen.kernels.cuda.linear import Float8Activation
 from qcompile.codegen.kernels.cuda.plan import Plan, make_plan
 from qcompile.codegen.tune.cuda import Batch, Search, batches, candidates
 from qcompile.errors import ArtifactError
@@ -90,5 +91,7 @@ def test_command_needs_a_device() -> None:
     assert result.exit_code != 0 and "no CUDA device" in result.output + str(result.exception)
 
 
-def test_int8_candidates() -> None:
+def test_candidates_take_the_activations() -> None:
+    eight = LinearProblem(1024, 768, parse_format("fp8"), Float8Activation())
+    assert {e.config["dtype"] for e in candidates(eight, TARGET, 16, 6)} == {"float8_e4m3fn"}
     assert {e.config["dtype"] for e in candidates(problem("int4", "int8/token"), TARGET, 16, 6)} == {"int8"}

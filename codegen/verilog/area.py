@@ -12,7 +12,7 @@ Control and the odd bits left are constants fitted once to Yosys 0.23.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -98,7 +98,7 @@ def _fifo(family: Family, width: int, depth: int) -> Area:
     return Area(family.ports(width, depth) + 4 * count, 4.0 * count)
 
 
-def _requantize(p: dict[str, int], family: Family) -> Area:
+def _requantize(p: Mapping[str, int], family: Family) -> Area:
     """One ``rtl/requantize.v``."""
     multiply = p.get("MULTIPLY", 0)
     kept = p["Q_BITS"] - p["SHIFT"] if p["SHIFT"] else 0
@@ -113,7 +113,7 @@ def _requantize(p: dict[str, int], family: Family) -> Area:
     return Area(luts, registers, multiply == 1)
 
 
-def _scale_array(p: dict[str, int], family: Family) -> Area:
+def _scale_array(p: Mapping[str, int], family: Family) -> Area:
     """``rtl/scale_array.v``: PE / TURNS units, sums that wait for them and outputs that wait for each other."""
     one = _thresholds(p, family) if p.get("THRESHOLDS") else _requantize(p, family)
     units, waiting = p["PE"] // p["TURNS"], p["PE"] - p["PE"] // p["TURNS"]
@@ -123,14 +123,14 @@ def _scale_array(p: dict[str, int], family: Family) -> Area:
     return Area(units * one.luts + moved, units * one.flipflops + registers, units * one.multipliers)
 
 
-def _thresholds(p: dict[str, int], family: Family) -> Area:
+def _thresholds(p: Mapping[str, int], family: Family) -> Area:
     """One sum in ``rtl/thresholds.v``: a comparison per bit, with one of a few constants."""
     bits = p["THRESHOLDS"]
     constants = sum(family.contents_of(p["COLUMNS"] * p["TURNS"] << i, p["T_BITS"]) for i in range(bits))
     return Area(bits * family.adder(p["A_BITS"]) + constants, bits * (p["A_BITS"] + bits))
 
 
-def _products(p: dict[str, int], family: Family) -> Area:
+def _products(p: Mapping[str, int], family: Family) -> Area:
     """One ``rtl/product.v``."""
     if p["STYLE"] == 0:
         return Area(multipliers=1)
@@ -141,7 +141,7 @@ def _products(p: dict[str, int], family: Family) -> Area:
         luts = digits * (bits + 4.0)
     else:  # two tables select among four; the signed digit needs no multiple of three, and one
         luts = 2 * digits * bits - p["W_SIGNED"] * bits + (digits - 1) * family.adder(bits)
-    return Area(luts, digits * (2 * bits + p["W_BITS"]))
+    return Area(luts, digits * bits + p["W_BITS"])
 
 
 def _tree(count: int, width: int, limit: int, family: Family) -> Area:
@@ -154,30 +154,32 @@ def _tree(count: int, width: int, limit: int, family: Family) -> Area:
     return total
 
 
+def mac_array(p: Mapping[str, int], family: Family) -> Area:
+    """``rtl/mac_array.v`` with parameters ``p``."""
+    pe, simd = p["PE"], p.get("SIMD", 1)
+    lanes = pe if p.get("EACH") else simd
+    one = _products(p, family)
+    total = Area(pe * simd * one.luts, pe * simd * one.flipflops, pe * simd * one.multipliers)
+    if p["STYLE"] == 1 and p["W_BITS"] > 1 + p["W_SIGNED"]:  # 3x, which waits for the digits of the weights
+        digits, x = (p["W_BITS"] + 1) // 2, p["X_BITS"] + (not p["X_SIGNED"])
+        total += Area(lanes * family.adder(x), lanes * digits * (2 * x + 2))
+    tree = _tree(simd, p["P_BITS"], p["A_BITS"], family)
+    accumulator = family.adder(p["A_BITS"])
+    if family.inputs == 4:  # the selection of its start takes tables of its own
+        accumulator += p["A_BITS"]
+    elif p["STYLE"] == 0:  # the adders of DSP blocks take the first level of the tree, and one more
+        accumulator = -(simd // 2) * p["P_BITS"]
+    elif simd == 1:
+        accumulator = 0
+    return total + Area(pe * (tree.luts + accumulator), pe * (tree.flipflops + p["A_BITS"])) + _scale_array(p, family)
+
+
 def _macs(unit: Unit, family: Family) -> Area:
     """Units around ``rtl/mac_array.v``."""
     p = unit.parameters
-    pe, simd = p["PE"], p.get("SIMD", 1)
-    lanes = pe if p.get("EACH") else simd
+    simd = p.get("SIMD", 1)
     counters = sum(max(n - 1, 1).bit_length() for n in (p["ROWS"], p["COLUMNS"], p["ROWS"] * p["COLUMNS"]))
-    total = Area(10 + counters * (2 if family.inputs == 6 else 4), 40)
-    one = _products(p, family)
-    total += Area(pe * simd * one.luts, pe * simd * one.flipflops, pe * simd * one.multipliers)
-    if p["STYLE"] == 1 and p["W_BITS"] > 1 + p["W_SIGNED"]:
-        total += Area(lanes * family.adder(p["X_BITS"]), lanes * (2 * p["X_BITS"] + 2))
-    tree = _tree(simd, p["P_BITS"], p["A_BITS"], family)
-    accumulator = family.adder(p["A_BITS"])
-    if family.inputs == 4:
-        accumulator += p[
-            "A_BITS"
-        ]  # the selection of its start, which fits into the adder's tables where these have 6 inputs
-    elif p["STYLE"] == 0:
-        accumulator = (
-            -(simd // 2) * p["P_BITS"]
-        )  # the adders of DSP blocks take the first level of the tree, and one more
-    elif simd == 1:
-        accumulator = 0
-    total += Area(pe * (tree.luts + accumulator), pe * (tree.flipflops + p["A_BITS"])) + _scale_array(p, family)
+    total = Area(10 + counters * (2 if family.inputs == 6 else 4), 40) + mac_array(p, family)
     for memory in unit.memories.values():
         luts, bits = family.contents(memory)
         total += Area(luts, memory.words.shape[1] * memory.bits, memory_bits=bits)

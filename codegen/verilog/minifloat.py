@@ -69,12 +69,8 @@ def estimate(x: Minifloat, w: Minifloat, kind: IntType, family: Family) -> Area:
     widest = sum((1 << f.exponent_bits) - 2 for f in (x, w))
     product, places = xm + wm, widest.bit_length()
     decoding = sum(-(-(f.exponent_bits - 1) // (family.inputs - 1)) for f in (x, w))
-    # Small products are functions of all their bits, others sums of digits of two bits.
-    inputs = x.bits + w.bits - 2
-    if inputs <= family.inputs:
-        significands = float(product)
-    else:
-        significands = max(1, -(-min(xm, wm) // 2)) * (max(xm, wm) + 2) if min(xm, wm) > 1 else max(xm, wm)
+    # A row of the product's array per bit of the shorter significand, with its carries.
+    significands = min(xm, wm) * (max(xm, wm) + 2) if min(xm, wm) > 1 else max(xm, wm)
     exponents = places + max(x.exponent_bits, w.exponent_bits) if widest else 0
     # A bit of the result is one of the product's bits, or of as many as there are shifts.
     span = product + widest
@@ -82,6 +78,7 @@ def estimate(x: Minifloat, w: Minifloat, kind: IntType, family: Family) -> Area:
         [np.arange(1, span + 1), np.full(span, product), np.arange(span, 0, -1), np.full(span, widest + 1)]
     )
     shifter = sum(family.select(int(n) + 1) for n in sources) if widest else 0
-    adder = family.adder(kind.bits)
+    # The adder, and tables in front of it: a sum begins at 0, a term may be subtracted.
+    adder = family.adder(kind.bits) + kind.bits
     registers = product + places + span + kind.bits + 6
     return Area(decoding + significands + exponents + shifter + adder, registers)

@@ -44,6 +44,7 @@ def synthesize(
     target: FpgaTarget,
     *,
     options: str = "",
+    parameters: Mapping[str, int] | None = None,
     timeout: float | None = None,
 ) -> Synthesis:
     """Synthesise ``top`` for a device; leaves ``TOP.json`` in ``folder`` for place and route.
@@ -53,6 +54,7 @@ def synthesize(
         top, sources: the top module and the files; where ``rtl/`` has one for the blocks of the family, that one is taken.
         target: the device.
         options: more options of the synthesis command, e.g. ``-nodsp``.
+        parameters: of the top module, where its own defaults are not meant.
         timeout: seconds after which to give up.
 
     Raises:
@@ -60,7 +62,8 @@ def synthesize(
     """
     command = f"{target.synthesis} {options} -top {top}".replace("  ", " ")
     files = [str(p) if (p := RTL / target.family / Path(f).name).is_file() else f for f in sources]
-    script = f"read_verilog -defer {' '.join(files)}; hierarchy -top {top}; {command}; write_json {top}.json; tee -o {top}.stat stat"
+    chosen = " ".join(f"-chparam {name} {value}" for name, value in (parameters or {}).items())
+    script = f"read_verilog -defer {' '.join(files)}; hierarchy -top {top} {chosen}; {command}; write_json {top}.json; tee -o {top}.stat stat"
     tools.call([*tools.require("yosys"), "-q", "-p", script], folder, timeout)
     return read_cells((folder / f"{top}.stat").read_text(encoding="utf-8"))
 

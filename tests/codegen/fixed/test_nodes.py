@@ -3,9 +3,9 @@
 import shutil
 import subprocess
 
+import node_cases as cases
 import numpy as np
 import pytest
-import tests_fixed_cases as cases
 
 from qcompile.codegen.fixed import tir
 from qcompile.codegen.fixed.emit import c_program, hls_program

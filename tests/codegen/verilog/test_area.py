@@ -1,8 +1,8 @@
 """Area before synthesis is near what Yosys finds."""
 
+import node_cases as cases
 import numpy as np
 import pytest
-import tests_fixed_cases as cases
 
 from qcompile.codegen.fixed.program import Program
 from qcompile.codegen.verilog import area, hardware, synthesize, tools, top

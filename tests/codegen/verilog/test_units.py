@@ -4,9 +4,9 @@ import itertools
 import shutil
 from dataclasses import replace
 
+import node_cases as cases
 import numpy as np
 import pytest
-import tests_fixed_cases as cases
 
 from qcompile.codegen.fixed.nodes import MatVec
 from qcompile.codegen.fixed.program import Program
@@ -42,6 +42,8 @@ def test_units_are_exact_in_values_and_cycles(group, tmp_path):
         corners = {(0, 0), (-1, -1)} if group in ("elements", "windows") else {(len(node.pe_choices) // 2,) * 2}
         if name in ("fc", "fc_dsp"):  # one, two and all
             corners = set(itertools.product((0, 1, -1), repeat=2))
+        elif name in ("fc_serial", "fc_serial_groups"):
+            corners = {(0, -1), (-1, 0), (1, 1), (-1, -1)}
         for p, s in sorted(corners):
             p, s = min(p, len(node.pe_choices) - 1), min(s, len(node.simd_choices) - 1)
             folded = replace(node, name=f"{name}_{p % 99}_{s % 99}").folded(node.pe_choices[p], node.simd_choices[s])

@@ -399,6 +399,9 @@ def _give_reasons(result: Spaces, constraints: Constraints) -> None:
         first = pinned.get(space.family)
         if first is not None and not space.reasons:
             space.reasons.append(f"its channels keep their order, as those of #{first.index} do ({first.reasons[0]})")
+        elif space.pinned and not space.reasons:
+            together = "; ".join(f"{text}: {', '.join(dict.fromkeys(names))}" for text, names in space.limits.items())
+            space.reasons.append(f"its operators leave nothing but the identity together ({together})")
 
 
 def _restriction(use: Use) -> str:

@@ -251,6 +251,14 @@ class NodeView:
         """Whether input ``i`` is known to be all zeros."""
         return _is_zero(self.value(i), 8)
 
+    def is_uniform(self, i: int) -> bool:
+        """Whether input ``i`` is a constant vector of equal entries."""
+        shape = self.shape(i)
+        if not self.has(i) or not self.is_constant(i) or shape is None or sum(d != 1 for d in shape) > 1:
+            return False
+        array = self.array(i)
+        return array is not None and bool((array == array.reshape(-1)[:1]).all())
+
     def tie(self, index_map: IndexMap, axes: Sequence[int]) -> IndexMap:
         """Give all positions along ``axes`` one basis, so that the map no longer varies there."""
         table = index_map.table

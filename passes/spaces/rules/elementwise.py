@@ -230,8 +230,8 @@ def _product(n: NodeView, a: IndexMap, b: Counterpart, power: float, peelable: b
         blocks = np.arange(int(np.prod(shape))).reshape(shape)
         n.use(a.table, "factor", GL, mix=blocks, unit=blocks, color=blocks)
         return a
-    if set(a.axes) - set(b.axes) and not peelable:
-        # b multiplies each block of a by a number.
+    if set(a.axes) - set(b.axes) and not (peelable and a.axes[-1] in b.axes):
+        # b multiplies each block of a (the channels of a head) by a number.
         n.use(b.table, "block factor", FIXED, single=True)
         n.move_with(a, b)
         return a

@@ -59,14 +59,17 @@ def norm_last_axes(n: NodeView) -> None:
     y = IndexMap(
         n.c.fresh(int(np.prod(size)), n.node.outputs[0].name or n.name, range(axis, rank), constant=False).reshape(size)
     )  # type: ignore[arg-type]
-    gamma = _parameter(n, 1, axis, rank)
+    # A gamma that all groups of channels share ties them, channel by channel; one that does nothing need not.
+    shared = bool(spanning) and int(np.prod(size[axis:])) < spanning[0].size
+    unscaled = shared and n.is_uniform(1)
+    gamma = None if unscaled else _parameter(n, 1, axis, rank)
     if spanning:
         n.c.scaled(n.name, y.table, spanning[0].table, None if gamma is None else gamma.table, normalised=True)
     else:
         n.use(y.table, "output", color=np.arange(y.size).reshape(y.table.shape), single=True)
         if gamma is not None:
             n.c.product(n.name, y.table, [np.broadcast_to(gamma.table, y.table.shape)], [1.0])
-    if n.has(1) and gamma is None:
+    if n.has(1) and gamma is None and not unscaled:
         n.pin(y.table, "output", f"the scale {n.value(1).name!r} is not a constant of its own")
     if n.has(2) and layer:
         beta = _parameter(n, 2, axis, rank)

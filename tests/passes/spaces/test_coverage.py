@@ -5,6 +5,7 @@ from collections import Counter
 import miniatures
 import pytest
 
+from qcompile.passes.recognise import recognise
 from qcompile.passes.spaces import Spaces, analyse
 from qcompile.passes.spaces.groups import Limit
 
@@ -125,6 +126,25 @@ def test_heads_of_one_projection_are_separate_spaces_in_fused_weights():
 def test_the_state_of_a_selective_scan_has_a_dual_diagonal():
     state = [s for s in spaces_of("mamba") if s.size == 4 and s.scalable]
     assert len(state) == 2 and all(s.group == "R*^4 x S" for s in state)
+
+
+@pytest.mark.parametrize("recognised", [False, True], ids=["exported", "recognised"])
+def test_channels_of_a_state_space_head_are_permuted_with_all_that_belongs_to_them(recognised):
+    """Gate, filter and its bias, norm and output projection; D is one number per head, the group norm's gain is shared."""
+    model = miniatures.model("mamba2")
+    spaces = analyse(recognise(model)[0] if recognised else model)
+    inner = [s for s in spaces if s.size == 24 and s.members]
+    assert len(inner) >= 4 and all(s.permutable and s.units == 2 for s in inner)
+    assert len({s.family for s in inner}) == 1
+    names = {m.name.rpartition("mixer.")[2] for s in inner for m in s.members}
+    assert {"conv1d.bias", "norm.weight"} <= names and len(names) >= 4, "gate and inputs, filter, bias, norm"
+
+
+@pytest.mark.parametrize("name", sorted(miniatures.BUILDERS))
+def test_what_is_pinned_says_why(name):
+    for space in analyse(recognise(miniatures.model(name))[0]):
+        if space.pinned:
+            assert space.reasons and all(len(reason) > 10 for reason in space.reasons), str(space)
 
 
 def test_modulation_of_adaptive_norms_absorbs_diagonals():

@@ -168,6 +168,26 @@ def test_a_tied_table_without_gamma_in_between_rotates():
     assert prove(spaces).holds
 
 
+def test_a_sum_of_two_scaled_streams_follows_neither():
+    """g1 a + g2 b = c: the matrix of c would have to be G1 A G1^-1 and G2 B G2^-1 at once."""
+    body = "a = MatMul(x, w1) b = MatMul(x, w2) s = Mul(a, g1) t = Mul(b, g2) c = Add(s, t) y = MatMul(c, v)"
+    constants = {n: matrix(N, N, seed=i) for i, n in enumerate(("w1", "w2", "v"))}
+    constants |= {n: np.abs(matrix(N, seed=i)) + 0.5 for i, n in enumerate(("g1", "g2"), 7)}
+    spaces = analyse(parse(body, constants))
+    assert spaces.of("c").leader is None
+    assert prove(spaces).holds
+
+
+def test_a_stream_that_meets_itself_scaled_stays_diagonal():
+    """x + g x: A = G' A G^-1 has no solution but diagonals and permutations; nothing follows itself."""
+    body = "a = MatMul(x, w) s = Mul(a, g) c = Add(a, s) y = MatMul(c, v)"
+    constants = {"w": matrix(N, N), "v": matrix(N, N, seed=1), "g": np.abs(matrix(N, seed=2)) + 0.5}
+    spaces = analyse(parse(body, constants))
+    assert spaces.of("a").index == spaces.of("c").index
+    assert spaces.of("a").leader is None and spaces.of("a").group == f"R*^{N} x S"
+    assert prove(spaces).holds
+
+
 def test_an_unknown_operator_pins_and_names_itself():
     model = parse("a = MatMul(x, w) b = Det(a) y = MatMul(a, v)", {"w": matrix(N, N), "v": matrix(N, N)})
     spaces = analyse(model)

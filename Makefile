@@ -11,7 +11,7 @@ STAMP  := $(VENV)/.installed
 TOOLS  := $(VENV)/.tools
 
 # Debian packages of the tests; without them, and without the right to install them, those tests skip and say why.
-PACKAGES := qemu-user g++-aarch64-linux-gnu libc6-dev-arm64-cross verilator yosys
+PACKAGES := qemu-user g++-aarch64-linux-gnu libc6-dev-arm64-cross verilator yosys yosys-dev
 
 .PHONY: demo test tools lint format backend clean
 

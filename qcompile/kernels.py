@@ -22,15 +22,16 @@ import numpy as np
 import torch
 
 from qcompile.codegen.kernels.base import Epilogue, LinearProblem
-from qcompile.codegen.kernels.cuda import build, rowwise
+from qcompile.codegen.kernels.cuda import build, quantized_attention, rowwise
 from qcompile.codegen.kernels.cuda.linear import FLOAT8, Float8Activation
 from qcompile.codegen.kernels.cuda.plan import ROWS, Entry, Plan, family, make_plan
+from qcompile.codegen.kernels.cuda.quantized_attention import CudaQuantizedAttention
 from qcompile.codegen.kernels.cuda.rowwise import MOST_COLUMNS, CudaRowwise
 from qcompile.errors import InputError, TargetError
 from qcompile.formats import ActivationFormat, Format, Quantized, parse_activation, parse_format
 from qcompile.targets.cuda import TARGETS, CudaTarget, for_capability
 
-__all__ = ["ROWS", "Plan", "QuantizedLinear", "linear", "plan", "quantize_rows"]
+__all__ = ["ROWS", "Plan", "QuantizedLinear", "attention", "linear", "plan", "quantize_rows"]
 
 
 def plan(
@@ -250,3 +251,68 @@ def linear(
     chosen = plan(k, n, fmt, activation_format, dtype, target, bias is not None)
     offset = None if bias is None else bias.detach().float().cpu().numpy()
     return QuantizedLinear(chosen, quantized, offset).to(device)
+
+
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    scores: str = "int8",
+    values: str = "float16",
+    causal: bool = False,
+    scale: float | None = None,
+) -> torch.Tensor:
+    """Attention with quantized scores, for prefill: quantizes float operands and calls the kernel.
+
+    Args:
+        q: ``(B, heads, L, d)``, float16 or bfloat16. k, v: ``(B, kv_heads, S, d)`` and ``(B, kv_heads, S, dv)``.
+        scores: ``int8``, ``int4`` or ``binary`` codes of queries and keys, a scale per token.
+        values: ``float16`` or ``e4m3``, the latter with a scale per channel.
+        causal: query i attends keys up to i.
+        scale: of scores, by default ``1 / sqrt(d)``.
+
+    Returns:
+        ``(B, heads, L, dv)`` in the type of ``q``.
+
+    Raises:
+        TargetError: heads of this size have no kernel.
+    """
+    batch, heads, length, d = q.shape
+    out = str(q.dtype).removeprefix("torch.")
+    kernel = CudaQuantizedAttention(
+        heads, k.shape[1], d, v.shape[3], d**-0.5 if scale is None else scale, scores, values, causal, out
+    )
+    chip = TARGETS[for_capability(*torch.cuda.get_device_capability(q.device)).cpu]
+    y = torch.empty(batch, length, heads * v.shape[3], device=q.device, dtype=q.dtype)
+    operands = [*_token_codes(q, scores, False, chip), *_token_codes(k, scores, True, chip), *_values(v, values)]
+    _attention_function(kernel, chip.cpu)(*operands, y)
+    return y.view(batch, length, heads, v.shape[3]).transpose(1, 2)
+
+
+@functools.cache
+def _attention_function(kernel: CudaQuantizedAttention, target: str) -> Any:
+    chip = TARGETS[target]
+    return build.load(build.compile_library(quantized_attention.source({"attention": kernel}, chip), chip))["attention"]
+
+
+def _token_codes(x: torch.Tensor, scores: str, centred: bool, chip: CudaTarget) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes of all tokens and their scales."""
+    if scores == "binary":
+        weights = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=x.device)
+        bits = ((x >= 0).view(*x.shape[:-1], -1, 8) * weights).sum(-1, dtype=torch.uint8)
+        return bits.view(torch.int8), x.float().abs().mean(-1)
+    if centred:
+        x = (x.float() - x.float().mean(2, keepdim=True)).to(x.dtype)
+    codes, scale = torch.ops.qcompile.quantize_rows(x.reshape(-1, x.shape[-1]), int(scores[3:]), chip.cpu)
+    return codes.view(x.shape), scale.view(x.shape[:-1])
+
+
+def _values(v: torch.Tensor, kind: str) -> list[torch.Tensor]:
+    if kind == "float16":
+        return [v.half().contiguous()]
+    scale = v.abs().amax(2).float() / 448
+    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+    codes = (v.float() / scale[:, :, None]).to(torch.float8_e4m3fn).view(torch.int8)
+    codes = torch.nn.functional.pad(codes, (0, 0, 0, -codes.shape[2] % 64))
+    order = torch.from_numpy(quantized_attention.key_order(codes.shape[2])).to(v.device)
+    return [codes[:, :, order].transpose(2, 3).contiguous(), scale]

@@ -24,11 +24,18 @@ def emit(kind: CudaAttention, name: str) -> Any:
     return builder.get()
 
 
-class _Kernel:
-    """Names of one kernel while it is written."""
+class AttentionLoop:
+    """The loop over tiles of keys. Kernels say how operands come into shared memory and become scores."""
 
-    def __init__(self, kind: CudaAttention) -> None:
-        self.k = kind
+    k: Any
+    value_depth: int
+    batch: Any
+    length: Any
+    keys: Any
+    out: Any
+    pitch: int
+    value_pitch: int
+    place: dict[str, int]
 
     def emit(self) -> None:
         k = self.k
@@ -40,27 +47,150 @@ class _Kernel:
         self.arena = e.shared(k.shared_bytes)
         self.lane, self.warp = e.let(self.tx % 32), e.let(self.tx // 32)
         self.first = e.let(self.block * QUERIES)
-        self.pitch, self.value_pitch = (2 * k.depth + 16) // 4, (2 * k.value_depth + 16) // 4  # words
-        self.place = {"q": 0, "k": QUERIES * self.pitch, "v": (QUERIES + KEYS) * self.pitch}
-        self.total = e.Registers((k.value_depth // 8, 4), "float32")
+        self._lay_out()
+        self.total = e.Registers((self.value_depth // 8, 4), "float32")
         self.peak, self.sum = e.Registers((2,), "float32"), e.Registers((2,), "float32")
-        for i in range(k.value_depth // 8):
+        for i in range(self.value_depth // 8):
             for c in range(4):
                 self.total[i, c] = T.float32(0)
         for a in range(2):
             self.peak[a], self.sum[a] = T.float32(LOWEST), T.float32(0)
-        self._clear_padding()
-        self._load("q", self.head, self.first, self.length, k.head_dim, self.pitch)
+        self._prepare()
         keys = T.min(self.keys, self.first + QUERIES) if k.causal else self.keys
         with T.serial((keys + (KEYS - 1)) // KEYS) as step:
             start = e.let(step * KEYS)
             T.evaluate(T.cuda.cta_sync())
-            kv_head = e.let(self.head // (k.heads // k.kv_heads))
-            self._load("k", kv_head, start, self.keys, k.head_dim, self.pitch)
-            self._load("v", kv_head, start, self.keys, k.value_dim, self.value_pitch)
+            self._load_tile(start)
             T.evaluate(T.cuda.cta_sync())
             self._step(start)
         self._store()
+
+    def _parameters(self) -> None:
+        raise NotImplementedError
+
+    def _lay_out(self) -> None:
+        """Places and pitches of operands in shared memory, words."""
+        raise NotImplementedError
+
+    def _prepare(self) -> None:
+        """What comes before the loop: queries into shared memory."""
+        raise NotImplementedError
+
+    def _load_tile(self, start: Any) -> None:
+        """Keys and values of a tile into shared memory."""
+        raise NotImplementedError
+
+    def _step(self, start: Any) -> None:
+        """A tile: scores, `_normalise`, product with the values."""
+        raise NotImplementedError
+
+    def _value_factor(self, column: Any) -> Any:
+        """What an output channel is multiplied with, or None."""
+        return None
+
+    def _products(self, scores: Any, steps: int, instruction: str) -> None:
+        """Queries of a warp by the keys of a tile, 32 bytes of a row at a time."""
+        q, b = e.Registers((4,), "uint32"), e.Registers((4,), "uint32")
+        row = self.lane % 8
+        for depth in range(steps):
+            # Matrices of q: rows 0..7 and 8..15, then the same eight columns on.
+            at = (self.warp * 16 + self.lane // 8 % 2 * 8 + row) * self.pitch + depth * 8 + self.lane // 16 * 4
+            e.read_matrices([q[c] for c in range(4)], self.arena.ptr_to([self.place["q"] + at]))
+            for n in range(KEYS // 16):
+                # Matrices of k: two halves of K of eight keys, then of the next eight.
+                at = (n * 16 + self.lane // 16 * 8 + row) * self.pitch + depth * 8 + self.lane // 8 % 2 * 4
+                e.read_matrices([b[c] for c in range(4)], self.arena.ptr_to([self.place["k"] + at]))
+                for h in range(2):
+                    sums = [scores[2 * n + h, c] for c in range(4)]
+                    e.ptx(instruction, *sums, *[q[c] for c in range(4)], b[2 * h], b[2 * h + 1], *sums)
+
+    def _normalise(self, scores: Any) -> None:
+        """Scores to powers relative to the running maximum of their row, which moves on."""
+        k = self.k
+        for a in range(2):
+            peak = e.Registers((1,), "float32")
+            peak[0] = self.peak[a]
+            for n in range(KEYS // 8):
+                for h in range(2):
+                    peak[0] = T.max(peak[0], scores[n, 2 * a + h])
+            peak[0] = T.cuda.warp_reduce(peak[0], "max", 4)
+            fade = e.Registers((1,), "float32")
+            e.ptx("ex2.approx.ftz.f32", fade[0], self.peak[a] - peak[0])
+            self.peak[a] = peak[0]
+            self.sum[a] = self.sum[a] * fade[0]
+            for i in range(self.value_depth // 8):
+                for h in range(2):
+                    self.total[i, 2 * a + h] = self.total[i, 2 * a + h] * fade[0]
+            for n in range(KEYS // 8):
+                for h in range(2):
+                    power = e.Registers((1,), "float32")
+                    e.ptx("ex2.approx.ftz.f32", power[0], scores[n, 2 * a + h] - peak[0])
+                    # Where all so far is masked, the maximum is LOWEST as well and the power would be 1.
+                    masked = scores[n, 2 * a + h] <= T.float32(LOWEST)
+                    scores[n, 2 * a + h] = T.Select(masked, T.float32(0), power[0])
+                    self.sum[a] = self.sum[a] + scores[n, 2 * a + h]
+
+    def _add_values(self, powers: Any) -> None:
+        k = self.k
+        p, v = e.Registers((4,), "uint32"), e.Registers((4,), "uint32")
+        for n in range(KEYS // 16):
+            for r in range(4):
+                half, a = r // 2, r % 2
+                p[r] = e.pair(powers[2 * n + half, 2 * a], powers[2 * n + half, 2 * a + 1], "float16")
+            for d in range(self.value_depth // 16):
+                # Matrices of v, transposed: keys 0..7 and 8..15 of eight columns, then of the next eight.
+                row = n * 16 + self.lane // 8 % 2 * 8 + self.lane % 8
+                at = self.place["v"] + row * self.value_pitch + d * 8 + self.lane // 16 * 4
+                e.ptx(
+                    "ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16",
+                    *[v[c] for c in range(4)],
+                    self.arena.ptr_to([at]),
+                )
+                for h in range(2):
+                    sums = [self.total[2 * d + h, c] for c in range(4)]
+                    e.ptx(MMA, *sums, *[p[c] for c in range(4)], v[2 * h], v[2 * h + 1], *sums)
+
+    def _store(self) -> None:
+        k = self.k
+        for a in range(2):
+            whole = T.cuda.warp_reduce(self.sum[a], "sum", 4)
+            share = e.let(T.float32(1) / T.max(whole, T.float32(1e-37)))
+            i = e.let(self.first + self.warp * 16 + self.lane // 4 + a * 8)
+            with T.If(i < self.length), T.Then():
+                for n in range(k.value_dim // 8):
+                    column = self.head * k.value_dim + n * 8 + self.lane % 4 * 2
+                    values = []
+                    for h in range(2):
+                        factor = self._value_factor(n * 8 + self.lane % 4 * 2 + h)
+                        values.append(self.total[n, 2 * a + h] * (share if factor is None else share * factor))
+                    at = self.out.ptr_to([self.batch_index, i, column])
+                    if k.out == "float32":
+                        e.ptx("st.global.v2.b32", at, *[T.reinterpret("uint32", v) for v in values])
+                    else:
+                        e.ptx("st.global.b32", at, e.pair(*values, k.out))
+
+
+class _Kernel(AttentionLoop):
+    """Names of one kernel while it is written."""
+
+    def __init__(self, kind: CudaAttention) -> None:
+        self.k = kind
+        self.value_depth = kind.value_depth
+
+    def _lay_out(self) -> None:
+        k = self.k
+        self.pitch, self.value_pitch = (2 * k.depth + 16) // 4, (2 * k.value_depth + 16) // 4
+        self.place = {"q": 0, "k": QUERIES * self.pitch, "v": (QUERIES + KEYS) * self.pitch}
+
+    def _prepare(self) -> None:
+        self._clear_padding()
+        self._load("q", self.head, self.first, self.length, self.k.head_dim, self.pitch)
+
+    def _load_tile(self, start: Any) -> None:
+        k = self.k
+        kv_head = e.let(self.head // (k.heads // k.kv_heads))
+        self._load("k", kv_head, start, self.keys, k.head_dim, self.pitch)
+        self._load("v", kv_head, start, self.keys, k.value_dim, self.value_pitch)
 
     def _parameters(self) -> None:
         k = self.k
@@ -146,19 +276,7 @@ class _Kernel:
         for n in range(KEYS // 8):
             for c in range(4):
                 scores[n, c] = T.float32(0)
-        q, b = e.Registers((4,), "uint32"), e.Registers((4,), "uint32")
-        row = self.lane % 8
-        for depth in range(k.depth // 16):
-            # Matrices of q: rows 0..7 and 8..15, then the same eight columns on.
-            at = (self.warp * 16 + self.lane // 8 % 2 * 8 + row) * self.pitch + depth * 8 + self.lane // 16 * 4
-            e.read_matrices([q[c] for c in range(4)], self.arena.ptr_to([self.place["q"] + at]))
-            for n in range(KEYS // 16):
-                # Matrices of k: two halves of K of eight keys, then of the next eight.
-                at = (n * 16 + self.lane // 16 * 8 + row) * self.pitch + depth * 8 + self.lane // 8 % 2 * 4
-                e.read_matrices([b[c] for c in range(4)], self.arena.ptr_to([self.place["k"] + at]))
-                for h in range(2):
-                    sums = [scores[2 * n + h, c] for c in range(4)]
-                    e.ptx(MMA, *sums, *[q[c] for c in range(4)], b[2 * h], b[2 * h + 1], *sums)
+        self._products(scores, k.depth // 16, MMA)
         self._mask_scores(scores, start)
         self._normalise(scores)
         self._add_values(scores)
@@ -187,65 +305,3 @@ class _Kernel:
                         else:
                             value[0] = value[0] + entry * T.float32(log2(2.718281828459045))
                 scores[n, c] = T.Select(allowed, T.max(value[0], T.float32(LOWEST)), T.float32(LOWEST))
-
-    def _normalise(self, scores: Any) -> None:
-        """Scores to powers relative to the running maximum of their row, which moves on."""
-        k = self.k
-        for a in range(2):
-            peak = e.Registers((1,), "float32")
-            peak[0] = self.peak[a]
-            for n in range(KEYS // 8):
-                for h in range(2):
-                    peak[0] = T.max(peak[0], scores[n, 2 * a + h])
-            peak[0] = T.cuda.warp_reduce(peak[0], "max", 4)
-            fade = e.Registers((1,), "float32")
-            e.ptx("ex2.approx.ftz.f32", fade[0], self.peak[a] - peak[0])
-            self.peak[a] = peak[0]
-            self.sum[a] = self.sum[a] * fade[0]
-            for i in range(k.value_depth // 8):
-                for h in range(2):
-                    self.total[i, 2 * a + h] = self.total[i, 2 * a + h] * fade[0]
-            for n in range(KEYS // 8):
-                for h in range(2):
-                    power = e.Registers((1,), "float32")
-                    e.ptx("ex2.approx.ftz.f32", power[0], scores[n, 2 * a + h] - peak[0])
-                    # Where all so far is masked, the maximum is LOWEST as well and the power would be 1.
-                    masked = scores[n, 2 * a + h] <= T.float32(LOWEST)
-                    scores[n, 2 * a + h] = T.Select(masked, T.float32(0), power[0])
-                    self.sum[a] = self.sum[a] + scores[n, 2 * a + h]
-
-    def _add_values(self, powers: Any) -> None:
-        k = self.k
-        p, v = e.Registers((4,), "uint32"), e.Registers((4,), "uint32")
-        for n in range(KEYS // 16):
-            for r in range(4):
-                half, a = r // 2, r % 2
-                p[r] = e.pair(powers[2 * n + half, 2 * a], powers[2 * n + half, 2 * a + 1], "float16")
-            for d in range(k.value_depth // 16):
-                # Matrices of v, transposed: keys 0..7 and 8..15 of eight columns, then of the next eight.
-                row = n * 16 + self.lane // 8 % 2 * 8 + self.lane % 8
-                at = self.place["v"] + row * self.value_pitch + d * 8 + self.lane // 16 * 4
-                e.ptx(
-                    "ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16",
-                    *[v[c] for c in range(4)],
-                    self.arena.ptr_to([at]),
-                )
-                for h in range(2):
-                    sums = [self.total[2 * d + h, c] for c in range(4)]
-                    e.ptx(MMA, *sums, *[p[c] for c in range(4)], v[2 * h], v[2 * h + 1], *sums)
-
-    def _store(self) -> None:
-        k = self.k
-        for a in range(2):
-            whole = T.cuda.warp_reduce(self.sum[a], "sum", 4)
-            share = e.let(T.float32(1) / T.max(whole, T.float32(1e-37)))
-            i = e.let(self.first + self.warp * 16 + self.lane // 4 + a * 8)
-            with T.If(i < self.length), T.Then():
-                for n in range(k.value_dim // 8):
-                    column = self.head * k.value_dim + n * 8 + self.lane % 4 * 2
-                    values = [self.total[n, 2 * a + h] * share for h in range(2)]
-                    at = self.out.ptr_to([self.batch_index, i, column])
-                    if k.out == "float32":
-                        e.ptx("st.global.v2.b32", at, *[T.reinterpret("uint32", v) for v in values])
-                    else:
-                        e.ptx("st.global.b32", at, e.pair(*values, k.out))

@@ -21,7 +21,7 @@ from typing import Any
 from qcompile.errors import TargetError
 from qcompile.targets.cuda import CudaTarget
 
-VERSION = 4
+VERSION = 5
 """Counted up whenever generated code changes for the same problem and config."""
 
 

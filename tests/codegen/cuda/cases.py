@@ -11,6 +11,7 @@ import torch
 from qcompile.codegen.kernels.cuda import tuned
 from qcompile.codegen.kernels.cuda.attention import CudaAttention
 from qcompile.codegen.kernels.cuda.cache import CudaCacheAttention
+from qcompile.codegen.kernels.cuda.quantized_attention import CudaQuantizedAttention
 from qcompile.codegen.kernels.cuda.rowwise import CudaRowwise
 from qcompile.kernels import ROWS as BUCKETS
 from qcompile.kernels import Plan, plan, quantizer
@@ -182,7 +183,7 @@ CASES = [
 
 def quantizers(arch: str) -> list[CudaRowwise]:
     """Row quantizers of the cases above and of `tuned_cases`."""
-    found = {}
+    found = {quantizer(128, bits, torch.float16): None for bits in (4, 8)}  # of queries and keys
     for case in [*CASES, *tuned_cases(arch), Case("int8", 256, 64, "int8")]:
         if case.activation not in ("none", "e4m3"):
             bits = int(case.activation.removeprefix("int"))
@@ -213,6 +214,25 @@ ATTENTION = {
     "square": CudaAttention(8, 4, 64, 64, 0.125, mask="bool", mask_axes=(True, False, True)),
 }
 """Attention kernels."""
+
+QUANTIZED_ATTENTION = {
+    "int8": CudaQuantizedAttention(8, 2, 128, 128, 0.0884, causal=True),
+    "int4": CudaQuantizedAttention(3, 3, 96, 64, 0.102, "int4"),
+    "e4m3": CudaQuantizedAttention(4, 2, 64, 96, 0.125, values="e4m3", causal=True),
+    "binary": CudaQuantizedAttention(4, 4, 128, 64, 0.0884, "binary"),
+    "binary64": CudaQuantizedAttention(6, 3, 64, 64, 0.125, "binary", "e4m3", out="float32"),
+    "wide": CudaQuantizedAttention(2, 1, 256, 128, 0.0625, "int8", "e4m3", out="bfloat16"),
+}
+"""Attention with quantized scores."""
+
+ATTENTION_CALLS = [("int8", "float16"), ("int8", "e4m3"), ("int4", "e4m3")]
+"""Scores and values `qcompile.kernels.attention` is called with, for 8 heads of 128 over 2."""
+
+
+def attention_calls() -> list[CudaQuantizedAttention]:
+    """The kernels of those calls."""
+    return [CudaQuantizedAttention(8, 2, 128, 128, 128**-0.5, s, v, True) for s, v in ATTENTION_CALLS]
+
 
 CACHES = {
     "int8": CudaCacheAttention(32, 8, 128, 8, 0.0884),

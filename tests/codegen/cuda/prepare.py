@@ -15,7 +15,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from qcompile.codegen.kernels.cuda import attention, build, cache, rowwise
+from qcompile.codegen.kernels.cuda import attention, build, cache, quantized_attention, rowwise
 from qcompile.kernels import quantizer_source
 from qcompile.targets.cuda import TARGETS
 
@@ -30,12 +30,15 @@ def load(name: str) -> Any:
 
 
 def prepare(index: int, arch: str, libraries: bool) -> str:
-    """One case; the last ones are the row kernels, attention, attention over caches, and the quantizers of the cases."""
+    """One case; the last ones are the row kernels, attention, attention over caches or
+    with quantized scores, and the quantizers of the cases."""
     cases, target = load("cases"), TARGETS[arch]
     rest = [
         lambda: rowwise.source(cases.ROWWISE, target),
         lambda: attention.source(cases.ATTENTION, target),
         lambda: cache.source(cases.CACHES, target),
+        lambda: quantized_attention.source(cases.QUANTIZED_ATTENTION, target),
+        *(lambda k=k: quantized_attention.source({"attention": k}, target) for k in cases.attention_calls()),
         *(lambda q=q: quantizer_source(q, target) for q in cases.quantizers(arch)),
     ]
     linears = [*cases.CASES, *cases.tuned_cases(arch)]
@@ -59,7 +62,9 @@ def main() -> None:
     args = [a for a in sys.argv[1:] if not a.startswith("-")]
     arch, libraries = args[0] if args else "sm_90a", "--libraries" in sys.argv
     cases = load("cases")
-    count = len(cases.CASES) + len(cases.tuned_cases(arch)) + len(cases.quantizers(arch)) + 3
+    count = (
+        len(cases.CASES) + len(cases.tuned_cases(arch)) + len(cases.quantizers(arch)) + 4 + len(cases.attention_calls())
+    )
     with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
         for name in pool.map(prepare, range(count), [arch] * count, [libraries] * count):
             print(name, flush=True)

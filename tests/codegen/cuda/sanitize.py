@@ -13,11 +13,12 @@ import numpy as np
 import torch
 
 sys.path.insert(0, __file__.rsplit("/", 1)[0])
-from cases import ATTENTION, CACHES, CASES, ROWWISE, Case
+from cases import ATTENTION, CACHES, CASES, QUANTIZED_ATTENTION, ROWWISE, Case
 
-from qcompile.codegen.kernels.cuda import attention, build, cache, rowwise
+from qcompile.codegen.kernels.cuda import attention, build, cache, quantized_attention, rowwise
 from qcompile.codegen.kernels.cuda.attention import CudaAttention
 from qcompile.codegen.kernels.cuda.cache import CudaCacheAttention
+from qcompile.codegen.kernels.cuda.quantized_attention import CudaQuantizedAttention
 from qcompile.codegen.kernels.cuda.rowwise import CudaRowwise
 from qcompile.formats import parse_format
 from qcompile.kernels import QuantizedLinear
@@ -68,6 +69,15 @@ def run_attention(name: str, kernel: CudaAttention, target: CudaTarget) -> None:
     function(*tensors, torch.empty(batch, length, width, device="cuda", dtype=getattr(torch, kernel.out)))
 
 
+def run_quantized_attention(name: str, kernel: CudaQuantizedAttention, target: CudaTarget) -> None:
+    library = build.compile_library(quantized_attention.source(QUANTIZED_ATTENTION, target), target)
+    shapes = [(kernel.heads, kernel.head_dim), (kernel.kv_heads, kernel.head_dim), (kernel.kv_heads, kernel.value_dim)]
+    q, k, v = (np.random.default_rng(0).standard_normal((2, h, 70, d)) for h, d in shapes)
+    packed = [torch.from_numpy(np.ascontiguousarray(a)).cuda() for a in kernel.encode(q, k, v)]
+    y = torch.empty(2, 70, kernel.heads * kernel.value_dim, device="cuda", dtype=getattr(torch, kernel.out))
+    build.load(library)[name](*packed, y)
+
+
 def run_cache(name: str, kernel: CudaCacheAttention, target: CudaTarget) -> None:
     module = build.load(build.compile_library(cache.source(CACHES, target), target))
     k, v = np.random.default_rng(0).standard_normal((2, 2, kernel.kv_heads, 256, kernel.head_dim))
@@ -86,6 +96,8 @@ def main() -> None:
     if kind != "barriers":
         work += [lambda n=n, k=k: run_rowwise(n, k, target) for n, k in ROWWISE.items()]
         work += [lambda n=n, k=k: run_attention(n, k, target) for n, k in ATTENTION.items()]
+        quantized = QUANTIZED_ATTENTION.items()
+        work += [lambda n=n, k=k: run_quantized_attention(n, k, target) for n, k in quantized]
         work += [lambda n=n, k=k: run_cache(n, k, target) for n, k in CACHES.items()]
     mine = work[part::parts]
     for run in mine:

@@ -76,7 +76,7 @@ class Contender:
         kernel = tvm.compile(family.build(problem, config, target, "gemm"), target=target.tvm())["gemm"]
         packed = family.pack(problem, config, random_weight(problem))
         self.size = sum(array.nbytes for array in packed.values())
-        self.copies = copies or max(2, -(-bytes_wanted // self.size))
+        self.copies = copies or -(-bytes_wanted // self.size)
         weights = [[tvm.runtime.tensor(a) for a in packed.values()] for _ in range(self.copies)]
         rng = np.random.default_rng(1)
         rows = tvm.runtime.tensor(rng.normal(size=(m, problem.k)).astype(np.float32))
@@ -188,6 +188,8 @@ def text(row: dict) -> str:
 def markdown(rows: list[dict]) -> str:
     """One table for each format of weights, number of threads and source: microseconds, and multiples of ours."""
     lines: list[str] = []
+    order = {shape: i for i, shape in enumerate(SHAPES)}
+    rows = sorted(rows, key=lambda r: (order.get(f"{r['k']}x{r['n']}", len(order)), r["rows"]))
     for weights, threads, where in sorted({(r["weights"], r["threads"], r["where"]) for r in rows}):
         here = [r for r in rows if (r["weights"], r["threads"], r["where"]) == (weights, threads, where)]
         names = list(dict.fromkeys(name for r in here for name in [*r["us"], *r["missing"]]))[2:]

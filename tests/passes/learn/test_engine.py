@@ -108,6 +108,37 @@ def test_function_of_a_decoder_is_preserved(name):
     assert error <= 1e-10
 
 
+@pytest.mark.parametrize(
+    ("ask", "freedoms", "mixings", "shifts"),
+    [
+        (SpinQuant(), {"Rotation"}, {"FixedHadamard"}, False),
+        (SpinQuant(online=False), {"Rotation"}, set(), False),
+        (OSTQuant(), {"Rotation", "Scales"}, {"FixedHadamard"}, False),
+        (FlatQuant(), {"Linear", "Scales"}, {"LearnedKronecker"}, False),
+        (FlatQuant(heads=False), {"Scales"}, {"LearnedKronecker"}, False),
+        (AffineQuant(), {"Dominant", "Scales"}, set(), False),
+        (OmniQuant(), {"Scales"}, set(), True),
+        (OmniQuant(shift=False), {"Scales"}, set(), False),
+    ],
+    ids=lambda v: v.name if hasattr(v, "name") else "",
+)
+def test_a_method_learns_what_its_paper_says(ask, freedoms, mixings, shifts):
+    """On a decoder with LayerNorms and biases, which has room for all of it."""
+    from qcompile.passes.asks import Centre, Context, apply_asks
+
+    case = exact.Case.of("opt", recognised=True)
+    model, _ = apply_asks(None, case.spaces, [Centre()], case.data)
+    case = exact.Case(model, case.feeds)
+    program = networks.program(ask, Context(case.spaces, case.data))
+    assert {type(f).__name__ for f in program.freedoms} == freedoms
+    assert {type(m).__name__ for m in program.mixings.values()} == mixings
+    assert bool(program.shifts) == shifts
+    if "LearnedKronecker" in mixings:
+        assert program.mixings.keys() == {s.activation for s in program.sites.values()}
+    if "Rotation" in freedoms:
+        assert sum(type(f).__name__ == "Rotation" for f in program.freedoms) == 3, "stream, values of two layers"
+
+
 def test_elements_stay_in_their_groups():
     """Parameters learned in float32 and never exact: what is folded is in the group to 1e-12."""
     model = networks.residual()

@@ -1,0 +1,59 @@
+"""Every transform, named in a recipe file, goes to the end: the compiled program agrees with the float model."""
+
+import logging
+
+import miniatures
+import numpy as np
+import pytest
+
+import qcompile
+from qcompile.passes.asks import registered_asks
+from qcompile.passes.learn import Learned
+from qcompile.passes.spaces.prove import random_inputs
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+logging.getLogger("onnx_ir").setLevel(logging.CRITICAL)
+
+STACKS = {
+    "llama": [
+        '{ name = "pair-scale", share = 0.4 }',
+        '{ name = "awq", grid = 3 }',
+        '{ name = "split-channels", threshold = 1.2, extra = 0.5 }',
+        '{ name = "permute", order = "zigzag", block = 8 }',
+        '"rotate"',
+        '{ name = "rotate-online", pad = true, signs = true }',
+        '"clip"',
+    ],
+    "qwen3": ['{ name = "column-scale", power_of_two = true }', '"promote-silu"', '"smooth"', '"rotate-keys"'],
+    "opt": ['"centre"', '"move-bias"', '"symmetrize"', '{ name = "rotate", kind = "klt" }'],
+    "vit": ['"reparametrize"', '{ name = "noise", bits = 6 }'],
+    "mobilenet_v2": ['"promote-clip"', '"equalize"'],
+}
+
+
+def test_the_stacks_name_every_transform_that_is_not_learned():
+    named = {name for name, cls in registered_asks().items() if not issubclass(cls, Learned) and ":" not in name}
+    written = " ".join(step for steps in STACKS.values() for step in steps)
+    assert not [name for name in named if f'"{name}"' not in written]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(STACKS))
+def test_a_stack_of_a_recipe_file_reaches_the_program(tmp_path, name):
+    file = tmp_path / "stack.toml"
+    file.write_text('base = "w8a8-rtn"\ntransforms = [\n' + ",\n".join(STACKS[name]) + "\n]\n")
+    model = miniatures.model(name)
+    types = {v.name: v.dtype.numpy() for v in model.graph.inputs}
+    compiled = qcompile.compile(
+        model,
+        recipe=str(file),
+        calibration=[
+            {k: x.astype(types[k]) for k, x in random_inputs(model, np.random.default_rng(i)).items()} for i in range(3)
+        ],
+        output=tmp_path / "out",
+        progress=False,
+    )
+    assert len(compiled.report.transforms) == len(STACKS[name])
+    assert compiled.report.proof["transforms"] < 1e-4
+    assert compiled.report.quality["program_to_onnx_error"] < 0.02
+    assert compiled.report.quality["program_to_float_error"] < 0.2

@@ -18,26 +18,23 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 from tvm.script import tirx as T
 from tvm.tirx.script.builder import ir as B
 
 from qcompile.codegen.kernels.arm.lut_sums import COLUMNS, Emission, Kept, StepPanels, Sums, Totals
 from qcompile.codegen.kernels.arm.lut_tables import STEP, STEP_BYTES, TableBuffers, bytes_of, look_up
 from qcompile.codegen.kernels.arm.products import BYTES, LANES
-from qcompile.codegen.kernels.base import LinearKernel, LinearProblem, StoredCodes, Support
+from qcompile.codegen.kernels.base import LinearProblem, Support
 from qcompile.codegen.kernels.cpu import vector as v
 from qcompile.codegen.kernels.cpu import vmath
-from qcompile.codegen.kernels.cpu.gemm import BANDWIDTH, CLOCK, ON_STACK, Register, finish, opaque, tail_params
-from qcompile.codegen.kernels.cpu.lut import PlaneSum, group_scales
+from qcompile.codegen.kernels.cpu.gemm import BANDWIDTH, CLOCK, ON_STACK, Register, finish, opaque
+from qcompile.codegen.kernels.cpu.look_up import LookUpGemm, over_tiles
 from qcompile.codegen.kernels.cpu.superblocks import (
     NESTED,
-    pack_super_blocks,
     planes_of,
-    super_block_params,
     super_place,
 )
-from qcompile.formats import Quantized, SuperBlock
+from qcompile.formats import SuperBlock
 from qcompile.targets.target import Target
 
 CACHE = 256 << 10
@@ -53,7 +50,7 @@ PER_CYCLE = 2.8
 """Instructions per cycle that `cost` assumes; the other families' rates stand for about as many."""
 
 
-class TableLookupGemm(LinearKernel):
+class TableLookupGemm(LookUpGemm):
     """TBL on pairs of tables.
 
     Config: ``columns`` of a panel, ``rows`` of a tile, ``block_rows`` whose tables are built together, ``scales``
@@ -61,7 +58,6 @@ class TableLookupGemm(LinearKernel):
     """
 
     name = "arm-tbl"
-    stores_codes = True
 
     def supports(self, problem: LinearProblem, target: Target) -> Support:
         if target.kind != "arm":
@@ -81,59 +77,13 @@ class TableLookupGemm(LinearKernel):
 
     def panels(self, problem: LinearProblem, config: dict[str, Any]) -> StepPanels:
         """Geometry of the packed weights."""
-        planes = planes_of(problem.weight)
-        assert planes is not None
+        planes = self.planes(problem)
         return StepPanels(problem.k, problem.n, planes, config["columns"], adjacent=False)
-
-    @staticmethod
-    def grouped(planes: PlaneSum) -> bool:
-        """Whether groups are added up in float32; otherwise all of K in int32."""
-        return bool(planes.group) or not planes.uniform or planes.offset != "constant"
-
-    def stored(self, problem: LinearProblem, config: dict[str, Any]) -> StoredCodes:
-        panels = self.panels(problem, config)
-        bias = panels.planes.bias if panels.planes.offset == "constant" else 0
-        return StoredCodes(panels.layout, panels.source(), panels.planes.group, bias=bias)
-
-    # Packing
-
-    def pack(self, problem: LinearProblem, config: dict[str, Any], weight: Quantized) -> dict[str, np.ndarray]:
-        panels = self.panels(problem, config)
-        packed = {"weight": panels.pack_codes(weight)}
-        if not self.grouped(panels.planes):
-            return {**packed, "scale": panels.columns(weight.scale[0].astype(np.float32))}
-        if isinstance(problem.weight, SuperBlock):
-            return {**packed, **pack_super_blocks(panels, problem.weight.parts(weight))}
-        scale, column = group_scales(problem.weight, weight, config["scales"])
-        packed["group_scale"] = panels.by_panel(scale[0] if panels.planes.uniform else scale)
-        if panels.planes.offset == "zero":
-            assert weight.zero_point is not None
-            packed["zero"] = panels.by_panel(weight.zero_point.astype(np.uint8))
-        if panels.planes.offset == "free":
-            packed["offset"] = panels.by_panel((weight.aux["offset"] / column).astype(config["scales"]))
-        return {**packed, "scale": panels.columns(column)}
-
-    def params(self, problem: LinearProblem, config: dict[str, Any], panels: StepPanels) -> list[v.Param]:
-        """The parameters of the PrimFunc in the order of `LinearKernel`."""
-        groups = (panels.count, panels.groups)
-        planes = () if panels.planes.uniform else (panels.planes.bits,)
-        params = [v.Param("x", ("m", problem.k), "uint8"), v.Param("x_scale", ("m",))]
-        params.append(v.Param("weight", (panels.count, panels.pairs, panels.pair_bytes), "uint8"))
-        if isinstance(problem.weight, SuperBlock):
-            params += super_block_params(panels)
-        elif self.grouped(panels.planes):
-            params.append(v.Param("group_scale", (*groups, *planes, panels.width), config["scales"]))
-            if panels.planes.offset == "zero":
-                params.append(v.Param("zero", (*groups, panels.width), "uint8"))
-            if panels.planes.offset == "free":
-                params.append(v.Param("offset", (*groups, panels.width), config["scales"]))
-        return [*params, *tail_params(problem, panels.count * panels.width)]
 
     # Configs and cost
 
     def configs(self, problem: LinearProblem, target: Target) -> list[dict[str, Any]]:
-        planes = planes_of(problem.weight)
-        assert planes is not None
+        planes = self.planes(problem)
         tiles = [(64, 1), (32, 1), (64, 2), (32, 2), (16, 2)]
         if planes.bits > 2:
             tiles = [(32, 1), (16, 2), (64, 1), (32, 2)]
@@ -141,12 +91,9 @@ class TableLookupGemm(LinearKernel):
         order = sorted(tiles, key=lambda t: (padded[t[0]] > 1.1 * min(padded.values()), tiles.index(t)))
         table = -(-problem.k // STEP) * STEP_BYTES
         block = max(2, min(16, CACHE // table // 2 * 2))
-        kinds = ("float16", "float32") if self.grouped(planes) else ("float32",)
-        if isinstance(problem.weight, SuperBlock):
-            kinds = ("float16",)
         return [
             {"columns": columns, "rows": rows, "block_rows": block, "scales": kind}
-            for kind in kinds
+            for kind in self.scale_kinds(problem)
             for columns, rows in order
         ]
 
@@ -188,16 +135,12 @@ class TableLookupGemm(LinearKernel):
                     for register in nibbles:
                         register.set(bytes_of([0, 16] * COLUMNS))
                     e = Emission(problem, panels, names, m, buffers, tile, nibbles)
-                    tiles = v.let(T.truncdiv(here + (high - 1), high))
-                    height = v.let(T.truncdiv(here, tiles))
-                    taller = v.let(here - height * tiles)
-                    with T.serial(tiles) as t:
-                        first = opaque(t * height + T.min(t, taller))
-                        rows = opaque(height + T.cast(t < taller, "int32"))
-                        for count in range(high, 0, -1):
-                            with T.If(rows == count), T.Then():
-                                self.micro(e, panel, first, count)
-                        finish(problem, names, tile, panels, LANES, panel, start + first, rows)
+                    over_tiles(
+                        here,
+                        high,
+                        lambda first, rows: self.micro(e, panel, first, rows),
+                        lambda first, rows: finish(problem, names, tile, panels, LANES, panel, start + first, rows),
+                    )
         return builder.get()
 
     def micro(self, e: Emission, panel: Any, first: Any, rows: int) -> None:

@@ -21,25 +21,22 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 from tvm.script import tirx as T
 from tvm.tirx.script.builder import ir as B
 
-from qcompile.codegen.kernels.base import LinearKernel, LinearProblem, StoredCodes, Support
+from qcompile.codegen.kernels.base import LinearProblem, Support
 from qcompile.codegen.kernels.cpu import vector as v
 from qcompile.codegen.kernels.cpu import vmath
-from qcompile.codegen.kernels.cpu.gemm import BANDWIDTH, CLOCK, ON_STACK, Register, finish, opaque, tail_params
-from qcompile.codegen.kernels.cpu.lut import PAIR, PlanePanels, PlaneSum, group_scales
+from qcompile.codegen.kernels.cpu.gemm import BANDWIDTH, CLOCK, ON_STACK, Register, finish, opaque
+from qcompile.codegen.kernels.cpu.look_up import LookUpGemm, over_tiles
+from qcompile.codegen.kernels.cpu.lut import PAIR, PlanePanels
 from qcompile.codegen.kernels.cpu.superblocks import (
     NESTED,
-    pack_super_blocks,
     planes_of,
-    super_block_params,
     super_place,
 )
 from qcompile.codegen.kernels.x86.instructions import MADDUBS, MADDWD, PSHUFB, prefetch
 from qcompile.codegen.kernels.x86.lut_tables import BYTES, TableBuffers
-from qcompile.formats import Quantized, SuperBlock
 from qcompile.targets.target import Target
 
 CACHE = 256 << 10
@@ -106,7 +103,7 @@ class LutEmission:
         return T.bitwise_and(group, self.tables.begin[0, 0])
 
 
-class LutGemm(LinearKernel):
+class LutGemm(LookUpGemm):
     """``vpshufb`` on 256- or 512-bit registers.
 
     Config: ``bytes`` of a register, ``columns`` of a panel in registers of int32 lanes, ``rows`` of a tile, ``block_rows``
@@ -114,7 +111,6 @@ class LutGemm(LinearKernel):
     """
 
     name = "x86-lut"
-    stores_codes = True
 
     def supports(self, problem: LinearProblem, target: Target) -> Support:
         if target.kind != "x86":
@@ -134,23 +130,12 @@ class LutGemm(LinearKernel):
 
     # Geometry
 
-    def planes(self, problem: LinearProblem) -> PlaneSum:
-        """The planes of the weight format."""
-        planes = planes_of(problem.weight)
-        assert planes is not None
-        return planes
-
     def panels(self, problem: LinearProblem, config: dict[str, Any]) -> PlanePanels:
         """Geometry of the packed weights."""
         planes = self.planes(problem)
         adjacent = planes.uniform and planes.bits in (2, 4)
         turns = 0 if adjacent else config["bytes"]
         return PlanePanels(problem.k, problem.n, planes, config["columns"], adjacent, turns)
-
-    def grouped(self, panels: PlanePanels) -> bool:
-        """Whether groups are added up in float32; otherwise all of K in int32."""
-        planes = panels.planes
-        return bool(planes.group) or not planes.uniform or planes.offset != "constant"
 
     def pairs_per_chunk(self, problem: LinearProblem, panels: PlanePanels) -> int:
         """Pairs whose sums fit in 16 bits, signed where multiply-add reads them again."""
@@ -165,45 +150,6 @@ class LutGemm(LinearKernel):
         weight = max(planes.centre, 3 - planes.centre) if panels.adjacent else 1
         return panels.pairs_per_group * PAIR * _largest(problem) * weight <= 32767
 
-    # Packing
-
-    def pack(self, problem: LinearProblem, config: dict[str, Any], weight: Quantized) -> dict[str, np.ndarray]:
-        panels = self.panels(problem, config)
-        packed = {"weight": panels.pack_codes(weight)}
-        if not self.grouped(panels):
-            return {**packed, "scale": panels.columns(weight.scale[0].astype(np.float32))}
-        if isinstance(problem.weight, SuperBlock):
-            return {**packed, **pack_super_blocks(panels, problem.weight.parts(weight))}
-        scale, column = group_scales(problem.weight, weight, config["scales"])
-        packed["group_scale"] = panels.by_panel(scale[0] if panels.planes.uniform else scale)
-        if panels.planes.offset == "zero":
-            assert weight.zero_point is not None
-            packed["zero"] = panels.by_panel(weight.zero_point.astype(np.uint8))
-        if panels.planes.offset == "free":
-            packed["offset"] = panels.by_panel((weight.aux["offset"] / column).astype(config["scales"]))
-        return {**packed, "scale": panels.columns(column)}
-
-    def stored(self, problem: LinearProblem, config: dict[str, Any]) -> StoredCodes:
-        panels = self.panels(problem, config)
-        bias = panels.planes.bias if panels.planes.offset == "constant" else 0
-        return StoredCodes(panels.layout, panels.source(), panels.planes.group, bias=bias)
-
-    def params(self, problem: LinearProblem, config: dict[str, Any], panels: PlanePanels) -> list[v.Param]:
-        """The parameters of the PrimFunc in the order of `LinearKernel`."""
-        groups = (panels.count, panels.groups)
-        planes = () if panels.planes.uniform else (panels.planes.bits,)
-        params = [v.Param("x", ("m", problem.k), "uint8"), v.Param("x_scale", ("m",))]
-        params.append(v.Param("weight", (panels.count, panels.pairs, panels.pair_bytes), "uint8"))
-        if isinstance(problem.weight, SuperBlock):
-            params += super_block_params(panels)
-        elif self.grouped(panels):
-            params.append(v.Param("group_scale", (*groups, *planes, panels.width), config["scales"]))
-            if panels.planes.offset == "zero":
-                params.append(v.Param("zero", (*groups, panels.width), "uint8"))
-            if panels.planes.offset == "free":
-                params.append(v.Param("offset", (*groups, panels.width), config["scales"]))
-        return [*params, *tail_params(problem, panels.count * panels.width)]
-
     # Configs and cost
 
     def configs(self, problem: LinearProblem, target: Target) -> list[dict[str, Any]]:
@@ -216,13 +162,9 @@ class LutGemm(LinearKernel):
         order = sorted(widths, key=lambda w: (padded[w] > 1.1 * min(padded.values()), abs(w - likely), w))
         table = -(-problem.k // PAIR) * BYTES
         block = max(4, min(16, CACHE // table // 4 * 4))
-        grouped = self.grouped(self.panels(problem, {"columns": 64, "bytes": size}))
-        kinds = ("float16", "float32") if grouped else ("float32",)
-        if isinstance(problem.weight, SuperBlock):
-            kinds = ("float16",)
         return [
             {"bytes": size, "columns": width, "rows": rows, "block_rows": block, "prefetch": ahead, "scales": kind}
-            for kind in kinds
+            for kind in self.scale_kinds(problem)
             for width in order
             for ahead in (2048, 1024, 4096, 0)
             for rows in (4, 2)
@@ -265,21 +207,17 @@ class LutGemm(LinearKernel):
                 with T.serial(here) if problem.threads == 1 else T.parallel(here) as row:
                     buffers.build(names["x"], start + row, row)
                 with T.serial(panels.count) if problem.threads == 1 else T.parallel(panels.count) as panel:
-                    dtype = "float32" if self.grouped(panels) else "int32"
+                    dtype = "float32" if self.grouped(panels.planes) else "int32"
                     tile = B.alloc_buffer((high, panels.width), dtype, annotations=ON_STACK)
                     e = LutEmission(problem, panels, config, names, m, buffers, tile, self.signed(problem, panels))
                     if buffers.chunks_per_group > 1 and dtype == "float32":
                         e.kept = B.alloc_buffer((high, e.stored_planes, panels.width), "int32", annotations=ON_STACK)
-                    tiles = v.let(T.truncdiv(here + (high - 1), high))
-                    height = v.let(T.truncdiv(here, tiles))
-                    taller = v.let(here - height * tiles)
-                    with T.serial(tiles) as t:
-                        first = opaque(t * height + T.min(t, taller))
-                        rows = opaque(height + T.cast(t < taller, "int32"))
-                        for count in range(high, 0, -1):
-                            with T.If(rows == count), T.Then():
-                                self.micro(e, panel, first, count)
-                        finish(problem, names, tile, panels, LANES, panel, start + first, rows)
+                    over_tiles(
+                        here,
+                        high,
+                        lambda first, rows: self.micro(e, panel, first, rows),
+                        lambda first, rows: finish(problem, names, tile, panels, LANES, panel, start + first, rows),
+                    )
         return builder.get()
 
     def micro(self, e: LutEmission, panel: Any, first: Any, rows: int) -> None:

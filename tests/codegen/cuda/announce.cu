@@ -10,8 +10,9 @@
 //     stores     ordinary stores, mbarrier.arrive by every writer; `empty` by every reader
 //     waited     cp.async, wait_all, then as `stores`
 //     spoken     as `waited`, but one lane of a warp speaks for the others after __syncwarp on `empty`
-//     announced  cp.async, cp.async.mbarrier.arrive.noinc; `empty` as `spoken`: what the kernels do. PTX ISA: the arrive is
-//                triggered when all prior cp.async of the thread have completed
+//     told       cp.async, cp.async.mbarrier.arrive.noinc; `empty` as `stores`. PTX ISA: the arrive is triggered when all
+//                prior cp.async of the thread have completed
+//     announced  as `told`, `empty` as `spoken`: what the kernels do
 //     unwaited   as `waited` without waiting for `empty`: a race
 #include <cstdint>
 #include <cstdio>
@@ -19,8 +20,8 @@
 #include <cuda_runtime.h>
 
 constexpr int kThreads = 256, kSlots = 3, kStages = 24;
-enum Mode { groups, stores, waited, spoken, announced, unwaited };
-const char* const kNames[] = {"groups", "stores", "waited", "spoken", "announced", "unwaited"};
+enum Mode { groups, stores, waited, spoken, told, announced, unwaited };
+const char* const kNames[] = {"groups", "stores", "waited", "spoken", "told", "announced", "unwaited"};
 
 __device__ uint32_t address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
 
@@ -48,7 +49,7 @@ __device__ void put(uint4* slot, const uint4* source, uint64_t* full) {
   }
   if (M == groups) {
     asm volatile("cp.async.commit_group;" ::: "memory");
-  } else if (M == announced) {
+  } else if (M == announced || M == told) {
     asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(address(full)) : "memory");
   } else {
     if (M != stores) asm volatile("cp.async.wait_all;" ::: "memory");
@@ -93,12 +94,12 @@ __global__ void ring(const uint4* source, uint32_t* sums) {
 }
 
 int main(int argc, char** argv) {
-  void (*const kernels[])(const uint4*, uint32_t*) = {ring<groups>, ring<stores>,    ring<waited>,
-                                                      ring<spoken>, ring<announced>, ring<unwaited>};
+  void (*const kernels[])(const uint4*, uint32_t*) = {ring<groups>, ring<stores>,    ring<waited>,  ring<spoken>,
+                                                      ring<told>,   ring<announced>, ring<unwaited>};
   int mode = -1;
-  for (int i = 0; i < 6; ++i)
+  for (int i = 0; i < 7; ++i)
     if (argc > 1 && !std::strcmp(argv[1], kNames[i])) mode = i;
-  if (mode < 0) return std::fprintf(stderr, "usage: announce groups|stores|waited|spoken|announced|unwaited\n"), 2;
+  if (mode < 0) return std::fprintf(stderr, "usage: announce groups|stores|waited|spoken|told|announced|unwaited\n"), 2;
   static uint4 host[kStages * kThreads];
   static uint32_t sums[kThreads];
   uint32_t state = 1;

@@ -30,6 +30,7 @@ def windows(directory: Path, count: int, length: int, text: str = "eval.txt") ->
     """``(count, length)`` token ids: windows of the concatenated documents, spread evenly."""
     tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
     start = tokenizer.token_to_id("<s>")
+    assert start is not None, "the tokenizer has no <s>"
     stream: list[int] = []
     for document in (directory / text).read_text(encoding="utf-8").split("\0"):
         if document.strip():

@@ -1,6 +1,6 @@
 """Outliers planted into a decoder without changing its function, and whether transforms undo them.
 
-    python benchmarks/planted_outliers.py MODEL_DIRECTORY [--share 0.01] [--json]
+    python benchmarks/planted_outliers.py MODEL_DIRECTORY [--share 0.01] [--device cuda] [--json]
 
 One percent of the channels of the residual stream, the same everywhere, are multiplied by 50 to 200 in what every norm
 hands to its linear layers: the engine folds the factors into gammas and into the weights that read them. Then the model
@@ -64,9 +64,13 @@ class Plant(Ask):
 @click.option("--share", default=0.01, help="Of the channels.")
 @click.option("--windows", "count", default=48)
 @click.option("--samples", default=32, help="Calibration windows.")
+@click.option("--model", type=click.Path(exists=True, path_type=Path), help="Captured and recognised ONNX file.")
+@click.option("--device", default="cpu")
 @click.option("--json", "as_json", is_flag=True)
-def main(directory: Path, share: float, count: int, samples: int, as_json: bool) -> None:
-    study = Study(directory, None, count, samples, "cpu")
+def main(
+    directory: Path, share: float, count: int, samples: int, model: Path | None, device: str, as_json: bool
+) -> None:
+    study = Study(directory, model, count, samples, device)
     study.learning = study.feeds
     clean = study.model
     folded, report = apply_asks(clean, analyse(clean), [Plant(share)])
@@ -79,8 +83,7 @@ def main(directory: Path, share: float, count: int, samples: int, as_json: bool)
             chosen = Recipe(
                 name, weight=weight, activation=activation, embedding_bits=0, transforms=steps, overrides=HEAD
             )
-            for state, model in (("left alone", clean), ("planted", planted)):
-                study.model = model
+            for state, study.model in (("left alone", clean), ("planted", planted)):
                 value = study.perplexity(study.quantized(study.transformed(chosen), chosen))
                 rows.setdefault(name, {})[f"{kind} {state}"] = value
                 print(f"{kind} {name}, {state}: {value:.4f}", file=sys.stderr, flush=True)

@@ -1,6 +1,6 @@
 """Hardware beside that of other generators: look-up tables, flip-flops, clock, and equal numbers.
 
-    python benchmarks/fpga.py matrix jet folded fmax estimate numerics [--peers PYTHON]
+    python benchmarks/fpga.py matrix jet simulated folded fmax estimate numerics [--peers PYTHON]
 
 All Verilog goes through one Yosys with the same options. Peers are run by ``--peers``, a Python that has da4ml and hls4ml (with
 torch); rows that need one say so where it is missing. Prints a table per row. FINN's figure is its formula for look-up
@@ -24,7 +24,7 @@ from qcompile.codegen.fixed.nodes import MatVec
 from qcompile.codegen.fixed.program import Program
 from qcompile.codegen.fixed.rounding import with_rounding
 from qcompile.codegen.fixed.stream import Stream
-from qcompile.codegen.verilog import area, hardware, synthesize, tools, top
+from qcompile.codegen.verilog import area, hardware, simulate, synthesize, tools, top
 from qcompile.formats.fixed import IntType, Requantize
 from qcompile.targets.fpga import TARGETS
 
@@ -134,6 +134,25 @@ def beside_da4ml(title: str, make: Callable[[], tuple[dict[str, np.ndarray], lis
         row("ratio", "", ours.luts / theirs.luts, ours.flipflops / theirs.flipflops, total, "")
 
 
+def simulated() -> None:
+    """The Verilog of both pipelines, in Verilator, beside numpy."""
+    print(
+        "\nVerilog in Verilator, 2,000 vectors\n\n| | random stalls | values that differ | cycles |\n|---|---|---|---|"
+    )
+    for title, make in (("64x32 matrix", matrix_layers), ("jet network", jet_layers)):
+        arrays, nodes = make()
+        frames = {"x": arrays["x"][:, None]}
+        last = nodes[-1].name
+        expected = program(nodes).reference(frames)[last].ravel()
+        with tempfile.TemporaryDirectory() as temporary:
+            files, netlist = write(nodes, Path(temporary))
+            simulator = simulate.build(Path(temporary), "dut", files, netlist.inputs, netlist.outputs)
+            for stalls in (0, 1):
+                results, traffic = simulator.run(frames, stalls)
+                moved = traffic[last].last - traffic["x"].first + 1
+                row(title, "yes" if stalls else "no", int((results[last] != expected).sum()), moved)
+
+
 # The folded unit.
 
 
@@ -230,6 +249,7 @@ if __name__ == "__main__":
     rows = {
         "matrix": lambda a: beside_da4ml("64x32 W4A8, a vector per cycle, xc7", matrix_layers, a.peers),
         "jet": lambda a: beside_da4ml("Jet network 16-64-32-32-5, W4A8, xc7", jet_layers, a.peers),
+        "simulated": lambda a: simulated(),
         "folded": lambda a: folded(),
         "fmax": lambda a: fmax(),
         "estimate": lambda a: estimate(),

@@ -169,8 +169,6 @@ def mac_array(p: Mapping[str, int], family: Family) -> Area:
         accumulator += p["A_BITS"]
     elif p["STYLE"] == 0:  # the adders of DSP blocks take the first level of the tree, and one more
         accumulator = -(simd // 2) * p["P_BITS"]
-    elif simd == 1:
-        accumulator = 0
     return total + Area(pe * (tree.luts + accumulator), pe * (tree.flipflops + p["A_BITS"])) + _scale_array(p, family)
 
 

@@ -42,6 +42,9 @@ MAGIC = 1.5 * 2.0**23
 ITEMS_PER_THREAD = 4
 """Items each thread should get at least, where the rows alone do not make as many."""
 
+TAIL_VECTORS = 2
+"""Registers the tail of a tile handles together: constants of polynomials are loaded once for all of them."""
+
 ON_STACK = {"disable_lower_builtin": True}
 """Annotation of a buffer that lives on the stack whatever its size."""
 
@@ -406,11 +409,12 @@ def _finish(
     columns: int,
 ) -> None:
     epilogue = problem.epilogue
+    wide = TAIL_VECTORS * lanes
     with T.serial(rows) as row:
         at = v.let(first + row)
         factor = v.let(names["x_scale"][at]) if problem.activation.bits else None
-        for column in range(0, columns, lanes):
-            here = min(lanes, columns - column)
+        for column in range(0, columns, wide):
+            here = min(wide, columns - column)
             n = start + column
             value = v.let(v.load(tile, [row, column], here))
             if str(tile.dtype) != "float32":

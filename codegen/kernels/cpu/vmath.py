@@ -155,14 +155,16 @@ def relu(x: Expr) -> Expr:
 
 
 def gelu(x: Expr) -> Expr:
-    """``x (1 + erf(x / sqrt 2)) / 2``."""
+    """``x (1 + erf(x / sqrt 2)) / 2``, as ``x / 2 + x^2 p(x^2)`` with the polynomial of `erf`."""
     n = lanes_of(x)
+    coefficients = [c * math.sqrt(0.125) for c in _ERF]
 
-    def body(x: Expr) -> Expr:
-        half = x * const(0.5, n)
-        return _let(half, lambda h: fma(h, erf(x * const(math.sqrt(0.5), n)), h))
+    def body(x: Expr, square: Expr) -> Expr:
+        centred = fma(square, const(1 / _ERF_ONE**2, n), const(-1.0, n))
+        inside = _let(centred, lambda s: fma(square, polynomial(s, coefficients), x * const(0.5, n)))
+        return tirx.Select(square > const(2 * _ERF_ONE**2, n), relu(x), inside)
 
-    return _let(x, body)
+    return _let(x, lambda x: _let(x * x, lambda square: body(x, square)))
 
 
 def gelu_tanh(x: Expr) -> Expr:

@@ -23,7 +23,7 @@ from tvm.tirx.script.builder import ir as B
 
 from qcompile.codegen.kernels.base import LinearProblem
 from qcompile.codegen.kernels.cpu import vector as v
-from qcompile.codegen.kernels.cpu.gemm import Emission, Register, Tile, TiledGemm
+from qcompile.codegen.kernels.cpu.gemm import ON_STACK, Emission, Register, Tile, TiledGemm
 from qcompile.codegen.kernels.cpu.panels import Panels
 from qcompile.codegen.kernels.x86.instructions import MADDUBS, MADDWD
 from qcompile.targets.target import Target
@@ -98,9 +98,8 @@ class PairGemm(TiledGemm):
         words = p.groups * p.rows_per_group
         # Rows a power of two apart would fall on the same lines of the first-level cache.
         e.extra["main"] = B.alloc_buffer((mr, 4 * words + BYTES), "int8")
-        e.extra["excess"] = B.alloc_buffer((mr, 4 * words), "int8")
-        e.extra["place"] = B.alloc_buffer((mr, words), "int32")
-        e.extra["begin"] = B.alloc_buffer((mr, p.groups + 1), "int32")
+        e.extra["excess"] = B.alloc_buffer((mr, 2 * words + p.groups + 1), "int32")
+        e.extra["begin"] = B.alloc_buffer((mr, p.groups), "int32")
         e.extra["total"] = B.alloc_buffer((mr, p.groups), "int32")
         with T.serial(rows) as row:
             count = Register("int32", 1)
@@ -108,76 +107,65 @@ class PairGemm(TiledGemm):
             with T.serial(p.groups) as group:
                 v.store(e.extra["begin"], [row, group], count.get(), 1)
                 self._group(e, v.let(first + row), row, group, count)
-            v.store(e.extra["begin"], [row, p.groups], count.get(), 1)
+                v.store(e.extra["excess"], [row, count.get()], T.int32(-1), 1)
+                count.set(count.get() + 1)
 
     def _group(self, e: Emission, at: Any, row: Any, group: Any, count: Register) -> None:
         """Copy the activations of one group, sum them, and split them where they break the bound."""
         p, main = e.panels, e.extra["main"]
         contiguous = not p.clamped and p.group % 4 == 0
         begin = v.let(group * p.rows_per_group)
-        if not contiguous:
-            with T.serial(p.rows_per_group) as line:
-                k = self.position(e, group, line, 0)
-                for i in range(4):
-                    value = T.cast(e.names["x"][at, k + i], "int32") - 128 if i < p.k else T.int32(0)
-                    B.buffer_store(main, T.cast(value, "int8"), [row, 4 * (begin + line) + i])
+        full, rest = divmod(p.rows_per_group, LANES)
+        if rest:  # the last register of a group is filled with zeros
+            v.store(main, [row, 4 * (begin + p.rows_per_group)], v.const(0, BYTES, "int8"), BYTES)
+        lines = range(full * LANES, p.rows_per_group) if contiguous else range(p.rows_per_group)
+        with T.serial(len(lines)) as i:
+            line = v.let(i + lines.start)
+            k = self.position(e, group, line, 0)
+            for b in range(4):
+                value = T.cast(e.names["x"][at, k + b], "int32") - 128 if b < p.k else T.int32(0)
+                B.buffer_store(main, T.cast(value, "int8"), [row, 4 * (begin + line) + b])
         lanes = Register("int32", LANES)
         lanes.set(v.const(0, LANES, "int32"))
-        full, rest = divmod(p.rows_per_group, LANES)
-        ones = v.const(1, BYTES, "int8")
-        with T.serial(full) as i:
-            word = v.let(begin + i * LANES)
-            if contiguous:
-                raw = v.load(e.names["x"], [at, group * p.group + i * BYTES], BYTES)
-                signed = T.bitwise_xor(v.bits_of(raw, "int8", BYTES), v.const(-128, BYTES, "int8"))
-                v.store(main, [row, 4 * word], signed, BYTES)
-            codes = v.load(main, [row, 4 * word], BYTES)
-            sums = v.let(T.call_llvm_pure_intrin(f"int16x{2 * LANES}", MADDUBS[LANES], ones, codes))
-            lanes.set(
-                lanes.get()
-                + T.call_llvm_pure_intrin(f"int32x{LANES}", MADDWD[LANES], sums, v.const(1, 2 * LANES, "int16"))
-            )
-            low, high = (v.const(s * BOUND, 2 * LANES, "int16") for s in (-1, 1))
-            within = T.max(T.min(sums, high), low)
-            same = T.call_llvm_pure_intrin(
-                "int32", "llvm.x86.avx2.pmovmskb", v.bits_of(equal_lanes(sums, within), "int8", BYTES)
-            )
-            broken = v.let(T.bitwise_xor(same, T.int32(-1)))
-            with T.If(broken != 0), T.Then(), T.serial(LANES) as j:
-                here = T.bitwise_and(T.shift_right(broken, 4 * j), T.int32(15))
-                with T.If(here != 0), T.Then():
-                    self._split(e, row, word + j, count)
-        total = Register("int32", 1)
-        total.set(v.reduce_lanes(v.let(lanes.get()), LANES, v.add))
-        if rest:
-            with T.serial(rest) as i:
-                word = v.let(begin + full * LANES + i)
+        if full:
+            with T.serial(full) as i:
+                word = v.let(begin + i * LANES)
                 if contiguous:
-                    for b in range(4):
-                        value = T.cast(e.names["x"][at, group * p.group + full * BYTES + 4 * i + b], "int32") - 128
-                        B.buffer_store(main, T.cast(value, "int8"), [row, 4 * word + b])
-                codes = [T.cast(main[row, 4 * word + b], "int32") for b in range(4)]
-                first, second = v.let(codes[0] + codes[1]), v.let(codes[2] + codes[3])
-                total.set(total.get() + first + second)
-                with T.If(T.max(T.max(first, second), -T.min(first, second)) > BOUND), T.Then():
-                    self._split(e, row, word, count)
-        v.store(e.extra["total"], [row, group], total.get(), 1)
+                    raw = v.load(e.names["x"], [at, group * p.group + i * BYTES], BYTES)
+                    signed = T.bitwise_xor(v.bits_of(raw, "int8", BYTES), v.const(-128, BYTES, "int8"))
+                    v.store(main, [row, 4 * word], signed, BYTES)
+                self._register(e, row, word, lanes, count)
+        if rest:
+            self._register(e, row, v.let(begin + full * LANES), lanes, count)
+        v.store(e.extra["total"], [row, group], v.reduce_lanes(v.let(lanes.get()), LANES, v.add), 1)
 
-    def _split(self, e: Emission, row: Any, word: Any, count: Register) -> None:
-        """Move what exceeds the bound in four activations to the list."""
-        main, excess = e.extra["main"], e.extra["excess"]
-        index = v.let(count.get())
-        for half in (0, 2):
-            at = [4 * word + half + i for i in range(2)]
-            a, b = (v.let(T.cast(main[row, place], "int32")) for place in at)
-            over = v.let(a + b - T.max(T.min(a + b, BOUND), -BOUND))
+    def _register(self, e: Emission, row: Any, word: Any, lanes: Register, count: Register) -> None:
+        """Sum eight words of activations, and move what exceeds the bound to the list: where its weights are, then four codes."""
+        main, excess, short = e.extra["main"], e.extra["excess"], 2 * LANES
+        codes = v.let(v.load(main, [row, 4 * word], BYTES))
+        sums = v.let(T.call_llvm_pure_intrin(f"int16x{short}", MADDUBS[LANES], v.const(1, BYTES, "int8"), codes))
+        wide = T.call_llvm_pure_intrin(f"int32x{LANES}", MADDWD[LANES], sums, v.const(1, short, "int16"))
+        lanes.set(lanes.get() + wide)
+        low, high = (v.const(s * BOUND, short, "int16") for s in (-1, 1))
+        over = v.let(sums - T.max(T.min(sums, high), low))
+        zero = v.const(0, short, "int16")
+        with T.If(moved(T.EQ(over, zero)) != -1), T.Then():
+            eight = v.const(8, short, "int16")
+            pairs = v.let(v.bits_of(codes, "int16", short))
+            a, b = v.let(T.shift_right(T.shift_left(pairs, eight), eight)), v.let(T.shift_right(pairs, eight))
             # From the larger of the two, so that it does not change its sign.
-            of_a = v.let(T.Select(T.abs(a) >= T.abs(b), over, 0))
-            for i, (code, part) in enumerate(((a, of_a), (b, over - of_a))):
-                B.buffer_store(excess, T.cast(part, "int8"), [row, 4 * index + half + i])
-                B.buffer_store(main, T.cast(code - part, "int8"), [row, at[i]])
-        v.store(e.extra["place"], [row, index], word, 1)
-        count.set(index + 1)
+            of_a = v.let(T.Select(magnitude(a) < magnitude(b), zero, over))
+            part = T.bitwise_or(T.bitwise_and(of_a, v.const(255, short, "int16")), T.shift_left(over - of_a, eight))
+            parts = B.alloc_buffer((LANES,), "int32", annotations=ON_STACK)
+            v.store(parts, [0], v.bits_of(v.let(part), "int32", LANES), LANES)
+            both = v.bits_of(v.load(parts, [0], LANES), "int8", BYTES)
+            v.store(main, [row, 4 * word], codes - both, BYTES)
+            with T.serial(LANES) as j:
+                here = v.let(parts[j])
+                index = v.let(count.get())
+                v.store(excess, [row, index], (word + j) * e.panels.row_bytes, 1)
+                v.store(excess, [row, index + 1], here, 1)
+                count.set(index + 2 * T.cast(here != 0, "int32"))
 
     # Products
 
@@ -194,20 +182,25 @@ class PairGemm(TiledGemm):
                 acc.set(acc.get() - offset)
         with T.serial(e.rolled(p.rows_per_group)) as i:
             place = group * p.rows_per_group + i
-            weights = [v.let(self._weights(e, panel, place, vec)) for vec in range(p.vectors)]
+            weights = [v.let(self._weights(e, panel, place * p.row_bytes, vec)) for vec in range(p.vectors)]
             if PREFETCH:
                 address = T.address_of(e.names["weight"][panel, place, PREFETCH])
                 T.evaluate(T.call_intrin("void", "tirx.prefetch", address, T.int32(0), T.int32(3), T.int32(1)))
             for r, line in enumerate(sums):
-                self._add(line, weights, _word(e.extra["main"], r, place))
+                self._add(line, weights, v.bits_of(v.load(e.extra["main"], [r, 4 * place], 4), "int32", 1))
         for r, line in enumerate(sums):
-            with T.serial(e.extra["begin"][r, group], e.extra["begin"][r, group + 1]) as i:
-                place = v.let(e.extra["place"][r, i])
-                weights = [self._weights(e, panel, place, vec) for vec in range(p.vectors)]
-                self._add(line, weights, _word(e.extra["excess"], r, i))
+            # A loop of unknown length: LLVM would unroll a counted one, whose remainder costs a mispredicted branch a row.
+            at = Register("int32", 1)
+            at.set(e.extra["begin"][r, group])
+            with T.While(e.extra["excess"][r, at.get()] >= 0):
+                index = v.let(at.get())
+                offset = v.let(e.extra["excess"][r, index])
+                weights = [self._weights(e, panel, offset, vec) for vec in range(p.vectors)]
+                self._add(line, weights, e.extra["excess"][r, index + 1])
+                at.set(index + 2)
 
-    def _weights(self, e: Emission, panel: Any, row: Any, vec: int) -> Any:
-        return v.bits_of(v.load(e.names["weight"], [panel, row, vec * BYTES], BYTES), "int8", BYTES)
+    def _weights(self, e: Emission, panel: Any, offset: Any, vec: int) -> Any:
+        return v.bits_of(v.load(e.names["weight"], [panel, 0, offset + vec * BYTES], BYTES), "int8", BYTES)
 
     def _add(self, line: list[Register], weights: list[Any], word: Any) -> None:
         """Add the products of four activations with one panel row."""
@@ -218,12 +211,13 @@ class PairGemm(TiledGemm):
             acc.set(acc.get() + T.call_llvm_pure_intrin(f"int32x{LANES}", MADDWD[LANES], pair, ones))
 
 
-def _word(buffer: Any, row: Any, index: Any) -> Any:
-    """Four bytes of a row as one int32."""
-    return v.bits_of(v.load(buffer, [row, 4 * index], 4), "int32", 1)
+def moved(lanes: Any) -> Any:
+    """One bit per byte of int16 lanes of truth values, as int32."""
+    short = 2 * LANES
+    value = T.Select(lanes, v.const(-1, short, "int16"), v.const(0, short, "int16"))
+    return T.call_llvm_pure_intrin("int32", "llvm.x86.avx2.pmovmskb", v.bits_of(value, "int8", BYTES))
 
 
-def equal_lanes(a: Any, b: Any) -> Any:
-    """All ones in each int16 lane where ``a`` equals ``b``, as int16."""
-    lanes = 2 * LANES
-    return T.Select(T.EQ(a, b), v.const(-1, lanes, "int16"), v.const(0, lanes, "int16"))
+def magnitude(value: Any) -> Any:
+    """The absolute value of int16 lanes."""
+    return T.max(value, v.const(0, 2 * LANES, "int16") - value)

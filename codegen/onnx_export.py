@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import onnx_ir as ir
@@ -36,6 +36,27 @@ class StoredWeight:
     names: Mapping[str, str]
     start: int
     stop: int
+
+    def restore(self, emit: Emitter, node: ir.Node, array: Arrays) -> None:
+        """Emit the weight in place of the node that dequantizes it."""
+        _dequantize(emit, node, self, array)
+
+
+View = tuple[ir.DataType, tuple[int, ...]]
+"""Another dtype and shape for the bytes of a packed array."""
+
+
+class Arrays(Protocol):
+    """Packed arrays by name."""
+
+    def __call__(self, name: str, view: View | None = None) -> ir.Value: ...
+
+
+class Restorable(Protocol):
+    """What `share_weights` is told of a weight."""
+
+    def restore(self, emit: Emitter, node: ir.Node, array: Arrays) -> None:
+        """See `StoredWeight.restore`."""
 
 
 class Emitter:
@@ -102,7 +123,7 @@ def unpack(emit: Emitter, packed: ir.Value, layout: BitLayout, padded: tuple[int
 
 def share_weights(
     model: ir.Model,
-    stored: Mapping[str, StoredWeight],
+    stored: Mapping[str, Restorable],
     external: Callable[[str], ir.ExternalTensor],
     names: Collection[str],
 ) -> ir.Model:
@@ -116,18 +137,23 @@ def share_weights(
     """
     emitted = model.clone()
     graph = emitted.graph
-    shared: dict[str, ir.Value] = {}
+    shared: dict[tuple[str, View | None], ir.Value] = {}
     constants: dict[object, ir.Value] = {}
 
-    def array(name: str) -> ir.Value:
-        if name not in shared:
+    def array(name: str, view: View | None = None) -> ir.Value:
+        if (name, view) not in shared:
             tensor = external(name)
-            value = ir.Value(
-                name=f"packed.{name}", const_value=tensor, shape=tensor.shape, type=ir.TensorType(tensor.dtype)
-            )
+            called = f"packed.{name}"
+            if view is not None:
+                called += f".{view[0].name.lower()}"
+                tensor = ir.ExternalTensor(
+                    tensor.location, tensor.offset, tensor.length, view[0], shape=ir.Shape(view[1]), name=called,
+                    base_dir=tensor.base_dir,
+                )  # fmt: skip
+            value = ir.Value(name=called, const_value=tensor, shape=tensor.shape, type=ir.TensorType(tensor.dtype))
             graph.register_initializer(value)
-            shared[name] = value
-        return shared[name]
+            shared[name, view] = value
+        return shared[name, view]
 
     for name, value in graph.initializers.items():
         if name in names:
@@ -137,7 +163,7 @@ def share_weights(
             continue
         if (place := stored.get(node.inputs[0].name or "")) is not None:
             # Short names: spelled out, they would take more room than the graph itself.
-            _dequantize(Emitter(graph, node, f"u{index}", constants), node, place, array)
+            place.restore(Emitter(graph, node, f"u{index}", constants), node, array)
             before = [value.producer() for value in node.inputs if value is not None]
             graph.remove(node, safe=True)
             for product in before:  # of nested scales
@@ -147,6 +173,18 @@ def share_weights(
         del graph.initializers[name]
     _strip_metadata(emitted)
     return emitted
+
+
+def unchanged(model: ir.Model, params: Mapping[str, np.ndarray]) -> set[str]:
+    """Names of initializers that are parameters of the program as they are."""
+    return {
+        name
+        for name, value in model.graph.initializers.items()
+        if name in params
+        and value.const_value is not None
+        and value.const_value.dtype.numpy() == params[name].dtype
+        and np.array_equal(value.const_value.numpy(), params[name])
+    }
 
 
 def _strip_metadata(model: ir.Model) -> None:
@@ -162,7 +200,7 @@ def _strip_metadata(model: ir.Model) -> None:
     model.metadata_props.clear()
 
 
-def _dequantize(emit: Emitter, node: ir.Node, place: StoredWeight, array: Callable[[str], ir.Value]) -> None:
+def _dequantize(emit: Emitter, node: ir.Node, place: StoredWeight, array: Arrays) -> None:
     """Emit ``(codes - zero) * scale``, or what a table or planes make of codes, in place of the node."""
     stored, names = place.codes, place.names
     packed = array(names["weight"])

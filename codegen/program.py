@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from qcompile.codegen.onnx_export import StoredWeight, share_weights
+from qcompile.codegen.onnx_export import StoredWeight, share_weights, unchanged
 from qcompile.codegen.relax import (
     compile_relax,
     convolutions,  # noqa: F401  (registers its converters)
@@ -62,15 +62,7 @@ class BuiltProgram:
     def share_weights(self, model: ir.Model, external: Callable[[str], ir.ExternalTensor]) -> ir.Model:
         """The quantized ``model`` with its weights read from `params`; see `codegen.onnx_export`."""
         stored = {name: place for record in self.linears for name, place in _places(record)}
-        same = {
-            name
-            for name, value in model.graph.initializers.items()
-            if name in self.params
-            and value.const_value is not None
-            and value.const_value.dtype.numpy() == self.params[name].dtype
-            and np.array_equal(value.const_value.numpy(), self.params[name])
-        }
-        return share_weights(model, stored, external, same)
+        return share_weights(model, stored, external, unchanged(model, self.params))
 
 
 def build_program(lowered: ir.Model, target: Target) -> BuiltProgram:

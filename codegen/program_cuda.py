@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,8 @@ from tvm.relax.expr_functor import PyExprMutator, mutator
 
 from qcompile.codegen.kernels.cuda import attention, build, rowwise
 from qcompile.codegen.kernels.cuda.plan import Plan
+from qcompile.codegen.onnx_export import share_weights, unchanged
+from qcompile.codegen.onnx_export_cuda import places
 from qcompile.codegen.relax import cuda as converters
 from qcompile.codegen.relax import to_relax
 from qcompile.codegen.relax.kernels import KernelCalls, LinearRecord
@@ -66,6 +69,11 @@ class CudaProgram:
             objects = list(pool.map(lambda path: build.compile_object(path, self.target), self.sources))
         build.link(objects, folder / "kernels.so")
         self.executable.export_library(str(folder / "model.so"), options=["-s", "-Wl,--build-id=none"])
+
+    def share_weights(self, model: ir.Model, external: Callable[[str], ir.ExternalTensor]) -> ir.Model:
+        """The quantized ``model`` with its weights read from `params`; see `codegen.onnx_export_cuda`."""
+        stored = {name: place for record in self.linears for name, place in places(record, self.params).items()}
+        return share_weights(model, stored, external, unchanged(model, self.params))
 
 
 def build_cuda_program(lowered: ir.Model, target: CudaTarget) -> CudaProgram:

@@ -108,7 +108,10 @@ def product(
         chosen, {},
     )  # fmt: skip
     calls(ctx).linears.append(record)
-    packed = [ctx.param(f"{node.inputs[2].name}.{part}", array) for part, array in plan.pack(weight).items()]
+    packed = []
+    for part, array in plan.pack(weight).items():
+        record.packed[part] = f"{node.inputs[2].name}.{part}"
+        packed.append(ctx.param(record.packed[part], array))
     tensors = [_operand(ctx, x, plan), *([scale] if problem.activation.bits else []), *packed]
     if bias is not None:
         tensors.append(ctx.reshape(bias, [problem.n]))

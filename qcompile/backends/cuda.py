@@ -26,9 +26,7 @@ class Cuda(Backend):
 
     def emit(self, job: Job) -> None:
         """Write kernels, host library, weights, ``model.onnx`` and ``program.json``."""
-        import onnx_ir as ir
-
-        from qcompile.backends.cpu import describe, write_program
+        from qcompile.backends.cpu import describe, save_onnx, write_program
         from qcompile.codegen.program_cuda import build_cuda_program
         from qcompile.passes.lower import lower
         from qcompile.targets.cuda import CudaTarget
@@ -48,8 +46,7 @@ class Cuda(Backend):
             scratch = {name: a for name, a in program.params.items() if name.startswith(WORKSPACE)}
             write_program(job.folder, program, job.target)
             _add(job.folder / "program.json", scratch={n: [list(a.shape), str(a.dtype)] for n, a in scratch.items()})
-            # The kernels' order of bits is not spelled out in ONNX yet: the weights are stored once more.
-            ir.save(job.quantized.clone(), job.folder / "model.onnx", external_data="model.data")
+            save_onnx(program, places, job.quantized, job.folder)
             describe(job.report, program)
 
     def load(self, folder: Path, target: Mapping[str, Any]) -> CudaProgram:

@@ -5,10 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
 
+from qcompile import ort, tensors
+from qcompile.backends.cpu import save_onnx
+from qcompile.codegen.kernels.cuda.plan import Plan
 from qcompile.codegen.program_cuda import build_cuda_program
 from qcompile.errors import TargetError
 from qcompile.passes.lower import lower
@@ -52,6 +56,36 @@ def test_weights_that_are_no_integers(recipe: str, weight: str) -> None:
     assert str(record.problem.weight) == weight
     packed = {name.rsplit(".", 1)[1] for name in program.params if not name.startswith("workspace.")}
     assert {"codes", "column"} <= packed and ("table" in packed) == (weight != "dual4/g32")
+
+
+WEIGHTS = [
+    ("w8a16", "int4/g16"), ("w8a16", "int3/g32/asym"), ("w8a16", "int8/asym"), ("w8a16", "nf4/g64"), ("w8a16", "codebook4"),
+    ("w8a16", "mxfp8"), ("w8a8-rtn", "int8"), ("w8a8-rtn", "int3"), ("w8a8-rtn", "int4/g32/asym"), ("w8a8-rtn", "int2/asym"),
+    ("w8a8-rtn", "dual4/g32"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("recipe, weight", WEIGHTS)
+def test_model_reads_the_packed_weights(
+    recipe: str, weight: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``model.onnx`` holds no weights of its own, and means what the quantized stage means."""
+    monkeypatch.setattr(Plan, "functions", lambda self, prefix="": {})  # no code is looked at
+    model = quantized(recipe, weight=weight)
+    program = build_cuda_program(lower(model), get_target("cuda", variant="sm_90a"))
+    arrays = {name: a for name, a in program.params.items() if not name.startswith("workspace.")}
+    placed = tensors.save(tmp_path / "weights.safetensors", arrays)
+    save_onnx(program, placed, model, tmp_path)
+    emitted = ir.load(tmp_path / "model.onnx")
+    own = [v for v in emitted.graph.initializers.values() if not isinstance(v.const_value, ir.ExternalTensor)]
+    assert max(v.const_value.size for v in own) < 1000 < 48 * 80
+    assert {v.const_value.location for v in emitted.graph.initializers.values() if v not in own} == {
+        "weights.safetensors"
+    }
+    x = np.random.default_rng(0).standard_normal((7, 48)).astype(np.float32)
+    want = ort.run(ort.session(model), {"x": x})["y"]
+    got = ort.run(ort.session(tmp_path / "model.onnx"), {"x": x})["y"]
+    assert np.linalg.norm(got - want) <= 2.0**-11 * np.linalg.norm(want)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a device")

@@ -61,10 +61,12 @@ class Plane:
 
 @dataclass(frozen=True)
 class FragmentLayout:
-    """Packing of ``bits``-bit codes for float (``integer`` False) or int8 (True) activations."""
+    """Packing of ``bits``-bit codes for float (``integer`` False) or int8 (True) activations; ``pairs``: both 4-bit codes of a
+    register in one byte, which is what a table of pairs is looked up by."""
 
     bits: int
     integer: bool
+    pairs: bool = False
 
     @property
     def elements(self) -> int:
@@ -105,6 +107,8 @@ class FragmentLayout:
                 2: ((1, 1, 4), f"{head} k2 k3 k7 k4 k5 n1 b"),
                 1: ((1, 2, 2), f"{head} k2 k7 k3 k4 k5 n1 b"),
             }[bits]
+            if self.pairs:
+                order = f"{head} k2 k3 k4 k5 n1 k7 b"
         layout = BitLayout(bits, k=(-1, *u, 2, 2, 4, self.elements), n=(-1, 2, 8), order=order)
         vector = min(16, 8 * bits)
         return Plane(first, bits, layout, vector, 8 * bits // vector)

@@ -129,7 +129,7 @@ class LinearShape:
     @property
     def layout(self) -> FragmentLayout:
         """Of the packed codes."""
-        return _layout(self.stored_bits, self.narrow)
+        return _layout(self.stored_bits, self.narrow, self.levels and not self.narrow)
 
     @property
     def table_words(self) -> int:
@@ -184,8 +184,8 @@ class LinearShape:
 
 
 @functools.cache
-def _layout(bits: int, integer: bool) -> FragmentLayout:
-    return FragmentLayout(bits, integer)
+def _layout(bits: int, integer: bool, pairs: bool) -> FragmentLayout:
+    return FragmentLayout(bits, integer, pairs)
 
 
 class CudaLinear(LinearKernel):

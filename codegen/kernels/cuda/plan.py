@@ -12,7 +12,8 @@ import numpy as np
 
 from qcompile.codegen.kernels.base import LinearProblem
 from qcompile.codegen.kernels.cuda import FAMILIES, build, tuned
-from qcompile.codegen.kernels.cuda.linear import CudaLinear, activation_type
+from qcompile.codegen.kernels.cuda.layout import FragmentLayout
+from qcompile.codegen.kernels.cuda.linear import CudaLinear, LinearShape, activation_type
 from qcompile.errors import TargetError
 from qcompile.formats import Quantized
 from qcompile.targets.cuda import CudaTarget
@@ -46,7 +47,8 @@ class Plan:
     def describe(self) -> dict[str, Any]:
         """Everything the generated code depends on, JSON-serialisable."""
         p = self.problem
-        return {
+        order = {"order": "pairs"} if any(plane.pairs for plane in self._layouts()) else {}
+        return order | {
             "target": self.target.cpu,
             "k": p.k,
             "n": p.n,
@@ -55,6 +57,10 @@ class Plan:
             "epilogue": asdict(p.epilogue),
             "entries": [asdict(entry) for entry in self.entries],
         }
+
+    def _layouts(self) -> list[FragmentLayout]:
+        shape = self.shape()
+        return [shape.layout] if isinstance(shape, LinearShape) else []
 
     @property
     def name(self) -> str:

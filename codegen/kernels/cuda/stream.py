@@ -3,7 +3,7 @@
     warp (wn, wk) of a block owns ``tn`` tiles of 16 channels and a contiguous part of K
     per stage of 128 K:  packed codes, scales, rows of x   cp.async to shared memory, several stages ahead, read back by
                                                            the same warp: no barrier inside the loop
-                         codes -> operand registers        `dequant`
+                         codes -> operand registers        `dequant`, `tables`
                          mma.sync m16n8                    weights first, up to 8 rows of x per instruction
                          sum of a group * scale            float32, so that codes enter the product exactly
     at the end           sum over wk in shared memory; over blocks that share channels (``split``) the last one to
@@ -32,6 +32,9 @@ ROWS = 8
 """Rows of x one instruction takes."""
 
 FLOATS = ("float16", "bfloat16")
+
+PAIR_TABLE = 256 * 32
+"""Words of a table of pairs of levels with a copy for every lane; see `tables.PairDequantizer`."""
 
 
 @dataclass(frozen=True)
@@ -94,10 +97,15 @@ class StreamShape(LinearShape):
         return self.x_bytes + self.tn * self.tile_bytes
 
     @property
-    def shared_bytes(self) -> int:
-        """Of a block: the pipeline, or afterwards the sums of all warps."""
+    def table_place(self) -> int:
+        """Bytes of the pipeline, or afterwards of the sums of all warps; the table of pairs lies behind them."""
         warps = self.nw * self.kw
         return max(warps * self.stages * self.stage_bytes, warps * self.tn * self.mt * 4 * 32 * 4)
+
+    @property
+    def shared_bytes(self) -> int:
+        """Of a block."""
+        return self.table_place + (4 * PAIR_TABLE if self.layout.pairs else 0)
 
     @property
     def registers(self) -> int:

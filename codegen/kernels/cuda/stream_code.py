@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from tvm.script import tirx as T
+from tvm.tirx.script.builder import ir as B
 
 from qcompile.codegen.kernels.base import Epilogue
 from qcompile.codegen.kernels.cuda import emit as e
@@ -16,7 +17,9 @@ from qcompile.codegen.kernels.cuda.stream_tail import Tail
 from qcompile.codegen.kernels.cuda.tables import (
     DualDequantizer,
     Float8Dequantizer,
+    PairDequantizer,
     TableDequantizer,
+    pairs_of,
 )
 
 MMA = {
@@ -86,8 +89,11 @@ class Kernel(Tail):
         # Zero points, or the integers of a group.
         self.zero = e.Registers((2,), "uint32") if s.dual or not (s.symmetric or s.raw) else None
         self.meta_words = e.Registers((s.tn, 2), "uint32")
-        if s.levels:
-            self.dequantizer: Any = TableDequantizer(1 if s.narrow else 2, read_table(self.levels, s.table_words))
+        if s.layout.pairs:
+            self.dequantizer: Any = PairDequantizer(lambda place: self.arena[self.table + T.cast(place, "int32")])
+            self._fill_table()
+        elif s.levels:
+            self.dequantizer = TableDequantizer(1, read_table(self.levels, s.table_words))
         elif s.dual:
             self.dequantizer = DualDequantizer(self.zero)
         elif s.narrow:
@@ -103,6 +109,21 @@ class Kernel(Tail):
             for i in range(s.mt):
                 for c in range(4):
                     self.total[j, i, c] = zero
+
+    def _fill_table(self) -> None:
+        """The table of pairs: every warp computes some of them, every lane stores its copy."""
+        s = self.s
+        self.table = e.let(self.lane + s.table_place // 4)
+        levels = TableDequantizer(2, read_table(self.levels, s.table_words))
+        pairs = e.Registers((4,), "uint32")
+        warps = s.threads // 32
+        with T.serial(-(-64 // warps)) as turn:
+            four = e.let(turn * warps + self.warp)
+            pairs_of(levels, pairs, T.cast(four, "uint32"))
+            with T.If(four < 64), T.Then():
+                for r in range(4):
+                    B.buffer_store(self.arena, pairs[r], [self.table + four * 128 + 32 * r])
+        T.evaluate(T.cuda.cta_sync())
 
     # Addresses
 

@@ -27,6 +27,9 @@ class Word:
     def __mul__(self, other: Word) -> Word:
         return Word(self.bits * other.bits)
 
+    def __add__(self, other: Word) -> Word:
+        return Word(self.bits + other.bits)
+
     def __sub__(self, other: Word) -> Word:
         return Word(self.bits - other.bits)
 

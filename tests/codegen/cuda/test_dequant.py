@@ -127,13 +127,33 @@ def elements(bits: np.ndarray, dtype: str) -> np.ndarray:
 @pytest.mark.parametrize("dtype", list(TYPES))
 def test_tables(dtype: str) -> None:
     rng = np.random.default_rng(1)
-    layout = FragmentLayout(4, dtype == NARROW)
+    layout = FragmentLayout(4, dtype == NARROW, dtype != NARROW)
     levels = rng.uniform(-1, 1, 16).astype(TYPES[dtype]).astype(np.float32)
     codes = rng.integers(0, 16, (BLOCK, TILE))
     registers = emulator.Registers((8,))
     for i, word in enumerate(table_words(levels, dtype)):
         registers[i] = emulator.Word(word)
     dequantizer = tables.TableDequantizer(1 if dtype == NARROW else 2, registers)
+    for unit, tile, r, bits in operands(layout, codes, dequantizer):
+        k, n = positions(layout, unit, tile, r)
+        assert np.array_equal(elements(bits, dtype), levels[codes[k, n[:, None]]])
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_tables_of_pairs(dtype: str) -> None:
+    rng = np.random.default_rng(4)
+    layout = FragmentLayout(4, False, True)
+    levels = rng.uniform(-1, 1, 16).astype(TYPES[dtype]).astype(np.float32)
+    codes = rng.integers(0, 16, (BLOCK, TILE))
+    registers, pairs = emulator.Registers((8,)), emulator.Registers((4,))
+    for i, word in enumerate(table_words(levels, dtype)):
+        registers[i] = emulator.Word(word)
+    shared = np.zeros(256 * 32, np.uint32)
+    for index in range(64):
+        tables.pairs_of(tables.TableDequantizer(2, registers), pairs, emulator.u32(index))
+        for r in range(4):
+            shared[(4 * index + r) * 32 :][:32] = pairs[r].bits
+    dequantizer = tables.PairDequantizer(lambda place: emulator.Word(shared[place.bits + LANE]))
     for unit, tile, r, bits in operands(layout, codes, dequantizer):
         k, n = positions(layout, unit, tile, r)
         assert np.array_equal(elements(bits, dtype), levels[codes[k, n[:, None]]])

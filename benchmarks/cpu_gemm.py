@@ -9,7 +9,7 @@ With ``--out`` every line is kept as it is measured, and one that is there alrea
 
 `ours` is the per-token quantizer and the kernel that `select` chooses, as the peers quantize too; `kernel` is the latter
 alone. Peers: ``MatMulNBits`` with accuracy level 4 (``nbits``) and its look-up kernel (``ort-lut``), ONNX Runtime's exact 8-bit
-products (``u8s8`` without, ``dynamic`` with quantizer), ggml's types by their names, ``read``: the bytes of our packed weights.
+products (``u8s8`` without, ``dynamic`` with quantizer) and its product of ``float32`` weights (for tables and small floats), ggml's types by their names, ``read``: the bytes of our packed weights.
 llama.cpp comes with the extra ``peers``, or from ``--ggml FOLDER``; a library of your own with ``--peer NAME=PATH``.
 
 A call computes several products with weights of their own: `cache` has a few megabytes of them, `memory` several times the
@@ -41,6 +41,7 @@ from qcompile.codegen.kernels.cpu.rowwise import Rowwise
 from qcompile.codegen.tune.database import shipped
 from qcompile.codegen.tune.measure import random_weight
 from qcompile.formats import Format, parse_activation, parse_format
+from qcompile.formats.levels import LevelFormat
 from qcompile.targets import x86
 from qcompile.targets.target import Target
 
@@ -110,6 +111,8 @@ def peers(fmt: Format, k: int, n: int, m: int, copies: int, size: int, threads: 
     if name == "int8":
         found["u8s8"] = ort.integers(k, n, m, copies, threads, quantize=False)
         found["dynamic"] = ort.integers(k, n, m, copies, threads, quantize=True)
+    if isinstance(fmt, LevelFormat):
+        found["float32"] = ort.floats(k, n, m, copies, threads)
     for kind in GGML.get(name, []):
         if args.library is None or k % ggml.BLOCK[kind]:
             found[kind] = None

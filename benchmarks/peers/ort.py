@@ -42,6 +42,15 @@ def integers(k: int, n: int, m: int, copies: int, threads: int, quantize: bool) 
     return _session(nodes, constants, x, n, threads, False)
 
 
+def floats(k: int, n: int, m: int, copies: int, threads: int) -> Call:
+    """``MatMul`` of float32 weights: what becomes of formats that ONNX Runtime has no kernel for, when it folds constants."""
+    rng = np.random.default_rng(0)
+    weight = rng.normal(size=(k, n)).astype(np.float32)
+    constants = [numpy_helper.from_array(weight, f"w{i}") for i in range(copies)]
+    nodes = [helper.make_node("MatMul", ["x", f"w{i}"], [f"y{i}"]) for i in range(copies)]
+    return _session(nodes, constants, rng.normal(size=(m, k)).astype(np.float32), n, threads, False)
+
+
 def _session(nodes: list, constants: list, x: np.ndarray, n: int, threads: int, lut: bool) -> Call:
     kind = TensorProto.FLOAT if x.dtype == np.float32 else TensorProto.UINT8
     outputs = [helper.make_tensor_value_info(node.output[0], TensorProto.FLOAT, (len(x), n)) for node in nodes]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from math import log2
 from typing import Any
 
@@ -189,7 +190,7 @@ class WarpRotate:
             if core == 1:
                 self._radix_two(points, v, power)
             else:
-                multiply_signs(points, lambda r, v=v: (r, v), hadamard_signs(w.radix))
+                multiply_signs(points, partial(_neighbour, v), hadamard_signs(w.radix))
         return points
 
     def _radix_two(self, points: e.Registers, v: int, power: int) -> None:
@@ -223,6 +224,11 @@ class WarpRotate:
             codes.ptr_to([row, at]),
             *[words[h] for h in range(count)],
         )
+
+
+def _neighbour(v: int, r: int) -> tuple[int, int]:
+    """Index of point r of column v."""
+    return r, v
 
 
 def multiply_signs(points: e.Registers, index: Callable[[int], Any], signs: np.ndarray) -> None:

@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -66,16 +68,17 @@ def peer(name: str, m: int, n: int, k: int) -> float | None:
         return None
 
 
-def compile_all(plans: list[Plan]) -> None:
-    """Compile libraries, one nvcc per core."""
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(lambda p: p.library(), plans))
+def make_all(make: Callable[[Plan], Path], plans: list[Plan]) -> list[Path]:
+    """Sources or libraries, a process per core."""
+    with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
+        return list(pool.map(make, plans))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", default="sm_90a", choices=list(TARGETS))
-    parser.add_argument("--prepare", action="store_true")
+    parser.add_argument("--prepare", action="store_true", help="only write sources")
+    parser.add_argument("--compile", action="store_true", help="only compile")
     parser.add_argument("--layers", default=",".join(LAYERS))
     parser.add_argument("--shapes", default=",".join(f"{n}x{k}" for n, k in SHAPES))
     parser.add_argument("--peers", default=",".join(PEERS))
@@ -84,10 +87,11 @@ def main() -> None:
     shapes = [tuple(int(v) for v in s.split("x")) for s in args.shapes.split(",")]
     plans = {(layer, n, k): layer_plan(layer, n, k, args.arch) for layer in args.layers.split(",") for n, k in shapes}
     if args.prepare:
-        for key, p in plans.items():
-            print(*key, p.source(), flush=True)
+        print(*make_all(Plan.source, list(plans.values())), sep="\n")
         return
-    compile_all(list(plans.values()))
+    make_all(Plan.library, list(plans.values()))
+    if args.compile:
+        return
     print("device", torch.cuda.get_device_name(), "torch", torch.__version__)
     peak = copy_bandwidth()
     print(f"copy bandwidth {peak / 1e12:.2f} TB/s")

@@ -22,6 +22,7 @@ from typing import Any
 
 from qcompile.codegen.kernels.base import LinearProblem
 from qcompile.errors import ArtifactError
+from qcompile.targets.arm import COUNTED
 from qcompile.targets.target import Target
 
 FOLDER = Path(__file__).parent
@@ -167,16 +168,34 @@ def write_atomically(path: Path, text: str) -> None:
 
 def file_of(target: Target) -> Path:
     """The file that holds what is shipped for a target."""
+    return _file(f"{target.cpu}{''.join(target.attributes)}" or target.kind)
+
+
+def _file(name: str) -> Path:
     import qcompile.targets
 
-    name = f"{target.cpu}{''.join(target.attributes)}" or target.kind
     return Path(next(iter(qcompile.targets.__path__))) / "tuned" / f"{name}.json"
 
 
 def shipped(target: Target) -> Database | None:
-    """The database of a target that comes with the package, or that ``QCOMPILE_TUNED`` names; None if there is none."""
+    """The database of a target that comes with the package, or that ``QCOMPILE_TUNED`` names; None if there is none.
+
+    ARM processors without one of their own use the instruction counts of one with the same features.
+    """
     path = Path(os.environ.get("QCOMPILE_TUNED") or file_of(target))
-    return _read(path, path.stat().st_mtime_ns) if path.is_file() else None
+    if path.is_file():
+        return _read(path, path.stat().st_mtime_ns)
+    alike = _file(COUNTED.get(target.features, ""))
+    if target.kind != "arm" or "QCOMPILE_TUNED" in os.environ or not alike.is_file():
+        return None
+    return _counted(alike, alike.stat().st_mtime_ns, str(target))
+
+
+@functools.lru_cache(maxsize=8)
+def _counted(path: Path, changed: int, target: str) -> Database:
+    """The instruction counts of a file as those of another target."""
+    entries = _read(path, changed).entries.values()
+    return Database(target, [replace(e, machine=f"{e.machine}, {path.stem}") for e in entries if e.instructions])
 
 
 @functools.lru_cache(maxsize=8)

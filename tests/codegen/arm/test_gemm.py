@@ -256,6 +256,32 @@ def test_tables_cost_six_instructions_per_128_bits_of_weights(emulation):
         assert count < most * 512 * 256, spelling
 
 
+def test_activations_of_seven_bits_split_no_table(emulation):
+    """The fast mode: four of them fit a table of bytes, so that the work is the same whatever they are, and exact."""
+    from qcompile.codegen.kernels.arm.harness import Executable
+    from qcompile.codegen.kernels.arm.lut import TableLookupGemm
+
+    target, family, rng = get_target("cortex-a76", cores=1), TableLookupGemm(), np.random.default_rng(6)
+    problem = LinearProblem(512, 64, parse_format("int2/g128"), parse_activation("int7"))
+    weight = weights(rng, 512, 64, problem.weight)
+    config = family.configs(problem, target)[0]
+    packed = list(family.pack(problem, config, weight).values())
+    program = Executable({"gemm": family.build(problem, config, target, "gemm")}, target)
+    normal = np.clip(np.rint(rng.normal(size=(1, 512)) * 20), -63, 63)
+    largest, beyond = rng.choice([-63, 63], (1, 512)), rng.choice([-127, 127], (1, 512))
+    scale, counts = np.ones(1, np.float32), []
+    try:
+        for codes in (normal, largest, beyond):
+            x, out = (codes + 128).astype(np.uint8), np.empty((1, 64), np.float32)
+            counts.append(program.counts({"gemm": [x, scale, *packed, out]})["gemm"])
+            program.call("gemm", x, scale, *packed, out)
+            expected = family.reference(problem, x, scale, weight)
+            assert (np.abs(out - expected) <= 2e-6 * magnitude(problem, x, scale, weight)).all()
+    except TargetError as reason:
+        pytest.skip(str(reason))
+    assert counts[0] == counts[1] < counts[2]
+
+
 def test_two_bit_weights_cost_two_instructions_per_sixteen_products(emulation):
     """Beyond loads: one AND or shift, and one SDOT. Counted, so that a change which spills or widens is seen."""
     from qcompile.codegen.kernels.arm.harness import Executable

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 
+import pytest
 from click.testing import CliRunner
 
 from qcompile.cli import cli
@@ -56,15 +57,30 @@ def test_the_command_goes_on_after_a_kill(emulation, tmp_path):
     assert entry["trials"] == 4 and len(entry["instructions"]) == 1 and "microseconds" not in entry
 
 
-def test_what_is_shipped_can_be_built():
-    database = shipped(TARGET)
+@pytest.mark.parametrize("cpu", ["cortex-a72", "cortex-a76"])
+def test_what_is_shipped_can_be_built(cpu):
+    target = get_target(cpu, cores=1)
+    database = shipped(target)
     by_name = {family.name: family for family in families("arm")}
     for entry in database.entries.values():
         problem = LinearProblem(entry.k, entry.n, parse_format(entry.weight), parse_activation(entry.activation))
-        assert by_name[entry.family].supports(problem, TARGET)
-        assert entry.config in by_name[entry.family].configs(problem, TARGET)
+        assert by_name[entry.family].supports(problem, target)
+        assert entry.config in by_name[entry.family].configs(problem, target)
         assert len(entry.instructions) == len(entry.rows)
+
+
+def test_shipped_counts_choose_the_kernel():
     for weight, family in (("int2/g128", "arm-tbl"), ("int4/g128", "arm-sdot")):
         problem = LinearProblem(4096, 4096, parse_format(weight), parse_activation("int8"), m=1)
-        choice = select(problem, TARGET, database)
+        choice = select(problem, TARGET, shipped(TARGET))
         assert choice.family.name == family and "fewest instructions for 4096 x 4096" in choice.reason
+
+
+def test_a_processor_uses_the_counts_of_one_with_the_same_instructions(monkeypatch):
+    problem = LinearProblem(4096, 4096, parse_format("int2/g128"), parse_activation("int8"), m=1)
+    for cpu, counted in (("neoverse-n1", "cortex-a76"), ("cortex-a53", "cortex-a72")):
+        target = get_target(cpu)
+        choice = select(problem, target, shipped(target))
+        assert f"fewest instructions for 4096 x 4096 on qemu-user, {counted}" in choice.reason
+    monkeypatch.setenv("QCOMPILE_TUNED", "nowhere.json")
+    assert shipped(get_target("neoverse-n1")) is None

@@ -36,8 +36,8 @@ def decibels(fmt: Format, values: np.ndarray) -> float:
 
 
 def spellings(bits: int) -> list[str]:
-    """The formats of so many bits."""
-    return [f"int{bits}", *(f"e{e}m{bits - 1 - e}" for e in range(1, min(bits, 6)) if (e, bits) not in ((1, 2),))]
+    """The formats of so many bits; sums of those with 5 exponent bits need more than 64."""
+    return [f"int{bits}", *(f"e{e}m{bits - 1 - e}" for e in range(1, min(bits - 1, 4) + 1))]
 
 
 def module(fmt: Format) -> tuple[str, dict[str, int], area.Area]:

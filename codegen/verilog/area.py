@@ -83,7 +83,7 @@ class Family:
         return -(-bits // width) * -(-words // depth) * tables + bits * (-(-words // depth) - 1)
 
 
-FAMILIES = {6: Family(6, (6, 32, 4), 16384, 512), 4: Family(4, (4, 16, 4), 8192, 256)}
+FAMILIES = {6: Family(6, (6, 32, 4), 16384, 512), 4: Family(4, (4, 16, 4), 8192, 128)}
 
 
 def estimate(unit: Unit, target: FpgaTarget = TARGETS[DEFAULT]) -> Area:

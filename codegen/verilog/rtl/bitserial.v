@@ -2,8 +2,8 @@
 //
 // Sums are formed group by group of ROWS * SIMD channels, in a group plane by plane of the weights from the highest bit on, each
 // plane worth twice the next one. With SCALES, the sum of a group is then multiplied by the scale of the group, a bit of it per
-// cycle while the next group is under way, and added to the total: weights are dequantized after the sum (Chen et al., "BitMoD"
-// (2025), section 4). ROWS * PLANES must not be less than S_BITS then.
+// cycle while the next group is under way, and added to the total: weights are dequantized after the sum (Chen et al., "BitMoD:
+// Bit-serial Mixture-of-Datatype LLM Acceleration" (2025)). ROWS * PLANES must not be less than S_BITS then.
 //
 // A token takes COLUMNS * GROUPS * PLANES * ROWS steps. Channels are read with the first plane of the first column and kept.
 module bitserial #(

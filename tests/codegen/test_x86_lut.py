@@ -99,6 +99,25 @@ def test_planes_of_any_shape(spelling, k, n, seed):
     np.testing.assert_allclose(got, expected, atol=1e-5 * np.abs(expected).max() + 1e-5)
 
 
+@pytest.mark.parametrize("spelling", ["int1/g128", "int2/g32", "int2", "int3/g64", "bitplane2/g40", "q2_k"])
+def test_two_panels_at_a_time_give_the_same_numbers(spelling):
+    rng = np.random.default_rng(5)
+    fmt, family, k = parse_format(spelling), LutGemm(), 512
+    narrow = min(
+        config["columns"] for config in family.configs(LinearProblem(k, 999, fmt, parse_activation("int8")), x86.AVX2)
+    )
+    n = 8 * narrow - 5
+    problem = LinearProblem(k, n, fmt, parse_activation("int8"))
+    able = [c for c in family.configs(problem, x86.AVX2) if c["columns"] == narrow]
+    two, one = (next(c for c in able if c["streams"] == streams) for streams in (2, 1))
+    weight = encoded(rng, fmt, k, n)
+    for m in (1, 3):
+        x, scale = activations(rng, m, k, 200)
+        got = [run(family, problem, config, x86.AVX2, x, scale, weight) for config in (two, one)]
+        np.testing.assert_array_equal(*got)
+        close(family, problem, weight, x, scale, got[0])
+
+
 @pytest.mark.parametrize("spelling", TABLES)
 def test_tables_of_every_format(spelling):
     rng = np.random.default_rng(1)

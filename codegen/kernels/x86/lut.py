@@ -18,7 +18,10 @@ one-bit weights.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import contextlib
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tvm.script import tirx as T
@@ -27,7 +30,7 @@ from tvm.tirx.script.builder import ir as B
 from qcompile.codegen.kernels.base import LinearProblem, Support
 from qcompile.codegen.kernels.cpu import vector as v
 from qcompile.codegen.kernels.cpu import vmath
-from qcompile.codegen.kernels.cpu.gemm import BANDWIDTH, CLOCK, ON_STACK, Register, finish, opaque
+from qcompile.codegen.kernels.cpu.gemm import BANDWIDTH, CLOCK, ON_STACK, finish, opaque
 from qcompile.codegen.kernels.cpu.look_up import LookUpGemm, over_tiles
 from qcompile.codegen.kernels.cpu.lut import PAIR, PlanePanels
 from qcompile.codegen.kernels.cpu.superblocks import (
@@ -35,7 +38,8 @@ from qcompile.codegen.kernels.cpu.superblocks import (
     planes_of,
     super_place,
 )
-from qcompile.codegen.kernels.x86.instructions import MADDUBS, MADDWD, PSHUFB, prefetch
+from qcompile.codegen.kernels.x86.instructions import PSHUFB, prefetch
+from qcompile.codegen.kernels.x86.lut_sums import LANES, Base, Sums
 from qcompile.codegen.kernels.x86.lut_tables import BYTES, TableBuffers
 from qcompile.targets.target import Target
 
@@ -49,9 +53,6 @@ ACCUMULATORS = 8
 MOST_ACCUMULATORS = 12
 """What does not spill; a tile of more rows goes through its weights several times."""
 
-LANES = 8
-"""Columns of a vector of int32 or float32."""
-
 
 @dataclass
 class LutEmission:
@@ -64,6 +65,7 @@ class LutEmission:
         tile: the tile's result ``(rows, width)``, float32, or int32 where one group is all of K.
         signed: whether 16-bit sums start from their `Base`.
         kept: int32 sums of a group ``(rows, planes, width)``, where it is several chunks and ``tile`` is float32.
+        start: first column in ``tile`` of the panel at hand.
     """
 
     problem: LinearProblem
@@ -75,6 +77,7 @@ class LutEmission:
     tile: Any
     signed: bool
     kept: Any = None
+    start: Any = 0
 
     @property
     def size(self) -> int:
@@ -106,8 +109,8 @@ class LutEmission:
 class LutGemm(LookUpGemm):
     """``vpshufb`` on 256- or 512-bit registers.
 
-    Config: ``bytes`` of a register, ``columns`` of a panel in registers of int32 lanes, ``rows`` of a tile, ``block_rows``
-    whose tables are built together, ``prefetch`` bytes ahead, ``scales`` (``float16`` or ``float32``, of groups).
+    Config: ``bytes`` of a register, ``columns`` of a panel in registers of int32 lanes, ``rows`` of a tile, ``streams``: its
+    panels, ``block_rows`` whose tables are built together, ``prefetch`` bytes ahead, ``scales`` (``float16`` or ``float32``, of groups).
     """
 
     name = "x86-lut"
@@ -162,13 +165,19 @@ class LutGemm(LookUpGemm):
         order = sorted(widths, key=lambda w: (padded[w] > 1.1 * min(padded.values()), abs(w - likely), w))
         table = -(-problem.k // PAIR) * BYTES
         block = max(4, min(16, CACHE // table // 4 * 4))
+        fixed = {"bytes": size, "block_rows": block}
         return [
-            {"bytes": size, "columns": width, "rows": rows, "block_rows": block, "prefetch": ahead, "scales": kind}
+            {**fixed, "columns": width, "rows": rows, "streams": streams, "prefetch": ahead, "scales": kind}
             for kind in self.scale_kinds(problem)
             for width in order
-            for ahead in (2048, 1024, 4096, 0)
+            for ahead, streams in itertools.product((2048, 1024, 4096, 0), self.streams(problem, width))
             for rows in (4, 2)
         ]
+
+    def streams(self, problem: LinearProblem, width: int) -> list[int]:
+        """Numbers of panels of a tile: memory delivers two at once faster than one, however far ahead it is asked."""
+        count = -(-problem.n // width)
+        return [n for n in (2, 1) if count % n == 0 and (n == 1 or count >= 4 * n * max(problem.threads, 1))]
 
     def cost(self, problem: LinearProblem, config: dict[str, Any], target: Target, m: int) -> float:
         """The slower of arithmetic and reading the weights, plus building tables and waking the threads.
@@ -198,6 +207,7 @@ class LutGemm(LookUpGemm):
     def build(self, problem: LinearProblem, config: dict[str, Any], target: Target, name: str) -> Any:
         panels = self.panels(problem, config)
         block, high = config["block_rows"], config["rows"]
+        beside = replace(panels, width=panels.width * config["streams"])
         with v.kernel(name, self.params(problem, config, panels)) as (builder, names):
             m = opaque(T.cast(names["m"], "int32"))
             buffers = TableBuffers(panels, self.pairs_per_chunk(problem, panels), block)
@@ -206,17 +216,17 @@ class LutGemm(LookUpGemm):
                 here = v.let(T.min(m - start, block))
                 with T.serial(here) if problem.threads == 1 else T.parallel(here) as row:
                     buffers.build(names["x"], start + row, row)
-                with T.serial(panels.count) if problem.threads == 1 else T.parallel(panels.count) as panel:
+                with T.serial(beside.count) if problem.threads == 1 else T.parallel(beside.count) as panel:
                     dtype = "float32" if self.grouped(panels.planes) else "int32"
-                    tile = B.alloc_buffer((high, panels.width), dtype, annotations=ON_STACK)
+                    tile = B.alloc_buffer((high, beside.width), dtype, annotations=ON_STACK)
                     e = LutEmission(problem, panels, config, names, m, buffers, tile, self.signed(problem, panels))
                     if buffers.chunks_per_group > 1 and dtype == "float32":
-                        e.kept = B.alloc_buffer((high, e.stored_planes, panels.width), "int32", annotations=ON_STACK)
+                        e.kept = B.alloc_buffer((high, e.stored_planes, beside.width), "int32", annotations=ON_STACK)
                     over_tiles(
                         here,
                         high,
                         lambda first, rows: self.micro(e, panel, first, rows),
-                        lambda first, rows: finish(problem, names, tile, panels, LANES, panel, start + first, rows),
+                        lambda first, rows: finish(problem, names, tile, beside, LANES, panel, start + first, rows),
                     )
         return builder.get()
 
@@ -225,6 +235,7 @@ class LutGemm(LookUpGemm):
 
         As many columns and rows at a time as registers hold sums of. Planes kept apart leave room for few of them: these take
         turns within a chunk of pairs, whose weights then are in the first cache. Adjacent planes go through all of K in turn.
+        With several ``streams`` their panels take turns within a chunk, too, if a single row has to wait for memory.
         """
         p, t = e.panels, e.tables
         registers = 1 if p.adjacent else 2 * p.planes.bits  # that a row needs for one block of columns
@@ -236,24 +247,46 @@ class LutGemm(LookUpGemm):
             for start in range(0, blocks, wide)
         ]
         for r in range(rows):
-            for column in range(0, p.width, LANES):
+            for column in range(0, p.width * e.config["streams"], LANES):
                 v.store(e.tile, [r, column], v.const(0, LANES, str(e.tile.dtype)), LANES)
-        for together in [[part] for part in parts] if p.adjacent else [parts]:
+        if rows == 1:
+            self._product(
+                e, panel, first, [parts] if e.config["streams"] > 1 or not p.adjacent else [[x] for x in parts]
+            )
+            return
+        with self._streams(e, panel) as (here, each):
+            one = replace(here, config={**e.config, "streams": 1})
+            self._product(one, each, first, [[x] for x in parts] if p.adjacent else [parts])
+
+    def _product(self, e: LutEmission, panel: Any, first: Any, turns: list[list[tuple[range, range]]]) -> None:
+        """Go through all of K once for each list of rows and blocks of columns in ``turns``."""
+        p, t = e.panels, e.tables
+        for together in turns:
+            height = 1 + max(rows[-1] for rows, _ in together)
             with T.serial(p.groups) as group:
                 if e.kept is not None:
-                    for r in range(rows):
-                        for plane in range(e.stored_planes):
+                    with self._streams(e, panel) as (here, _):
+                        for r, plane in itertools.product(range(height), range(e.stored_planes)):
                             for column in range(0, p.width, LANES):
-                                v.store(e.kept, [r, plane, column], v.const(0, LANES, "int32"), LANES)
-                bases = [Base(e, first + r, group) for r in range(rows)]
-                with T.serial(t.chunks_per_group) as piece:
-                    for tile_rows, here in together:
-                        self._chunk(e, panel, first, group, piece, tile_rows, here, bases)
+                                v.store(e.kept, [r, plane, here.start + column], v.const(0, LANES, "int32"), LANES)
+                bases = [Base(e, first + r, group) for r in range(height)]
+                with T.serial(t.chunks_per_group) as piece, self._streams(e, panel) as (here, each):
+                    for rows, columns in together:
+                        self._chunk(here, each, first, group, piece, rows, columns, bases)
                 if t.chunks_per_group > 1:
-                    for tile_rows, here in together:
-                        for r in tile_rows:
-                            for index in here:
-                                self._add_group(e, panel, group, r, bases[r], index, None)
+                    with self._streams(e, panel) as (here, each):
+                        for r, index in itertools.chain(*(itertools.product(*part) for part in together)):
+                            self._add_group(here, each, group, r, bases[r], index, None)
+
+    @contextlib.contextmanager
+    def _streams(self, e: LutEmission, panel: Any) -> Iterator[tuple[LutEmission, Any]]:
+        """A loop over the panels of a tile: the emission and the panel of each."""
+        count = e.config["streams"]
+        if count == 1:
+            yield e, panel
+            return
+        with T.serial(count) as stream:
+            yield replace(e, start=stream * e.panels.width), panel * count + stream
 
     def _chunk(
         self,
@@ -332,10 +365,10 @@ class LutGemm(LookUpGemm):
             for j, value in enumerate(block.values(plane)):
                 column = index * e.block + j * LANES
                 if e.kept is not None:
-                    at = [r, plane, column]
+                    at = [r, plane, e.start + column]
                     v.store(e.kept, at, v.load(e.kept, at, LANES) + value, LANES)
                 else:
-                    at = [r, column]
+                    at = [r, e.start + column]
                     v.store(e.tile, at, v.load(e.tile, at, LANES) + _times(value, plane), LANES)
 
     def _add_group(
@@ -350,10 +383,10 @@ class LutGemm(LookUpGemm):
             if block is not None:
                 here = [values[j] for values in sums]
             elif e.kept is not None:
-                here = [v.let(v.load(e.kept, [r, plane, column], LANES)) for plane in range(e.stored_planes)]
+                here = [v.let(v.load(e.kept, [r, plane, e.start + column], LANES)) for plane in range(e.stored_planes)]
             else:
                 here = []
-            at = [r, e.nowhere(group) + column]
+            at = [r, e.nowhere(group) + e.start + column]
             so_far = v.load(e.tile, at, LANES)
             if e.kept is None and str(e.tile.dtype) == "int32":
                 value = so_far if e.signed else so_far + v.splat(base.whole, LANES)
@@ -395,85 +428,6 @@ class LutGemm(LookUpGemm):
             return value
         outer = v.load(e.names[parent], super_place(e.panels, at), LANES)
         return value * v.cast(outer, "float32", LANES)
-
-
-class Base:
-    """What belongs to no plane in a group of one row: ``(2^bits - 1)`` negative sums less ``centre`` totals.
-
-    Attributes:
-        negative, total: int32 sums of the negative activations, and of all; ``real_total`` in float32.
-        whole: of all planes together.
-        plane: by plane, where planes are kept apart; together they make up ``whole``.
-    """
-
-    def __init__(self, e: LutEmission, row: Any, group: Any) -> None:
-        planes = e.panels.planes
-        self.negative = v.let(e.tables.negative[row, group])
-        self.total = v.let(e.tables.total[row, group])
-        self.real_total = v.let(T.cast(self.total, "float32"))
-        self.whole = v.let(((1 << planes.bits) - 1) * self.negative - planes.centre * self.total)
-        if e.panels.adjacent:
-            self.plane = [self.whole]
-        else:
-            self.plane = [self.negative] * planes.bits
-            if planes.uniform:
-                self.plane[-1] = v.let(self.negative - self.total)
-
-
-class Sums:
-    """The 16-bit sums of one block of columns: a register if planes are adjacent, else two per plane.
-
-    Of two registers, one adds up all lanes, ``even + 256 odd`` modulo 2^16, the other ``odd``.
-    """
-
-    def __init__(self, e: LutEmission) -> None:
-        self.e, self.half = e, e.size // 2
-        count = 1 if e.panels.adjacent else 2
-        self.registers = [[Register("int16", self.half) for _ in range(count)] for _ in range(e.stored_planes)]
-
-    def start(self, base: Base) -> None:
-        """Assign the base, or zero where the sums are unsigned."""
-        for registers, value in zip(self.registers, base.plane):
-            if not self.e.signed:
-                for register in registers:
-                    register.set(v.const(0, self.half, "int16"))
-                continue
-            registers[-1].set(v.splat(T.cast(value, "int16"), self.half))
-            if len(registers) == 2:
-                registers[0].set(v.splat(T.cast(value * 257, "int16"), self.half))
-
-    def add(self, plane: int, found: Any) -> None:
-        """Add one register of table entries."""
-        registers = self.registers[plane]
-        if len(registers) == 1:
-            registers[0].set(registers[0].get() + self._merge(found, 1, 2))
-            return
-        registers[0].set(registers[0].get() + v.bits_of(found, "int16", self.half))
-        registers[1].set(registers[1].get() + self._merge(found, 0, 1))
-
-    def _merge(self, found: Any, even: int, odd: int) -> Any:
-        """Unsigned bytes times ``even`` and ``odd``, added in pairs to 16 bits."""
-        factors = v.bits_of(v.const(even + (odd << 8), self.half, "int16"), "int8", self.e.size)
-        return T.call_llvm_pure_intrin(f"int16x{self.half}", MADDUBS[self.e.size // 4], found, factors)
-
-    def values(self, plane: int) -> list[Any]:
-        """The sums of a plane (of all, if adjacent) as int32x8, in column order."""
-        size, registers = self.e.size, self.registers[plane]
-        if self.e.panels.adjacent and self.e.panels.planes.bits == 4:
-            factors = v.bits_of(v.const(1 + (4 << 16), size // 4, "int32"), "int16", self.half)
-            wide = T.call_llvm_pure_intrin(f"int32x{size // 4}", MADDWD[size // 4], registers[0].get(), factors)
-            wide = v.let(wide)
-            return [v.let(v.shuffle(wide, range(i, i + LANES))) for i in range(0, size // 4, LANES)]
-        narrow = [register.get() for register in registers]
-        if len(narrow) == 2:
-            narrow[0] = v.let(narrow[0] - T.shift_left(narrow[1], v.const(8, self.half, "int16")))
-        found = []
-        for register in narrow:
-            for i in range(0, self.half, LANES):
-                part = v.shuffle(register, range(i, i + LANES))
-                part = part if self.e.signed else v.bits_of(part, "uint16", LANES)
-                found.append(v.let(v.cast(part, "int32", LANES)))
-        return found
 
 
 def _times(value: Any, plane: int) -> Any:

@@ -11,17 +11,18 @@ import functools
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from qcompile.errors import TargetError
 from qcompile.targets.cuda import CudaTarget
 
-VERSION = 5
+VERSION = 6
 """Counted up whenever generated code changes for the same problem and config."""
 
 
@@ -72,15 +73,26 @@ def place(description: dict[str, Any], target: CudaTarget) -> Path:
     return cache_directory() / f"{key(description, target)}.cu"
 
 
-def source(description: dict[str, Any], make: Callable[[], dict[str, Any]], target: CudaTarget, tail: str = "") -> Path:
+def source(
+    description: dict[str, Any],
+    make: Callable[[], dict[str, Any]],
+    target: CudaTarget,
+    tail: str = "",
+    resident: Mapping[str, int] | None = None,
+) -> Path:
     """The cached source for ``description``; ``make()`` returns the PrimFuncs by name if it must be generated.
 
     Args:
         tail: C++ that follows, and follows from the description.
+        resident: blocks of a kernel that are to fit a multiprocessor, by name: nvcc then bounds registers.
     """
     path = place(description, target)
     if not path.exists():
-        _write(path, generate(make(), target) + tail)
+        text = generate(make(), target)
+        for name, blocks in (resident or {}).items():
+            bounds = rf"__launch_bounds__\((\d+)\)( {name}_kernel\()"
+            text = re.sub(bounds, rf"__launch_bounds__(\1, {blocks})\2", text)
+        _write(path, text + tail)
     return path
 
 

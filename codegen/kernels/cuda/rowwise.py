@@ -28,7 +28,7 @@ import numpy as np
 
 from qcompile.codegen.kernels.base import ACTIVATIONS
 from qcompile.codegen.kernels.cuda import build
-from qcompile.codegen.kernels.cuda.rotation import VECTOR, WarpRotation, warp_rotation
+from qcompile.codegen.kernels.cuda.rotation import MOST_THREADS, VECTOR, WarpRotation, warp_rotation
 from qcompile.errors import TargetError
 from qcompile.formats.hadamard import hadamard_matrix
 from qcompile.targets.cuda import CudaTarget
@@ -124,6 +124,13 @@ class CudaRowwise:
             row = padded_words(self.width) if self.hadamard else 0
         return 4 * (3 * SCRATCH + row)
 
+    @property
+    def resident(self) -> int:
+        """Blocks that are to fit a multiprocessor: two where points fit half its registers, so that one loads while the other
+        transforms."""
+        w = self.rotation
+        return 2 if w and w.threads == MOST_THREADS and w.radix * w.neighbours <= 28 else 1
+
     def place(self, chunk: int, thread: Any) -> tuple[Any, Any]:
         """First column of a thread's vector, and whether it is inside the row: True or an expression."""
         if w := self.rotation:
@@ -178,7 +185,8 @@ def source(kernels: Mapping[str, CudaRowwise], target: CudaTarget) -> Path:
     """One cached CUDA source with kernels by name."""
     described = {name: repr(kernel) for name, kernel in kernels.items()}
     make = lambda: {name: kernel.build(target, name) for name, kernel in kernels.items()}  # noqa: E731
-    return build.source({"row kernels": described}, make, target)
+    resident = {name: kernel.resident for name, kernel in kernels.items() if kernel.resident > 1}
+    return build.source({"row kernels": described}, make, target, resident=resident)
 
 
 def padded_words(words: int) -> int:

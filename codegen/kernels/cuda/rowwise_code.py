@@ -21,8 +21,9 @@ RADIX = 5
 MAGIC = 12582912.0
 """1.5 2^23: adding it to a number below 2^22 rounds that to an integer, half to even, in the low bits of the sum."""
 
-NEAR = 2.0**-10
-"""More than what ``v (1 / s)`` can differ from ``v / s`` where that is below 2^8: three roundings, 2^8 1.5 2^-23."""
+NEAR = 2.0**-14
+"""More than what ``v (1 / s)`` can differ from ``v / s`` where that is below 2^7: four roundings, 2^7 2 2^-23. Not much more:
+one element of a warp that is nearer to a tie makes all of it divide."""
 
 
 def emit(kind: CudaRowwise, name: str) -> Any:

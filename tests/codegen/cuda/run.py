@@ -83,7 +83,8 @@ def prepare(arch: str, log: Path) -> Check:
 def tests(log: Path, processes: int) -> list[Check]:
     """``pytest -m gpu``, by file."""
     report = log / "tests.xml"
-    command = [sys.executable, "-m", "pytest", str(HERE), "-m", "gpu", "-q", "-p", "no:cacheprovider"]
+    files = sorted(str(path) for path in HERE.glob("test_gpu*.py"))
+    command = [sys.executable, "-m", "pytest", *files, "-m", "gpu", "-q", "-p", "no:cacheprovider"]
     command += [
         "-c",
         str(HERE.parents[2] / "pyproject.toml"),

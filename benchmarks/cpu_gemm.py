@@ -9,7 +9,8 @@ With ``--out`` every line is kept as it is measured, and one that is there alrea
 
 `ours` is the per-token quantizer and the kernel that `select` chooses, as the peers quantize too; `kernel` is the latter
 alone. Peers: ``MatMulNBits`` with accuracy level 4 (``nbits``) and its look-up kernel (``ort-lut``), ONNX Runtime's exact 8-bit
-products (``u8s8`` without, ``dynamic`` with quantizer) and its product of ``float32`` weights (for tables and small floats), ggml's types by their names, ``read``: the bytes of our packed weights.
+products (``u8s8`` without, ``dynamic`` with quantizer) and its product of ``float32`` weights (for tables and small
+floats), ggml's types by their names, ``read``: the bytes of our packed weights, ``read4``: at four places in turn.
 llama.cpp comes with the extra ``peers``, or from ``--ggml FOLDER``; a library of your own with ``--peer NAME=PATH``.
 
 A call computes several products with weights of their own: `cache` has a few megabytes of them, `memory` several times the
@@ -125,6 +126,7 @@ def peers(fmt: Format, k: int, n: int, m: int, copies: int, size: int, threads: 
         found[peer] = library.product(path, k, n, m, fmt.bits, fmt.group, copies, threads)
     if m == 1:
         found["read"] = read.reader(size, copies, threads, target)
+        found["read4"] = read.reader(size, copies, threads, target, streams=4)
     return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -18,11 +19,16 @@ STEP = 256
 """Bytes per iteration."""
 
 
-def reader(size: int, copies: int, threads: int, target: Target) -> Callable[[], None]:
-    """A call that reads ``copies`` arrays of ``size`` bytes, prefetching 2 KB ahead as our kernels do."""
+def reader(size: int, copies: int, threads: int, target: Target, streams: int = 1) -> Callable[[], None]:
+    """A call that reads ``copies`` arrays of ``size`` bytes.
+
+    From one end to the other, asking 2 KB ahead as our kernels do; or at several places in turn (``streams``), which some
+    processors have faster, left to their own prefetchers.
+    """
     pieces = max(threads, 1)
-    rows = max(size // (pieces * STEP), 1)
-    params = [v.Param("x", (pieces, rows, STEP // 8), "int64"), v.Param("out", (pieces, 4), "int64", output=True)]
+    rows = max(size // (pieces * streams * STEP), 1)
+    shape = (pieces * streams, rows, STEP // 8)
+    params = [v.Param("x", shape, "int64"), v.Param("out", (pieces, 4), "int64", output=True)]
     with v.kernel("read", params) as (builder, names):
 
         def piece(index: Any) -> None:
@@ -30,10 +36,11 @@ def reader(size: int, copies: int, threads: int, target: Target) -> Callable[[],
             for register in sums:
                 register.set(v.const(0, 4, "int64"))
             with T.serial(rows) as row:
-                for line in range(0, STEP // 8, 8):
+                for line in range(0, STEP // 8, 8) if streams == 1 else ():
                     prefetch(names["x"], [index, row, line + 256])
-                for i, register in enumerate(sums):
-                    register.set(T.bitwise_xor(register.get(), v.load(names["x"], [index, row, 4 * i], 4)))
+                for stream, (i, register) in itertools.product(range(streams), enumerate(sums)):
+                    value = v.load(names["x"], [index * streams + stream, row, 4 * i], 4)
+                    register.set(T.bitwise_xor(register.get(), value))
             total = sums[0].get()
             for register in sums[1:]:
                 total = T.bitwise_xor(total, register.get())
@@ -45,7 +52,7 @@ def reader(size: int, copies: int, threads: int, target: Target) -> Callable[[],
             with T.parallel(pieces) as index:
                 piece(index)
     read = tvm.compile(tvm.IRModule({"read": builder.get()}), target=target.tvm())["read"]
-    arrays = [tvm.runtime.tensor(np.ones((pieces, rows, STEP // 8), np.int64)) for _ in range(copies)]
+    arrays = [tvm.runtime.tensor(np.ones(shape, np.int64)) for _ in range(copies)]
     out = tvm.runtime.empty((pieces, 4), "int64")
 
     def call() -> None:

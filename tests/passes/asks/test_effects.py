@@ -40,6 +40,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 N = 16
 RNG = np.random.default_rng(3)
 SPREAD = np.exp(RNG.normal(0, 1.5, N))
+TWO_LOUD = np.where(np.arange(N) < 2, 20.0, 1.0)
 
 
 def gated(outliers: np.ndarray = SPREAD, rows: int = 64) -> exact.Case:
@@ -78,25 +79,27 @@ def test_smoothing_moves_outliers_of_activations_into_weights():
     assert ratio(np.abs(case.rows(model, ["n"])["n"]).max(0)) < 1.001 < before / 10
 
 
-def test_searched_smoothing_is_never_worse_than_any_fixed_alpha():
-    case = gated()
-    quantized = {w: Precision.of("int4", "int8/token") for w in ("gate", "up", "down", "head")}
-    search = Smooth(search=5)
+@pytest.mark.parametrize(
+    ("outliers", "weight", "activation", "best"),
+    [(SPREAD, "int4", "int8/token", 0.5), (TWO_LOUD, "int8", "int4/token", 0.75), (TWO_LOUD, "int3", "none", 0.25)],
+    ids=["balanced", "activations are coarser", "weights are coarser"],
+)
+def test_searched_smoothing_takes_the_best_alpha(outliers, weight, activation, best):
+    case = gated(outliers)
+    quantized = {w: Precision.of(weight, activation) for w in ("gate", "up", "down", "head")}
     context = Context(case.spaces, case.data, quantized)
     space = case.spaces.of("n")
     error = RoundingError(space, context)
-    element = case.spaces.identity()
-    assert search.propose(space, context, element)
-    model, _ = case.apply(search, quantized=quantized)
+    model, _ = case.apply(Smooth(search=5), quantized=quantized)
     chosen = np.abs(case.rows(model, ["n"])["n"]).max(0) / np.abs(case.rows(case.spaces.model, ["n"])["n"]).max(0)
     x, w = context.activation_range(space), context.weight_range(space)
-    for alpha in np.linspace(0, 1, 5):
-        assert error(chosen) <= error(w ** (1 - alpha) / x**alpha) * (1 + 1e-9)
-    assert error(chosen) < 0.5 * error(np.ones(N))
+    errors = {alpha: error(w ** (1 - alpha) / x**alpha) for alpha in np.linspace(0, 1, 5)}
+    assert min(errors, key=errors.get) == best
+    assert error(chosen) <= errors[best] * (1 + 1e-9) < 0.5 * error(np.ones(N))
 
 
 def test_awq_lowers_the_error_of_three_bit_weights():
-    case = gated(np.where(np.arange(N) < 2, 20.0, 1.0))
+    case = gated(TWO_LOUD)
     quantized = {w: Precision.of("int3", "none") for w in ("gate", "up")}
     context = Context(case.spaces, case.data, quantized)
     error = RoundingError(case.spaces.of("n"), context)

@@ -101,6 +101,7 @@ class PairGemm(TiledGemm):
         e.extra["excess"] = B.alloc_buffer((mr, 2 * words + p.groups + 1), "int32")
         e.extra["begin"] = B.alloc_buffer((mr, p.groups), "int32")
         e.extra["total"] = B.alloc_buffer((mr, p.groups), "int32")
+        e.extra["sums"] = B.alloc_buffer((mr, p.width), "int32")
         with T.serial(rows) as row:
             count = Register("int32", 1)
             count.set(T.int32(0))
@@ -170,16 +171,25 @@ class PairGemm(TiledGemm):
     # Products
 
     def micro(self, e: Emission, panel: Any, first: Any, rows: int) -> None:
-        self.by_group(e, panel, "int32", rows, lambda group, sums: self._reduce(e, panel, sums, group))
+        grouped = bool(e.panels.fmt.group)
 
-    def _reduce(self, e: Emission, panel: Any, sums: Tile, group: Any) -> None:
+        def reduce(group: Any, sums: Tile) -> None:
+            self._main(e, panel, sums, group)
+            if grouped:
+                places = [(r, vec) for r in range(rows) for vec in range(e.panels.vectors)]
+                for r, vec in places:
+                    v.store(e.extra["sums"], [r, vec * LANES], sums[r][vec].get(), LANES)
+                self._rest(e, panel, e.extra["sums"], rows, group)
+                for r, vec in places:
+                    sums[r][vec].set(v.load(e.extra["sums"], [r, vec * LANES], LANES))
+
+        self.by_group(e, panel, "int32", rows, reduce)
+        if not grouped:
+            self._rest(e, panel, e.tile, rows, T.int32(0))
+
+    def _main(self, e: Emission, panel: Any, sums: Tile, group: Any) -> None:
+        """Add the products of one group, as far as the bound holds, with the unsigned weights."""
         p = e.panels
-        zeros = None if p.fmt.symmetric else self.zero_codes(e, panel, group)
-        for r, line in enumerate(sums):
-            total = v.let(e.extra["total"][r, group])
-            for vec, acc in enumerate(line):
-                offset = v.splat(total * 128, LANES) if zeros is None else zeros[vec] * v.splat(total, LANES)
-                acc.set(acc.get() - offset)
         with T.serial(e.rolled(p.rows_per_group)) as i:
             place = group * p.rows_per_group + i
             weights = [v.let(self._weights(e, panel, place * p.row_bytes, vec)) for vec in range(p.vectors)]
@@ -188,7 +198,20 @@ class PairGemm(TiledGemm):
                 T.evaluate(T.call_intrin("void", "tirx.prefetch", address, T.int32(0), T.int32(3), T.int32(1)))
             for r, line in enumerate(sums):
                 self._add(line, weights, v.bits_of(v.load(e.extra["main"], [r, 4 * place], 4), "int32", 1))
-        for r, line in enumerate(sums):
+
+    def _rest(self, e: Emission, panel: Any, tile: Any, rows: int, group: Any) -> None:
+        """Add what was moved to the list to a tile of sums, and take off what stands for 0 in the weights.
+
+        Rows in a loop and sums from memory: the registers of the main loop stay its own.
+        """
+        p = e.panels
+        zeros = None if p.fmt.symmetric else self.zero_codes(e, panel, group)
+        with T.serial(e.rolled(rows)) as r:
+            line = [Register("int32", LANES) for _ in range(p.vectors)]
+            total = v.let(e.extra["total"][r, group])
+            for vec, acc in enumerate(line):
+                offset = v.splat(total * 128, LANES) if zeros is None else zeros[vec] * v.splat(total, LANES)
+                acc.set(v.load(tile, [r, vec * LANES], LANES) - offset)
             # A loop of unknown length: LLVM would unroll a counted one, whose remainder costs a mispredicted branch a row.
             at = Register("int32", 1)
             at.set(e.extra["begin"][r, group])
@@ -198,6 +221,8 @@ class PairGemm(TiledGemm):
                 weights = [self._weights(e, panel, offset, vec) for vec in range(p.vectors)]
                 self._add(line, weights, e.extra["excess"][r, index + 1])
                 at.set(index + 2)
+            for vec, acc in enumerate(line):
+                v.store(tile, [r, vec * LANES], acc.get(), LANES)
 
     def _weights(self, e: Emission, panel: Any, offset: Any, vec: int) -> Any:
         return v.bits_of(v.load(e.names["weight"], [panel, 0, offset + vec * BYTES], BYTES), "int8", BYTES)

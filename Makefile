@@ -37,6 +37,7 @@ $(TOOLS): $(STAMP) Makefile
 	for tool in qemu-aarch64 aarch64-linux-gnu-g++ verilator yosys; do \
 	  command -v $$tool >/dev/null || echo "$$tool is not there: tests that need it skip"; \
 	done
+	$(PIP) install -c constraints.txt -e ".[mlir]" || echo "torch-mlir is not there: tests that need it skip"
 	$(BIN)/python -m qcompile.backends.emulate || echo "tests that run ARM programs skip"
 	touch $@
 

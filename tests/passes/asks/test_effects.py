@@ -235,6 +235,8 @@ def test_zigzag_fills_every_block():
     for size, block in ((24, 8), (20, 8), (7, 8), (128, 16)):
         order = channel_order(np.random.default_rng(0).uniform(size=size), "zigzag", block)
         assert sorted(order) == list(range(size))
+    # Back and forth: the block that got the largest of one round gets the smallest of the next.
+    assert channel_order(np.arange(8)[::-1], "zigzag", 2).tolist() == [0, 7, 1, 6, 2, 5, 3, 4]
     with pytest.raises(RecipeError, match="zigzag"):
         Permute("random")
 
@@ -313,6 +315,20 @@ def test_an_online_rotation_goes_where_none_folds():
     rotated = {n.outputs[0].name for n in model.graph if n.op_type == "BlockRotate"}
     assert read_by(model, "down") in rotated and read_by(model, "up") not in rotated
     assert any(f"{len(rotated)} activations" in e.text for e in report.applied)
+
+
+def test_signs_keep_the_mean_of_channels_out_of_one_entry():
+    """Without them the first entry of a rotated row is sqrt(n) times the mean of its channels."""
+    random = np.random.default_rng(0)
+    constants = {"w": random.standard_normal((N, 5))}
+    model = exact.widen(oracle.parse("r = Relu(x) y = MatMul(r, w)", {"x": (8, N)}, constants, (8, 5)))
+    case = exact.Case(model, {"x": 3 + 0.1 * random.standard_normal((8, N))})
+    loudest = {}
+    for signs in (False, True):
+        rotated, _ = case.apply(RotateOnline(everywhere=True, signs=signs))
+        name = read_by(rotated, "w")
+        loudest[signs] = np.abs(case.rows(rotated, [name])[name]).max()
+    assert np.isclose(loudest[False], 3 * np.sqrt(N), rtol=0.1) and loudest[True] < 0.8 * loudest[False]
 
 
 def test_a_weight_with_another_reader_gets_a_copy():

@@ -74,7 +74,7 @@ TARGETS: dict[str, Target] = {
 neoverse-n1; 3: neoverse-v1; 4: neoverse-v2. Jetson Orin: cortex-a78. Snapdragon X: oryon-1. Ampere Altra: neoverse-n1;
 AmpereOne: ampere1."""
 
-COUNTED = {_V8: "cortex-a72", _V82: "cortex-a76"}
+COUNTED = {_V8: "cortex-a72", _V82: "cortex-a76", _V86: "neoverse-v1"}
 """Processors whose kernels were tuned by counting instructions. The count depends on what instructions there are, not on how
 fast they are, so that it serves all processors with the same features."""
 

@@ -57,7 +57,7 @@ def test_the_command_goes_on_after_a_kill(emulation, tmp_path):
     assert entry["trials"] == 4 and len(entry["instructions"]) == 1 and "microseconds" not in entry
 
 
-@pytest.mark.parametrize("cpu", ["cortex-a72", "cortex-a76"])
+@pytest.mark.parametrize("cpu", ["cortex-a72", "cortex-a76", "neoverse-v1"])
 def test_what_is_shipped_can_be_built(cpu):
     target = get_target(cpu, cores=1)
     database = shipped(target)
@@ -78,7 +78,7 @@ def test_shipped_counts_choose_the_kernel():
 
 def test_a_processor_uses_the_counts_of_one_with_the_same_instructions(monkeypatch):
     problem = LinearProblem(4096, 4096, parse_format("int2/g128"), parse_activation("int8"), m=1)
-    for cpu, counted in (("neoverse-n1", "cortex-a76"), ("cortex-a53", "cortex-a72")):
+    for cpu, counted in (("neoverse-n1", "cortex-a76"), ("cortex-a53", "cortex-a72"), ("apple-m2", "neoverse-v1")):
         target = get_target(cpu)
         choice = select(problem, target, shipped(target))
         assert f"fewest instructions for 4096 x 4096 on qemu-user, {counted}" in choice.reason

@@ -172,6 +172,8 @@ class WordTableGemm(ByteTableGemm):
         return rate / 2, unpack + _look_ups(problem)
 
     def tiles(self, problem: LinearProblem, target: Target) -> list[tuple[int, int]]:
+        if problem.weight.bits > 4:  # more rows share a long look-up
+            return [(4, 2), (2, 4), (1, 4)]
         return [(2, 4), (4, 2), (1, 4)]
 
     def prologue(self, e: Emission, first: Any, rows: Any) -> None:

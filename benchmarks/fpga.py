@@ -189,7 +189,7 @@ def folded() -> None:
             found.luts,
             found.flipflops,
             found.multipliers,
-            round(area.estimate(netlist.units[0]).luts),
+            round(area.estimate(netlist.units[0], TARGETS["xc7"]).luts),
         )
     row("FINN's formula, without requantization", round(finn_luts(folded_layer())), "", 0, "")
 

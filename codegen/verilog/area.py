@@ -197,10 +197,10 @@ def _bitserial(unit: Unit, family: Family) -> Area:
     counters = sum(max(n - 1, 1).bit_length() for n in (*steps, int(np.prod(steps))))
     total = Area(20 + counters * (2 if family.inputs == 6 else 4), 60)
     pairs = (simd + 1) // 2
-    gate = family.adder(x) + (0 if family.inputs == 6 else 2 * x)
+    gate = family.adder(x) + (x if family.inputs == 6 else 2 * x)  # one operand passes the tables of the adder ungated
     tree = _tree(pairs, x + 1, p["P_BITS"], family)
     # The sum of a group selects among itself, twice itself and 0, and adds or subtracts.
-    summed = family.adder(p["P_BITS"]) + (0 if family.inputs == 6 else 2 * p["P_BITS"])
+    summed = family.adder(p["P_BITS"]) + (1 if family.inputs == 6 else 2) * p["P_BITS"]
     whole = family.adder(p["A_BITS"]) + p["A_BITS"] * (2 if p["SCALES"] else 0 if family.inputs == 6 else 1)
     registers = pairs * (x + 1) + tree.flipflops + p["P_BITS"] + p["A_BITS"]
     if p["SCALES"]:

@@ -73,7 +73,7 @@ PEERS = {"cortex-a76": ("armv8.2-a+dotprod+fp16", DOTPROD), "neoverse-v1": ("arm
 
 OURS = [
     "int1/g128", "int2", "int2/g128", "ternary/channel", "int3/g128", "int4/g128", "int4/g32", "int8",
-    "bitplane2/g128", "mxfp4", "nf4/g64",
+    "bitplane2/g128", "mxfp4", "nf4/g64", "pow2sum2/g128", "mxfp6", "mxfp8",
 ]  # fmt: skip
 
 MAIN = """

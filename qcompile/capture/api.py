@@ -119,6 +119,7 @@ def torch_available() -> bool:
 
 def _from_ir(model: ir.Model, source: dict[str, Any], example_inputs: Any, name: str, task: str | None) -> Captured:
     """Check a model that is in ONNX already and bring it to the current opset."""
+    map_external_data(model)
     translate_quantizers(model)
     validate(model, name)
     source["opset"] = model.opset_imports.get("", model.opset_imports.get("ai.onnx"))
@@ -188,6 +189,14 @@ def _from_directory(
         dict(zip(prepared.input_names, arrays)),
         prepared.task,
     )
+
+
+def map_external_data(model: ir.Model) -> None:
+    """Turn weights in external files into arrays mapped from them, which need no directory to be used or passed on."""
+    for graph in model.graphs():
+        for value in graph.initializers.values():
+            if isinstance(tensor := value.const_value, ir.ExternalTensor):
+                value.const_value = ir.Tensor(tensor.numpy(), dtype=tensor.dtype, name=tensor.name)
 
 
 def rename_dims(model: ir.Model, names: dict[str, str]) -> None:

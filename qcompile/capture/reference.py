@@ -7,7 +7,7 @@ The attribute is one of
 * a function without parameters that returns ``module``, ``(module, example_inputs)`` or
   ``(module, example_inputs, dynamic_shapes)``.
 
-This runs the code of the package or file, as importing it does.
+Packages are looked for in the current folder too. This runs the code of the package or file, as importing it does.
 """
 
 from __future__ import annotations
@@ -60,10 +60,14 @@ def resolve(text: str) -> tuple[Any, Any, Any]:
 
 
 def _load(place: str, text: str) -> Any:
+    path = Path(place)
     try:
+        # A console script does not look into the current folder, as `python -m` does. Last, so that nothing is shadowed.
+        folder = str(path.resolve().parent if place.endswith(".py") else Path.cwd())
+        if folder not in sys.path:
+            sys.path.append(folder)
         if not place.endswith(".py"):
             return importlib.import_module(place)
-        path = Path(place)
         if not path.is_file():
             raise ModelError(f"{text}: '{place}' not found")
         spec = importlib.util.spec_from_file_location(path.stem, path)

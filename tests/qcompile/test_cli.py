@@ -103,6 +103,35 @@ def test_formats_weights_and_solvers_can_be_changed(model, samples, tmp_path):
     }
 
 
+def test_weights_in_an_external_file(model, samples, tmp_path):
+    """As ``torch.onnx.export`` writes them."""
+    net = onnx.load(model)
+    (tmp_path / "apart").mkdir()
+    apart = tmp_path / "apart" / "net.onnx"
+    onnx.save(net, apart, save_as_external_data=True, location="net.onnx.data", size_threshold=0)
+    done = call("compile", apart, "--calibration", samples, "-o", tmp_path / "o", "--json")
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.output)["quality"]["program_to_float_cosine"] > 0.999
+
+
+@pytest.mark.parametrize("reference", ["my_net:build", "{folder}/my_net.py:build"])
+def test_a_module_in_the_current_folder_or_a_file(reference, tmp_path, monkeypatch):
+    pytest.importorskip("torch")
+    (tmp_path / "my_sizes.py").write_text("WIDTH = 24\n")
+    (tmp_path / "my_net.py").write_text(
+        "import torch\nfrom my_sizes import WIDTH\n"
+        "def build():\n    return torch.nn.Linear(WIDTH, 8), (torch.ones(2, WIDTH),)\n"
+    )
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    for name in ("my_net", "my_sizes"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    if not reference.startswith("{"):
+        monkeypatch.chdir(tmp_path)
+    done = call("inspect", reference.format(folder=tmp_path), "--json")
+    assert done.exit_code == 0, done.output
+    assert [site["shape"] for site in json.loads(done.output)["linears"]] in ([[24, 8]], [[8, 24]])
+
+
 @pytest.mark.parametrize("command", ["recipes", "formats", "targets"])
 def test_lists(command):
     rows = json.loads(call(command, "--json").output)

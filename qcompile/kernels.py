@@ -307,6 +307,12 @@ def _token_codes(x: torch.Tensor, scores: str, centred: bool, chip: CudaTarget) 
     return codes.view(x.shape), scale.view(x.shape[:-1])
 
 
+@functools.lru_cache(64)
+def _key_order(count: int, device: torch.device) -> torch.Tensor:
+    """On the device before a CUDA graph is captured that uses it."""
+    return torch.from_numpy(quantized_attention.key_order(count)).to(device)
+
+
 def _values(v: torch.Tensor, kind: str) -> list[torch.Tensor]:
     if kind == "float16":
         return [v.half().contiguous()]
@@ -314,5 +320,4 @@ def _values(v: torch.Tensor, kind: str) -> list[torch.Tensor]:
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))
     codes = (v.float() / scale[:, :, None]).to(torch.float8_e4m3fn).view(torch.int8)
     codes = torch.nn.functional.pad(codes, (0, 0, 0, -codes.shape[2] % 64))
-    order = torch.from_numpy(quantized_attention.key_order(codes.shape[2])).to(v.device)
-    return [codes[:, :, order].transpose(2, 3).contiguous(), scale]
+    return [codes[:, :, _key_order(codes.shape[2], v.device)].transpose(2, 3).contiguous(), scale]

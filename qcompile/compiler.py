@@ -193,6 +193,8 @@ def resolve_target(target: Any, variant: str | None = None) -> Target:
 def _feeds(calibration: Any, graph: ir.Model, tokenizer: Any, max_tokens: int, max_samples: int) -> list[Feed]:
     if calibration is None:
         return []
+    if max_samples < 1 or max_tokens < 1:
+        raise CalibrationError(f"max_samples and max_tokens must be positive, not {max_samples} and {max_tokens}")
     feeds = load_feeds(calibration, input_specs(graph), tokenizer=tokenizer, max_tokens=max_tokens)
     if len(feeds) > max_samples:
         # Spread over the whole file: neighbours are often alike.

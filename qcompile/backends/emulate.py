@@ -112,7 +112,9 @@ class EmulatedProgram(Checked):
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.folder = Path(folder)
         content = json.loads((self.folder / "program.json").read_text(encoding="utf-8"))
-        cpu = content["target"]["cpu"]
+        kind, cpu = content["target"]["kind"], content["target"]["cpu"]
+        if kind != "arm":
+            raise TargetError(f"the emulator runs programs for ARM, {self.folder} is for {kind}")
         self._target = get_target("arm", variant=cpu)
         self._command = [*arm.emulator(self._target), str(host(self._target))]
         arrays = tensors.load(self.folder / "weights.safetensors")

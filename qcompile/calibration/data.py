@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,13 +79,16 @@ def _from_npz(path: Path, inputs: Sequence[InputSpec]) -> Iterator[Feed]:
         with np.load(path, allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in archive.files}
     except Exception as error:
-        raise CalibrationError(f"{path} is not a readable .npz file: {error}") from None
+        reason = str(error) if zipfile.is_zipfile(path) else "it is no zip archive"
+        raise CalibrationError(f"{path} is not a readable .npz file: {reason}") from None
     missing = [i.name for i in inputs if i.name not in arrays]
     if missing:
         raise CalibrationError(
             f"{path} lacks the model input(s) {', '.join(missing)}; it holds {', '.join(arrays) or 'nothing'}"
         )
-    lengths = {len(arrays[i.name]) for i in inputs if arrays[i.name].ndim}
+    if flat := [i.name for i in inputs if not arrays[i.name].ndim]:
+        raise CalibrationError(f"{path}: input {flat[0]!r} is a single number; its first axis must count the samples")
+    lengths = {len(arrays[i.name]) for i in inputs}
     if len(lengths) != 1:
         raise CalibrationError(f"{path}: inputs disagree on the batch size: {sorted(lengths)}")
     for row in range(lengths.pop()):
@@ -109,24 +113,34 @@ def _from_iterable(
         items = iter(source)
     except TypeError:
         raise CalibrationError(f"calibration data must be a path or an iterable, not {type(source).__name__}") from None
-    for item in items:
+    by_name = {i.name: i for i in inputs}
+    for number, item in enumerate(items):
         if isinstance(item, str):
             encode = encode or text_encoder(tokenizer, inputs, max_tokens)
             yield from encode(item)
         elif isinstance(item, Mapping):
-            by_name = {i.name: i for i in inputs}
             yield {
-                k: np.asarray(v, by_name[k].dtype if k in by_name and isinstance(v, list) else None)
+                k: _array(v, by_name[k].dtype if k in by_name and isinstance(v, list) else None, number, k)
                 for k, v in item.items()
             }
         elif len(inputs) == 1:
-            yield {inputs[0].name: np.asarray(item)}
+            yield {inputs[0].name: _array(item, None, number, inputs[0].name)}
         elif isinstance(item, (tuple, list)) and len(item) == len(inputs):
-            yield {i.name: np.asarray(v) for i, v in zip(inputs, item)}
+            yield {i.name: _array(v, None, number, i.name) for i, v in zip(inputs, item)}
         else:
             raise CalibrationError(
                 f"a calibration sample of type {type(item).__name__} does not fit {len(inputs)} inputs; pass dictionaries"
             )
+
+
+def _array(value: Any, dtype: np.dtype | None, number: int, name: str) -> np.ndarray:
+    try:
+        return np.asarray(value, dtype)
+    except (TypeError, ValueError, OverflowError) as error:
+        reason = str(error).partition(". ")[0]
+        raise CalibrationError(
+            f"sample {number} of the calibration data: input {name!r} is no array: {reason}"
+        ) from None
 
 
 def text_encoder(tokenizer: str | os.PathLike[str] | None, inputs: Sequence[InputSpec], max_tokens: int = 512) -> Any:
@@ -187,7 +201,8 @@ def _check(feed: Feed, inputs: Sequence[InputSpec], where: str) -> None:
             if (array.dtype.kind in "iu" and spec.dtype.kind in "iu") or (
                 array.dtype.kind in "fiu" and spec.dtype.kind == "f"
             ):
-                feed[spec.name] = array.astype(spec.dtype)
+                with np.errstate(over="ignore"):  # what overflows is refused below
+                    array = feed[spec.name] = array.astype(spec.dtype)
             else:
                 raise CalibrationError(f"{where}: input {spec.name!r} is {array.dtype}, the model takes {spec.dtype}")
         if array.dtype.kind == "f" and not np.isfinite(array).all():

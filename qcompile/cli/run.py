@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import Any
 
 import click
@@ -17,6 +18,8 @@ import click
 @click.option("--json", "as_json", is_flag=True, help="Print shapes and statistics as JSON.")
 def run(artifact: str, inputs: str, output: str | None, threads: int | None, emulate: bool, as_json: bool) -> None:
     """Run ARTIFACT on INPUTS, a .npz file with one array per model input."""
+    import zipfile
+
     import numpy as np
 
     from qcompile.compiled import load
@@ -27,8 +30,11 @@ def run(artifact: str, inputs: str, output: str | None, threads: int | None, emu
     try:
         with np.load(inputs, allow_pickle=False) as archive:
             feeds = {name: archive[name] for name in archive.files}
+    except OSError as error:
+        raise InputError(f"cannot read {inputs}: {error.strerror or error}") from None
     except Exception as error:
-        raise InputError(f"{inputs} is not a readable .npz file: {error}") from None
+        reason = str(error) if zipfile.is_zipfile(inputs) else "it is no zip archive"
+        raise InputError(f"{inputs} is not a readable .npz file: {reason}") from None
     if threads is not None:
         set_threads(threads)
     if emulate:
@@ -39,7 +45,8 @@ def run(artifact: str, inputs: str, output: str | None, threads: int | None, emu
         results = model.run(feeds)
     if output is not None:
         try:
-            np.savez(output, allow_pickle=False, **results)
+            with open(output, "wb") as file:  # a name would get the suffix .npz, whatever it ends with
+                np.savez(file, allow_pickle=False, **results)
         except OSError as error:
             raise QcompileError(f"cannot write {output}: {error.strerror}") from None
     summary: dict[str, dict[str, Any]] = {
@@ -52,7 +59,9 @@ def run(artifact: str, inputs: str, output: str | None, threads: int | None, emu
         for name, array in results.items()
     }
     if as_json:
-        click.echo(json.dumps(summary))
+        for facts in summary.values():  # JSON has no NaN and no infinity
+            facts |= {key: facts[key] if math.isfinite(facts[key]) else None for key in ("mean", "std")}
+        click.echo(json.dumps(summary, allow_nan=False))
     else:
         for name, facts in summary.items():
             click.echo(

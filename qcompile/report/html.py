@@ -126,8 +126,9 @@ def range_plot(layers: list[LayerRecord]) -> str:
             ordered = sorted(values, reverse=True)
             points = sorted({int(i * (len(ordered) - 1) / 127) for i in range(128)})
             axis.plot(points, [ordered[i] for i in points], color=color, linewidth=1, label=label)
-        axis.set_yscale("log")
-        axis.yaxis.set_minor_formatter("")
+        if any(v > 0 for v in (*(layer.before or ()), *(layer.after or ()))):
+            axis.set_yscale("log")
+            axis.yaxis.set_minor_formatter("")
         axis.set_title(short(layer.name, 36), fontsize=6)
     for axis in list(axes.flat)[len(chosen) :]:
         axis.set_visible(False)

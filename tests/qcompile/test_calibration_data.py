@@ -92,6 +92,17 @@ def test_missing_inputs_wrong_shapes_and_nan_are_named(tmp_path):
         load_feeds(7, [IDS])
 
 
+def test_ragged_lists_single_numbers_and_overflow_are_named(tmp_path):
+    (tmp_path / "ragged.jsonl").write_text('{"x": [[1, 2], [3]]}')
+    with pytest.raises(CalibrationError, match=r"sample 0 .* input 'x' is no array"):
+        load_feeds(tmp_path / "ragged.jsonl", [IMAGE])
+    np.savez(tmp_path / "one.npz", x=np.float32(3))
+    with pytest.raises(CalibrationError, match="'x' is a single number"):
+        load_feeds(tmp_path / "one.npz", [IMAGE])
+    with pytest.raises(CalibrationError, match="NaN or Inf"):
+        load_feeds([np.full((1, 3, 4), 1e300)], [IMAGE])
+
+
 def test_a_pickle_in_an_npz_is_not_loaded(tmp_path):
     np.savez(tmp_path / "x.npz", x=np.array([{"a": 1}], dtype=object))
     with pytest.raises(CalibrationError):

@@ -14,7 +14,9 @@ import pytest
 from click.testing import CliRunner
 from onnx import numpy_helper
 
+import qcompile
 from qcompile.cli import cli
+from qcompile.errors import CalibrationError
 
 TEXT = """
 <ir_version: 10, opset_import: ["" : 18]>
@@ -198,6 +200,28 @@ def test_wrong_inputs_at_run_time(model, tmp_path):
     (tmp_path / "junk.npz").write_bytes(b"junk")
     assert call("run", tmp_path / "out", tmp_path / "junk.npz").exit_code == 6
     assert call("run", tmp_path / "nowhere", tmp_path / "bad.npz").exit_code == 7
+
+
+def test_outputs_go_to_the_file_named_and_json_is_json(model, tmp_path):
+    call("compile", model, "--recipe", "w8a8-rtn", "-o", tmp_path / "out", "--quiet")
+    np.savez(tmp_path / "nan.npz", x=np.full((2, 32), np.nan, np.float32))
+    ran = call("run", tmp_path / "out", tmp_path / "nan.npz", "-o", tmp_path / "y", "--json")
+    facts = json.loads(ran.stdout, parse_constant=lambda text: pytest.fail(f"{text} is not JSON"))
+    assert facts["y"]["shape"] == [2, 16] and (tmp_path / "y").is_file()
+    text = tmp_path / "text.npz"
+    text.write_text("dear")
+    ran = call("run", tmp_path / "out", text)
+    assert ran.exit_code == 6 and "zip" in ran.output and "pickle" not in ran.output
+    ran = call("run", tmp_path / "out", tmp_path / "nan.npz", "--emulate")
+    assert ran.exit_code == 8 and "for ARM" in ran.output and "is for x86" in ran.output
+
+
+def test_no_sample_is_not_without_data(model, samples, tmp_path):
+    for option in ("--max-samples", "--max-tokens"):
+        assert call("compile", model, "--calibration", samples, "-o", tmp_path / "o", option, "0").exit_code == 2
+    with pytest.raises(CalibrationError, match="positive"):
+        qcompile.compile(model, calibration=samples, max_samples=0)
+    assert not (tmp_path / "o").exists()
 
 
 def test_a_full_disk_leaves_nothing(model, tmp_path):

@@ -1,6 +1,7 @@
 """The page of a compile: ranges before and after the transforms, errors, sizes, latency; nothing from outside of it."""
 
 import re
+import warnings
 
 import numpy as np
 import onnx
@@ -68,3 +69,10 @@ def test_latency_and_names_that_need_escaping(tmp_path):
 def test_long_names_keep_both_ends():
     name = short("encoder.layer.11.attention.self.query.something.very.long.indeed.weight.codes.weight")
     assert len(name) <= 48 and name.startswith("encoder.layer.11") and name.endswith("indeed.weight")
+
+
+def test_a_layer_of_zeros_is_drawn_without_a_warning(tmp_path):
+    zeros = LayerRecord("dead", "linear", (4, 4), "int8", before=[0.0] * 4, after=[0.0] * 4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        write_html(tmp_path / "r.html", Report("m", "t", "r", layers=[zeros]))

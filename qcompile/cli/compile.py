@@ -24,8 +24,12 @@ import click
 @click.option("--weight", help="Change the recipe's weight format, e.g. int4/g128.")
 @click.option("--activation", help="Change the recipe's activation format: int8/token, int8/tensor or none.")
 @click.option("--solver", help="Change the recipe's solver.")
-@click.option("--max-samples", type=click.IntRange(1), default=256, show_default=True, help="Calibration samples used at most.")
-@click.option("--max-tokens", type=click.IntRange(1), default=512, show_default=True, help="Texts are cut at this length.")
+@click.option(
+    "--max-samples", type=click.IntRange(1), default=256, show_default=True, help="Calibration samples used at most."
+)
+@click.option(
+    "--max-tokens", type=click.IntRange(1), default=512, show_default=True, help="Texts are cut at this length."
+)
 @click.option("--kv-cache", is_flag=True, help="Capture a decoder with past keys and values as inputs.")
 @click.option("--keep-stages", type=click.Path(), help="Write the model after every stage into this directory.")
 @click.option("--emit", multiple=True, help="Also write other forms: mlir (the stages), and what the target has.")

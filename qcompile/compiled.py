@@ -14,6 +14,7 @@ import numpy as np
 
 from qcompile import artifact as artifacts
 from qcompile.backends import Runner, get_backend
+from qcompile.errors import ArtifactError
 from qcompile.report import Report
 from qcompile.runtime import TensorSpec
 
@@ -115,7 +116,14 @@ def load(path: str | os.PathLike[str], *, verify: bool = True) -> CompiledModel:
     Raises:
         ArtifactError: it is incomplete, was altered, or names files outside itself.
     """
-    return CompiledModel(artifacts.open_artifact(path, verify=verify))
+    artifact = artifacts.open_artifact(path, verify=verify)
+    program = _content(artifact.file("program.json"))
+    target = artifact.manifest.get("target")
+    if not isinstance(target, dict) or not isinstance(target.get("kind"), str):
+        raise ArtifactError(f"{artifact.path / artifacts.MANIFEST} does not say what target the program is for")
+    if missing := [key for key in ("inputs", "outputs") if not isinstance(program.get(key), list)]:
+        raise ArtifactError(f"{artifact.path / 'program.json'} lacks the {missing[0]} of the program")
+    return CompiledModel(artifact)
 
 
 def load_program(folder: Path, target: Mapping[str, Any] | None = None) -> Runner:
@@ -126,10 +134,19 @@ def load_program(folder: Path, target: Mapping[str, Any] | None = None) -> Runne
         ArtifactError: something is missing.
     """
     if target is None:
-        target = json.loads((folder / "program.json").read_text(encoding="utf-8"))["target"]
+        target = _content(folder / "program.json")["target"]
     return get_backend(target["kind"]).load(folder, target)
 
 
+def _content(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ArtifactError(f"{path} is not readable: {error}") from None
+    if not isinstance(content, dict):
+        raise ArtifactError(f"{path} is not the description of a program")
+    return content
+
+
 def _specs(path: Path, key: str) -> tuple[TensorSpec, ...]:
-    content = json.loads(path.read_text(encoding="utf-8"))
-    return tuple(TensorSpec(s["name"], s["dtype"], tuple(s["shape"])) for s in content[key])
+    return tuple(TensorSpec(s["name"], s["dtype"], tuple(s["shape"])) for s in _content(path)[key])

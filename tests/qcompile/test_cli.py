@@ -1,5 +1,6 @@
 """What a user types: commands, their output, exit codes, and one clear line when something is wrong."""
 
+import hashlib
 import json
 import os
 import resource
@@ -214,6 +215,22 @@ def test_outputs_go_to_the_file_named_and_json_is_json(model, tmp_path):
     assert ran.exit_code == 6 and "zip" in ran.output and "pickle" not in ran.output
     ran = call("run", tmp_path / "out", tmp_path / "nan.npz", "--emulate")
     assert ran.exit_code == 8 and "for ARM" in ran.output and "is for x86" in ran.output
+
+
+def test_artifacts_that_say_too_little_are_refused(model, samples, tmp_path):
+    out = tmp_path / "out"
+    call("compile", model, "--recipe", "w8a8-rtn", "-o", out, "--quiet")
+    whole = json.loads((out / "manifest.json").read_text())
+    for part in ({"target": None}, {"target": "x86"}, {"files": {}}):
+        (out / "manifest.json").write_text(json.dumps(whole | part))
+        assert call("run", out, samples).exit_code == 7
+    for text in ("nope", "[]", "{}"):
+        (out / "program.json").write_text(text)
+        entry = {"sha256": hashlib.sha256(text.encode()).hexdigest(), "bytes": len(text)}
+        files = whole["files"] | {"program.json": entry}
+        (out / "manifest.json").write_text(json.dumps(whole | {"files": files}))
+        done = call("run", out, samples)
+        assert done.exit_code == 7 and "program.json" in done.output
 
 
 def test_no_sample_is_not_without_data(model, samples, tmp_path):

@@ -253,7 +253,10 @@ class RotateOnline(Rewrite):
                 insert_online(model, members, Diagonal(rng.choice([-1.0, 1.0], width), "signed"))
             insert_online(model, members, Hadamard(order, padded))
         done = sum(len(m) for m in jobs.values())
-        orders = ", ".join(f"{len(m)} by blocks of {order}" for (_, order, _), m in jobs.items())
+        counts: dict[int, int] = {}
+        for (_, order, _), members in jobs.items():
+            counts[order] = counts.get(order, 0) + len(members)
+        orders = ", ".join(f"{count} by blocks of {order}" for order, count in counts.items())
         context.report.entries.append(
             Entry(self.name, -1, done > 0, f"{done} activations rotated at run time: {orders or 'none'}")
         )

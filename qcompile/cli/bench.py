@@ -21,7 +21,7 @@ import click
 )
 @click.option("--threads", "threads", multiple=True, type=int, help="Number of threads; may be given several times.")
 @click.option("--seconds", default=1.0, show_default=True, help="Measuring time of each contender at each point.")
-@click.option("--json", "as_json", is_flag=True)
+@click.option("--json", "as_json", is_flag=True, help="Print the same as JSON.")
 def bench(
     artifact: str,
     against: str | None,

@@ -9,7 +9,7 @@ import click
 
 @click.command()
 @click.argument("model")
-@click.option("--json", "as_json", is_flag=True)
+@click.option("--json", "as_json", is_flag=True, help="Print the same as JSON.")
 def inspect(model: str, as_json: bool) -> None:
     """Show what is captured from MODEL and what is recognised in it."""
     from collections import Counter
@@ -38,8 +38,10 @@ def inspect(model: str, as_json: bool) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    console = Console()
-    console.print(f"[bold]{captured.source.get('architecture') or captured.source.get('kind', 'model')}[/]  {model}")
+    console = Console(markup=False)  # shapes and names have brackets
+    console.print(
+        f"{captured.source.get('architecture') or captured.source.get('kind', 'model')}  {model}", style="bold"
+    )
     for title, values in (("inputs", graph.graph.inputs), ("outputs", graph.graph.outputs)):
         console.print(f"{title}: " + "; ".join(_value(v) for v in values), highlight=False)
     table = Table("operator", "count", box=None, pad_edge=False)

@@ -29,7 +29,7 @@ def show(columns: Sequence[str], rows: Sequence[Sequence[Any]], as_json: bool) -
 
 
 @click.command()
-@click.option("--json", "as_json", is_flag=True)
+@click.option("--json", "as_json", is_flag=True, help="Print the same as JSON.")
 def recipes(as_json: bool) -> None:
     """List the recipes."""
     from qcompile.recipes import list_recipes
@@ -42,7 +42,7 @@ def recipes(as_json: bool) -> None:
 
 
 @click.command()
-@click.option("--json", "as_json", is_flag=True)
+@click.option("--json", "as_json", is_flag=True, help="Print the same as JSON.")
 def transforms(as_json: bool) -> None:
     """List the transforms that a recipe may name, with their options and defaults."""
     import dataclasses
@@ -58,7 +58,7 @@ def transforms(as_json: bool) -> None:
 
 
 @click.command()
-@click.option("--json", "as_json", is_flag=True)
+@click.option("--json", "as_json", is_flag=True, help="Print the same as JSON.")
 def formats(as_json: bool) -> None:
     """List the number formats, and the targets with kernels for them, with activations of 8 bits or in floats.
 
@@ -127,7 +127,7 @@ def _members(example: Format) -> list[Format]:
 
 
 @click.command()
-@click.option("--json", "as_json", is_flag=True)
+@click.option("--json", "as_json", is_flag=True, help="Print the same as JSON.")
 def targets(as_json: bool) -> None:
     """List the targets."""
     from qcompile.targets import list_targets

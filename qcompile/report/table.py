@@ -13,6 +13,7 @@ MAX_REFUSALS = 8
 def print_report(report: Report, size: int, extra: list[tuple[str, str]] | None = None, console: Any = None) -> None:
     """Print size, bits per weight, error against float, kernels and refusals; ``extra`` rows follow the facts."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     console = console or Console()
@@ -20,7 +21,7 @@ def print_report(report: Report, size: int, extra: list[tuple[str, str]] | None 
     facts.add_column(style="bold", no_wrap=True)
     facts.add_column()
     for key, value in [*facts_of(report, size), *(extra or [])]:
-        facts.add_row(key, value)
+        facts.add_row(key, escape(value))  # names have brackets
     console.print(facts)
     kinds = Counter(
         (layer.weight_format, layer.activation_format, layer.solver, layer.kernel or "-") for layer in report.layers
@@ -43,7 +44,7 @@ def print_report(report: Report, size: int, extra: list[tuple[str, str]] | None 
     if report.refusals:
         console.print("[bold]left undone[/]")
         for refusal in report.refusals[:MAX_REFUSALS]:
-            console.print(f"  {refusal.what}: {refusal.where}: {refusal.reason}", highlight=False)
+            console.print(f"  {refusal.what}: {refusal.where}: {refusal.reason}", highlight=False, markup=False)
         if (more := len(report.refusals) - MAX_REFUSALS) > 0:
             console.print(f"  and {more} more, see report.html")
 

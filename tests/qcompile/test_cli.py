@@ -144,7 +144,8 @@ def test_lists(command):
 def test_inspect(model):
     content = json.loads(call("inspect", model, "--json").output)
     assert content["operators"]["MatMul"] == 2 and len(content["linears"]) == 2
-    assert "MatMul" in call("inspect", model).output
+    text = call("inspect", model).output
+    assert "MatMul" in text and "x: FLOAT[batch,32]" in text
 
 
 @pytest.mark.parametrize(

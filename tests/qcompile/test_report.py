@@ -1,5 +1,6 @@
 """The page of a compile: ranges before and after the transforms, errors, sizes, latency; nothing from outside of it."""
 
+import io
 import re
 import warnings
 
@@ -11,6 +12,7 @@ import pytest
 import qcompile
 from qcompile.report.html import short, write_html
 from qcompile.report.model import LayerRecord, Report
+from qcompile.report.table import print_report
 
 TEXT = """
 <ir_version: 10, opset_import: ["" : 23]>
@@ -76,3 +78,14 @@ def test_a_layer_of_zeros_is_drawn_without_a_warning(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         write_html(tmp_path / "r.html", Report("m", "t", "r", layers=[zeros]))
+
+
+def test_names_with_brackets_are_printed_whole():
+    from rich.console import Console
+
+    report = Report("model[a]", "t", "r")
+    report.refuse("fold", "node[b]", "shape [3, x]")
+    console = Console(width=120, record=True, file=io.StringIO())
+    print_report(report, 1, console=console)
+    text = console.export_text()
+    assert "model[a]" in text and "node[b]: shape [3, x]" in text

@@ -275,8 +275,10 @@ def attention(
         ``(B, heads, L, dv)`` in the type of ``q``.
 
     Raises:
+        InputError: operands do not fit each other, are no 16-bit floats, or not on a CUDA device.
         TargetError: heads of this size have no kernel.
     """
+    _check_operands(q, k, v)
     batch, heads, length, d = q.shape
     out = str(q.dtype).removeprefix("torch.")
     kernel = CudaQuantizedAttention(
@@ -287,6 +289,18 @@ def attention(
     operands = [*_token_codes(q, scores, False, chip), *_token_codes(k, scores, True, chip), *_values(v, values)]
     _attention_function(kernel, chip.cpu)(*operands, y)
     return y.view(batch, length, heads, v.shape[3]).transpose(1, 2)
+
+
+def _check_operands(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.ndim != 4 or x.dtype not in (torch.float16, torch.bfloat16):
+            raise InputError(f"{name} must be float16 or bfloat16 of four axes, not {x.dtype} of {tuple(x.shape)}")
+    if k.shape[0] != q.shape[0] or k.shape[3] != q.shape[3] or v.shape[:3] != k.shape[:3]:
+        shapes = ", ".join(str(tuple(x.shape)) for x in (q, k, v))
+        raise InputError(f"q (B, heads, L, d), k (B, kv_heads, S, d) and v (B, kv_heads, S, dv) do not fit: {shapes}")
+    if any(x.device.type != "cuda" or x.device != q.device for x in (q, k, v)):
+        devices = ", ".join(str(x.device) for x in (q, k, v))
+        raise InputError(f'q, k and v must be on one CUDA device, they are on {devices}; move them with .to("cuda")')
 
 
 @functools.cache

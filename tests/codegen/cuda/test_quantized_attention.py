@@ -6,10 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from qcompile.codegen.kernels.cuda import quantized_attention
 from qcompile.codegen.kernels.cuda.quantized_attention import CudaQuantizedAttention, key_order
-from qcompile.errors import TargetError
+from qcompile.errors import InputError, TargetError
+from qcompile.kernels import attention
 from qcompile.targets.cuda import TARGETS
 
 from .cases import QUANTIZED_ATTENTION
@@ -73,3 +75,13 @@ def test_refusals() -> None:
         CudaQuantizedAttention(4, 3, 64, 64, 0.1)
     with pytest.raises(TargetError, match="sm_80"):
         CudaQuantizedAttention(4, 4, 64, 64, 0.1, values="e4m3").build(TARGETS["sm_80"], "f")
+
+
+def test_operands_that_do_not_fit_are_named() -> None:
+    q, k = torch.zeros(1, 4, 3, 64, dtype=torch.float16), torch.zeros(1, 2, 5, 64, dtype=torch.float16)
+    with pytest.raises(InputError, match="k must be float16 or bfloat16"):
+        attention(q, k.float(), k)
+    with pytest.raises(InputError, match="do not fit"):
+        attention(q, k, k[:, :, :4])
+    with pytest.raises(InputError, match="on one CUDA device"):
+        attention(q, k, k)

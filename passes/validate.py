@@ -14,7 +14,7 @@ import onnx_ir as ir
 
 from qcompile.errors import ModelError, UnsupportedOperatorError
 from qcompile.passes.graph import module_path
-from qcompile.passes.opset import OLDEST
+from qcompile.passes.opset import NEWEST, OLDEST
 
 _PIECE = 1 << 22
 _SMALL = 1024  # bytes up to which values matter to shape inference (shapes, axes)
@@ -48,6 +48,8 @@ def check_structure(model: ir.Model, name: str) -> None:
     version = model.opset_imports.get("", model.opset_imports.get("ai.onnx"))
     if version is not None and version < OLDEST:
         raise ModelError(f"{name}: opset {version} is older than {OLDEST}; export again with opset {OLDEST} or later")
+    if version is not None and version > NEWEST:
+        raise ModelError(f"{name}: opset {version} is newer than {NEWEST}; export again with opset {NEWEST} or earlier")
     defined: dict[str, str] = {}
     for what, values in (
         ("input", graph.inputs),

@@ -230,6 +230,14 @@ def test_unknown_operator() -> None:
     assert "Conjure 'trick' in encoder.layer.3" in message(error) and "opset 18" in message(error)
 
 
+@pytest.mark.parametrize("opset", [12, 25])
+def test_an_opset_out_of_range_is_said_with_the_file(tmp_path: Path, opset: int) -> None:
+    path = tmp_path / "net.onnx"
+    onnx.save(linear_model(opset=opset), path)
+    with pytest.raises(ModelError, match=rf"net\.onnx: opset {opset} is"):
+        capture(path)
+
+
 def test_operator_of_a_later_opset() -> None:
     with pytest.raises(UnsupportedOperatorError, match="Gelu"):
         capture(linear_model(None, helper.make_node("Gelu", ["x"], ["y"]), opset=18))

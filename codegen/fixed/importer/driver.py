@@ -153,9 +153,8 @@ def _output(context: Context, value: ir.Value) -> Port:
     found = context.values.get(value)
     if isinstance(found, Pending):
         kind = IntType(OUTPUT_BITS, True)
-        scale = 2.0 ** np.ceil(
-            np.log2(max(found.reach(), 1e-30) / kind.high)
-        )  # a shift wherever what is summed allows one
+        # A power of two: a shift wherever what is summed allows one.
+        scale = 2.0 ** np.ceil(np.log2(max(found.reach(), 1e-30) / kind.high))
         found = found.quantize(context.builder, float(scale), -kind.high, kind.high)
     if not isinstance(found, Real) or found.log2:
         raise UnsupportedOperatorError(f"the output {value.name!r} is not computed from quantized values")

@@ -37,7 +37,7 @@ class IntegerMatrix:
     Attributes:
         weight: int64 ``(K, N)``, the scales of groups multiplied in.
         scale: float64 ``(N,)``.
-        group_scale: int64 ``(G, N)``, positive; None if there is one scale per column.
+        group_scale: int64 ``(G, N)``, not negative; None if there is one scale per column.
     """
 
     weight: np.ndarray

@@ -114,7 +114,9 @@ class EmulatedProgram(Checked):
         content = json.loads((self.folder / "program.json").read_text(encoding="utf-8"))
         kind, cpu = content["target"]["kind"], content["target"]["cpu"]
         if kind != "arm":
-            raise TargetError(f"the emulator runs programs for ARM, {self.folder} is for {kind}")
+            raise TargetError(
+                f"the emulator runs programs for ARM, {self.folder} is for {kind}; run it without --emulate"
+            )
         self._target = get_target("arm", variant=cpu)
         self._command = [*arm.emulator(self._target), str(host(self._target))]
         arrays = tensors.load(self.folder / "weights.safetensors")

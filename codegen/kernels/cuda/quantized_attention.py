@@ -58,6 +58,11 @@ class CudaQuantizedAttention:
     out: str = "float16"
 
     def __post_init__(self) -> None:
+        if self.scores not in ("int8", "int4", "binary") or self.values not in ("float16", "e4m3"):
+            raise TargetError(
+                f"quantized attention has scores int8, int4 or binary and values float16 or e4m3, "
+                f"not {self.scores!r} and {self.values!r}"
+            )
         least = 64 if self.scores == "binary" else 32
         if self.head_dim % least or self.head_dim > 256 or self.value_dim % 16 or self.value_dim > 128:
             raise TargetError(

@@ -85,3 +85,9 @@ def test_operands_that_do_not_fit_are_named() -> None:
         attention(q, k, k[:, :, :4])
     with pytest.raises(InputError, match="on one CUDA device"):
         attention(q, k, k)
+
+
+def test_scores_and_values_without_a_kernel_are_refused() -> None:
+    for scores, values in (("fp8", "float16"), ("int8", "e5m2")):
+        with pytest.raises(TargetError, match="int8, int4 or binary"):
+            CudaQuantizedAttention(2, 2, 64, 64, 0.125, scores, values)

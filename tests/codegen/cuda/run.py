@@ -223,6 +223,8 @@ def main() -> None:
 
     note(prepare(arch, log))
     sanitizer = not args.no_sanitizer and shutil.which("compute-sanitizer")
+    if not sanitizer and not args.no_sanitizer:
+        note(Check("compute-sanitizer", "not on the PATH; --no-sanitizer leaves it out", False))
     with ThreadPoolExecutor(1) as background:
         if sanitizer and arch == "sm_90a":
             said = announcements(log)

@@ -192,11 +192,23 @@ def _from_directory(
 
 
 def map_external_data(model: ir.Model) -> None:
-    """Turn weights in external files into arrays mapped from them, which need no directory to be used or passed on."""
+    """Turn weights in external files into arrays mapped from them, which need no directory to be used or passed on.
+
+    Raises:
+        ModelError: a file cannot be read or is too short.
+    """
     for graph in model.graphs():
         for value in graph.initializers.values():
-            if isinstance(tensor := value.const_value, ir.ExternalTensor):
-                value.const_value = ir.Tensor(tensor.numpy(), dtype=tensor.dtype, name=tensor.name)
+            if not isinstance(tensor := value.const_value, ir.ExternalTensor):
+                continue
+            try:
+                array = tensor.numpy()
+            except (OSError, ValueError) as error:
+                raise ModelError(
+                    f"tensor {value.name!r}: its data file {str(tensor.path)!r} cannot be read ({error}); "
+                    "load the model from where its data files lie"
+                ) from None
+            value.const_value = ir.Tensor(array, dtype=tensor.dtype, name=tensor.name)
 
 
 def rename_dims(model: ir.Model, names: dict[str, str]) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
@@ -118,6 +119,15 @@ def test_external_data_short(tmp_path: Path) -> None:
     with pytest.raises(ModelError) as error:
         capture(path)
     assert "'w'" in message(error) and "63" in message(error)
+
+
+@pytest.mark.parametrize("kept", [None, 8])
+def test_external_data_of_a_loaded_model_missing_or_short(tmp_path: Path, kept: int | None) -> None:
+    model = ir.load(save_external(tmp_path))
+    data = tmp_path / "weights.bin"
+    data.unlink() if kept is None else data.write_bytes(data.read_bytes()[:kept])
+    with pytest.raises(ModelError, match=r"tensor '.*weights\.bin' cannot be read"):
+        capture(model)
 
 
 def test_external_length_shorter_than_shape(tmp_path: Path) -> None:

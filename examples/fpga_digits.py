@@ -173,7 +173,12 @@ def train(name: str, images: np.ndarray, labels: np.ndarray, epochs: int = 60) -
 
 
 def main(
-    name: str, simulator: str = "c", output: str | None = None, budget: int = 64, epochs: int = 60, products: str = "lut"
+    name: str,
+    simulator: str = "c",
+    output: str | None = None,
+    budget: int = 64,
+    epochs: int = 60,
+    products: str = "lut",
 ) -> dict[str, float]:
     """Train, compile, simulate; returns the accuracies in percent and the cycles per frame."""
     train_x, test_x, train_y, test_y = data(name)

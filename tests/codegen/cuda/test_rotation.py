@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from qcompile.codegen.kernels.cuda.rotation import FIRST, SECOND, VECTOR, WarpRotation, warp_rotation
@@ -111,12 +111,13 @@ def test_rows_are_rotated(width: int, order: int) -> None:
 
 
 @given(st.integers(1, 60), st.sampled_from([1, 12, 20, 28]), st.integers(0, 13))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.filter_too_much])
 def test_every_element_has_one_place(blocks: int, core: int, power: int) -> None:
     order = core << power
-    w = warp_rotation(blocks * order, order) if blocks * order <= 1 << 15 else None
-    if w is None:
-        return
+    assume(blocks * order <= 1 << 15)
+    w = warp_rotation(blocks * order, order)
+    assume(w is not None)
+    assert w is not None
     assert w.tasks * w.held * VECTOR == w.width and (w.rounds - 1) * w.warps < w.tasks <= w.rounds * w.warps
     if w.radix > 1:
         assert w.threads * w.neighbours * w.radix == w.width and w.stride % 64 == 0 and w.neighbours * w.radix <= 128

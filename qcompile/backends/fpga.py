@@ -67,6 +67,11 @@ class Fpga(Backend):
             write_json(job.folder / "program.json", program_json(imported, netlist, job.target))
         for node in imported.program.nodes:
             job.report.kernels[node.kind] = job.report.kernels.get(node.kind, 0) + 1
+        asked = job.options.get("products")
+        for node in imported.program.nodes:
+            if asked and getattr(node, "products", asked) != asked:
+                reason = f"{node.kind} has no such unit; it takes {node.products}"
+                job.report.refuse(f"products={asked}", node.name, reason)
         job.report.hardware = summary
 
     def load(self, folder: Path, target: Mapping[str, Any]) -> Any:

@@ -82,6 +82,24 @@ def test_every_format_whose_levels_are_integers_reaches_hardware(files, weight, 
     assert json.loads(done.stdout) == {"frames": 40, "differences": 0}, done.output
 
 
+def test_nodes_without_the_products_asked_for_are_reported(files):
+    rng = np.random.default_rng(2)
+    weight = numpy_helper.from_array(rng.standard_normal((3, 1, 2, 2)).astype(np.float32), "w")
+    model = onnx.parser.parse_model(
+        '<ir_version: 10, opset_import: ["": 21]> g (float[n,3,5,5] x) => (float[n,3,4,4] y)'
+        "{ y = Conv<group: int = 3>(x, w) }"
+    )
+    model.graph.initializer.append(weight)
+    onnx.save(model, files / "depthwise.onnx")
+    np.savez(files / "images.npz", x=rng.standard_normal((8, 3, 5, 5)).astype(np.float32))
+    done = run("compile", files / "depthwise.onnx", "--target", "fpga", "--recipe", "fixed-w4a8", "--calibration",
+               files / "images.npz", "--option", "products=serial", "-o", files / "depthwise", "--json")  # fmt: skip
+    assert done.exit_code == 0, done.output
+    report = json.loads(done.stdout)
+    (refusal,) = [r for r in report["refusals"] if r["what"] == "products=serial"]
+    assert "depthwise has no such unit; it takes lut" in refusal["reason"]
+
+
 def test_levels_that_are_no_integers_are_refused_by_name(files):
     done = run("compile", files / "model.onnx", "--target", "fpga", "--recipe", "fixed-w4a8", "--weight", "nf4",
                "--calibration", files / "data.npz", "-o", files / "out", "--quiet")  # fmt: skip

@@ -1,4 +1,8 @@
-"""ONNX Runtime's quantized matrix products, each as a session of several products with weights of their own."""
+"""ONNX Runtime's quantized matrix products, each as a session of several products with weights of their own.
+
+The weights of the products differ (rows are rotated): ONNX Runtime keeps one copy of packed weights that are equal, which then
+would come from the cache where they should come from memory.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +23,7 @@ def nbits(k: int, n: int, m: int, bits: int, group: int, copies: int, threads: i
     options = {"K": k, "N": n, "bits": bits, "block_size": group, "accuracy_level": 4}
     constants, nodes = [], []
     for i in range(copies):
-        constants += [numpy_helper.from_array(weight, f"w{i}"), numpy_helper.from_array(scale, f"s{i}")]
+        constants += [numpy_helper.from_array(np.roll(weight, i, 0), f"w{i}"), numpy_helper.from_array(scale, f"s{i}")]
         nodes.append(
             helper.make_node("MatMulNBits", ["x", f"w{i}", f"s{i}"], [f"y{i}"], domain="com.microsoft", **options)
         )
@@ -33,7 +37,8 @@ def integers(k: int, n: int, m: int, copies: int, threads: int, quantize: bool) 
     step, zero = np.float32(0.01), np.uint8(128)
     constants, nodes = [], []
     for i in range(copies):
-        arrays = {"w": codes, "s": scale} if quantize else {"w": codes, "a": step, "s": scale, "z": zero}
+        own = np.roll(codes, i, 0)
+        arrays = {"w": own, "s": scale} if quantize else {"w": own, "a": step, "s": scale, "z": zero}
         constants += [numpy_helper.from_array(np.asarray(a), f"{name}{i}") for name, a in arrays.items()]
         kind = "DynamicQuantizeMatMul" if quantize else "MatMulIntegerToFloat"
         names = ["x", *(f"{name}{i}" for name in arrays)]
@@ -46,7 +51,7 @@ def floats(k: int, n: int, m: int, copies: int, threads: int) -> Call:
     """``MatMul`` of float32 weights: what becomes of formats that ONNX Runtime has no kernel for, when it folds constants."""
     rng = np.random.default_rng(0)
     weight = rng.normal(size=(k, n)).astype(np.float32)
-    constants = [numpy_helper.from_array(weight, f"w{i}") for i in range(copies)]
+    constants = [numpy_helper.from_array(np.roll(weight, i, 0), f"w{i}") for i in range(copies)]
     nodes = [helper.make_node("MatMul", ["x", f"w{i}"], [f"y{i}"]) for i in range(copies)]
     return _session(nodes, constants, rng.normal(size=(m, k)).astype(np.float32), n, threads, False)
 

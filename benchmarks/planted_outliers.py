@@ -1,15 +1,18 @@
 """Outliers planted into a decoder without changing its function, and whether transforms undo them.
 
-    python benchmarks/planted_outliers.py MODEL_DIRECTORY [--share 0.01] [--device cuda] [--json]
+    python benchmarks/planted_outliers.py MODEL_DIRECTORY [--share 0.01] [--device cuda] [--format W4A8]
+        [--transforms smooth] [--output rows.json]
 
 One percent of the channels of the residual stream, the same everywhere, are multiplied by 50 to 200 in what every norm
 hands to its linear layers: the engine folds the factors into gammas and into the weights that read them. Then the model
 is quantized with and without transforms, beside the model that was left alone. Weights are rounded to nearest, tables
-and head stay float; the protocol is that of ``benchmarks/perplexity.py``.
+and head stay float; the protocol is that of ``benchmarks/perplexity.py``. ``--output`` keeps what is measured after every
+figure, and what it holds is not measured again.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 from dataclasses import dataclass
@@ -59,17 +62,37 @@ class Plant(Ask):
         return f"{len(chosen)} outliers of up to {factor.max():.0f}"
 
 
+Rows = dict[str, dict[str, float]]
+"""Perplexities by transforms, and by format and state of the model."""
+STATES = ("left alone", "planted")
+
+
+def show(rows: Rows) -> None:
+    """The table, and by how much planted outliers remain in the perplexity."""
+    columns = [f"{kind} {state}" for kind in FORMATS for state in STATES]
+    table = Table("transforms", *columns, box=None)
+    for name in (n for n in TRANSFORMS if n in rows):
+        table.add_row(name, *(f"{rows[name][c]:.3f}" if c in rows[name] else "" for c in columns))
+    Console(width=120).print(table)
+    for name, row in rows.items():
+        for kind in FORMATS:
+            clean, planted = (row.get(f"{kind} {state}") for state in STATES)
+            if clean and planted:
+                print(f"{kind} {name}: planted {planted / clean - 1:+.2%}")
+
+
 @click.command()
 @click.argument("directory", type=click.Path(exists=True, path_type=Path))
 @click.option("--share", default=0.01, help="Of the channels.")
+@click.option("--format", "formats", multiple=True, type=click.Choice(list(FORMATS)), default=tuple(FORMATS))
+@click.option("--transforms", "names", multiple=True, type=click.Choice(list(TRANSFORMS)), default=tuple(TRANSFORMS))
 @click.option("--windows", "count", default=48)
 @click.option("--samples", default=32, help="Calibration windows.")
 @click.option("--model", type=click.Path(exists=True, path_type=Path), help="Captured and recognised ONNX file.")
 @click.option("--device", default="cpu")
-@click.option("--json", "as_json", is_flag=True)
-def main(
-    directory: Path, share: float, count: int, samples: int, model: Path | None, device: str, as_json: bool
-) -> None:
+@click.option("--output", type=click.Path(path_type=Path), help="JSON file to keep figures in, and to take them from.")
+def main(directory, share, formats, names, count, samples, model, device, output) -> None:
+    rows: Rows = json.loads(output.read_text()) if output is not None and output.exists() else {}
     study = Study(directory, model, count, samples, device)
     study.learning = study.feeds
     clean = study.model
@@ -77,24 +100,20 @@ def main(
     planted = in_memory(folded)
     moved = difference(clean, planted, study.feeds[0])
     print(f"{len(report.applied)} norms, {report.applied[0].text}; outputs moved by {moved:.1e}", file=sys.stderr)
-    rows: dict[str, dict[str, float]] = {}
-    for kind, (weight, activation) in FORMATS.items():
-        for name, steps in TRANSFORMS.items():
-            chosen = Recipe(
-                name, weight=weight, activation=activation, embedding_bits=0, transforms=steps, overrides=HEAD
-            )
-            for state, study.model in (("left alone", clean), ("planted", planted)):
-                value = study.perplexity(study.quantized(study.transformed(chosen), chosen))
-                rows.setdefault(name, {})[f"{kind} {state}"] = value
-                print(f"{kind} {name}, {state}: {value:.4f}", file=sys.stderr, flush=True)
-    if as_json:
-        click.echo(json.dumps(rows))
-        return
-    columns = [f"{kind} {state}" for kind in FORMATS for state in ("left alone", "planted")]
-    table = Table("transforms", *columns, box=None)
-    for name, row in rows.items():
-        table.add_row(name, *(f"{row[c]:.3f}" for c in columns))
-    Console().print(table)
+    for kind, name in itertools.product(formats, names):
+        weight, activation = FORMATS[kind]
+        chosen = Recipe(
+            name, weight=weight, activation=activation, embedding_bits=0, transforms=TRANSFORMS[name], overrides=HEAD
+        )
+        for state, study.model in zip(STATES, (clean, planted)):
+            if f"{kind} {state}" in rows.get(name, {}):
+                continue
+            value = study.perplexity(study.quantized(study.transformed(chosen), chosen))
+            rows.setdefault(name, {})[f"{kind} {state}"] = value
+            print(f"{kind} {name}, {state}: {value:.4f}", file=sys.stderr, flush=True)
+            if output is not None:
+                output.write_text(json.dumps(rows, indent=1))
+    show(rows)
 
 
 if __name__ == "__main__":

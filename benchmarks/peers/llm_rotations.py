@@ -19,9 +19,9 @@ import torch
 
 def perplexity(model, rows: np.ndarray) -> float:
     """``exp`` of the mean negative log likelihood of every token but the first of each window."""
-    total = 0.0
+    total, device = 0.0, next(model.parameters()).device
     with torch.no_grad():
-        for row in torch.as_tensor(rows):
+        for row in torch.as_tensor(rows, device=device):
             logits = model(input_ids=row[None], attention_mask=torch.ones_like(row)[None]).logits[0, :-1].double()
             total -= float(logits.log_softmax(-1).gather(-1, row[1:, None]).sum())
     return float(np.exp(total / (rows.shape[0] * (rows.shape[1] - 1))))
@@ -60,7 +60,7 @@ def brevitas(directory: str, calibration: np.ndarray, options: dict):
     from brevitas_examples.llm.llm_args import create_args_parser
 
     def samples(**kwargs):
-        ids = torch.as_tensor(calibration)
+        ids = torch.as_tensor(calibration, device="cuda" if torch.cuda.is_available() else "cpu")
         return [{"input_ids": row[None], "attention_mask": torch.ones_like(row)[None]} for row in ids]
 
     def batches(dataset, **kwargs):

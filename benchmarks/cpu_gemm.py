@@ -39,7 +39,7 @@ from peers import ggml, library, ort, read
 from qcompile.codegen.kernels import select
 from qcompile.codegen.kernels.base import LinearProblem
 from qcompile.codegen.kernels.cpu.rowwise import Rowwise
-from qcompile.codegen.tune.database import shipped
+from qcompile.codegen.tune.database import database_for
 from qcompile.codegen.tune.measure import random_weight
 from qcompile.formats import Format, parse_activation, parse_format
 from qcompile.formats.levels import LevelFormat
@@ -73,7 +73,7 @@ class Contender:
     """Our kernel for one problem, with weights for ``copies`` products."""
 
     def __init__(self, problem: LinearProblem, target: Target, m: int, copies: int | None, bytes_wanted: int) -> None:
-        self.choice = select(problem, target, shipped(target))
+        self.choice = select(problem, target, database_for(target))
         family, config = self.choice.family, self.choice.config
         kernel = tvm.compile(family.build(problem, config, target, "gemm"), target=target.tvm())["gemm"]
         packed = family.pack(problem, config, random_weight(problem))

@@ -25,7 +25,7 @@ from qcompile.codegen.relax.attributes import attr
 from qcompile.codegen.relax.context import Context
 from qcompile.codegen.relax.dims import as_expr
 from qcompile.codegen.relax.registry import converter
-from qcompile.codegen.tune.database import shipped
+from qcompile.codegen.tune.database import database_for
 from qcompile.formats import DualInt4, Format, NvFp4, Quantized, SuperBlock, parse_activation, parse_format
 
 DOMAIN = "qcompile.kernel"
@@ -151,7 +151,7 @@ def product(
     activation = parse_activation(attr(node, "activation_format"))
     epilogue = Epilogue(bias is not None, attr(node, "epilogue"), residual is not None, limits is not None)
     problem = LinearProblem(k, n, weight_format, activation, epilogue, threads=ctx.target.cores)
-    choice = select(problem, ctx.target, shipped(ctx.target))
+    choice = select(problem, ctx.target, database_for(ctx.target))
     weight = quantized_operand(ctx, node, weight_format)
     name = node.inputs[2].name
     record = LinearRecord(

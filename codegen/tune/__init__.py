@@ -4,7 +4,7 @@
 machine, or on a board through TVM's RPC tracker.
 """
 
-from qcompile.codegen.tune.database import Database, Measured, shipped
+from qcompile.codegen.tune.database import Database, Measured, database_for
 from qcompile.codegen.tune.search import Trial, tune, tune_all
 
-__all__ = ["Database", "Measured", "Trial", "shipped", "tune", "tune_all"]
+__all__ = ["Database", "Measured", "Trial", "database_for", "tune", "tune_all"]

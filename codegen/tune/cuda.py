@@ -26,6 +26,7 @@ from qcompile.codegen.tune.database import write_atomically
 from qcompile.codegen.tune.search import Journal, Trial
 from qcompile.errors import TargetError
 from qcompile.targets.cuda import CudaTarget
+from qcompile.targets.databases import check_writable
 
 MEASURED = {rows: rows for rows in ROWS} | {512: 1024}
 """Rows the config for a bucket is measured with."""
@@ -222,6 +223,7 @@ def tune(
     """Search kernels for all problems on torch's current device and enter the fastest in ``table``.
 
     Raises:
+        ArtifactError: ``table`` cannot be written.
         TargetError: no family takes a problem, or torch sees no device of this architecture.
     """
     import torch
@@ -233,6 +235,7 @@ def tune(
     have = for_capability(*torch.cuda.get_device_capability()).cpu
     if have != target.cpu:
         raise TargetError(f"this device is a {have}; tune for it with --cpu {have}, or on a machine with {target.cpu}")
+    check_writable(table)
     search = Search(table.with_suffix(".trials.jsonl"))
     known = search.known()
     search.run([b for p in problems for b in batches(p, target, rows, count, known)], progress=progress)

@@ -1,4 +1,4 @@
-"""Measured configs by target, format and shape: JSON files under ``targets/tuned/``, one per target.
+"""Measured configs by target, format and shape: JSON files, one per target (`targets.databases` says where).
 
     {"version": 1, "target": "x86/x86-64-v3", "entries": [{"k": 4096, "n": 4096, "weight": "int2/g128",
      "activation": "int8/token", "rows": [1, 16, 128], "threads": 1, "family": "x86-lut", "config": {...},
@@ -22,10 +22,10 @@ from typing import Any
 
 from qcompile.codegen.kernels.base import LinearProblem
 from qcompile.errors import ArtifactError
+from qcompile.targets import databases
 from qcompile.targets.arm import COUNTED
 from qcompile.targets.target import Target
 
-FOLDER = Path(__file__).parent
 VERSION = 1
 
 NEAR = 2.0
@@ -101,9 +101,9 @@ class Database:
             return None
 
         def preference(entry: Measured) -> tuple[Any, ...]:
-            # Of equally near ones, those of the wanted rows and threads.
+            # Of equally near ones, those of the wanted rows and threads; of those the first, as in `database_for`.
             rows = (problem.m,) if problem.m is not None else entry.rows
-            return entry.distance(problem), entry.rows != rows, abs(entry.threads - problem.threads), entry.key
+            return entry.distance(problem), entry.rows != rows, abs(entry.threads - problem.threads)
 
         best = min(fits, key=preference)
         config = _nearest_config(best, problem, target)
@@ -166,36 +166,42 @@ def write_atomically(path: Path, text: str) -> None:
         raise
 
 
-def file_of(target: Target) -> Path:
-    """The file that holds what is shipped for a target."""
-    return _file(f"{target.cpu}{''.join(target.attributes)}" or target.kind)
+def database_for(target: Target) -> Database | None:
+    """What is known of a target: the file QCOMPILE_TUNED names, or the user's results before those that ship.
 
+    None if there is nothing. ARM processors without results of their own use the instruction counts of one with the same
+    features.
 
-def _file(name: str) -> Path:
-    import qcompile.targets
-
-    return Path(next(iter(qcompile.targets.__path__))) / "tuned" / f"{name}.json"
-
-
-def shipped(target: Target) -> Database | None:
-    """The database of a target that comes with the package, or that ``QCOMPILE_TUNED`` names; None if there is none.
-
-    ARM processors without one of their own use the instruction counts of one with the same features.
+    Raises:
+        ArtifactError: a file is no database.
     """
-    path = Path(os.environ.get("QCOMPILE_TUNED") or file_of(target))
-    if path.is_file():
-        return _read(path, path.stat().st_mtime_ns)
-    alike = _file(COUNTED.get(target.features, ""))
-    if target.kind != "arm" or "QCOMPILE_TUNED" in os.environ or not alike.is_file():
-        return None
-    return _counted(alike, alike.stat().st_mtime_ns, str(target))
+    if (path := databases.named_by_variable()) is not None:
+        return _read(path, path.stat().st_mtime_ns) if path.is_file() else None
+    name = databases.name_of(target)
+    found = _merged([databases.of_user(name), databases.shipped(name)])
+    if found is None and target.kind == "arm" and (alike := COUNTED.get(target.features)):
+        found = _merged([databases.of_user(alike), databases.shipped(alike)])
+        return found and _counted(found, alike, str(target))
+    return found
 
 
-@functools.lru_cache(maxsize=8)
-def _counted(path: Path, changed: int, target: str) -> Database:
-    """The instruction counts of a file as those of another target."""
-    entries = _read(path, changed).entries.values()
-    return Database(target, [replace(e, machine=f"{e.machine}, {path.stem}") for e in entries if e.instructions])
+def _merged(paths: Iterable[Path]) -> Database | None:
+    """What the files hold that are there; of several results for the same problem, the first."""
+    there = [_read(path, path.stat().st_mtime_ns) for path in paths if path.is_file()]
+    if len(there) < 2:
+        return there[0] if there else None
+    entries: dict[tuple[Any, ...], Measured] = {}
+    for database in there:
+        if database.target == there[0].target:
+            for key, entry in database.entries.items():
+                entries.setdefault(key, entry)
+    return Database(there[0].target, entries.values())
+
+
+def _counted(database: Database, name: str, target: str) -> Database:
+    """The instruction counts of one processor as those of another with the same features."""
+    counted = [e for e in database.entries.values() if e.instructions]
+    return Database(target, [replace(e, machine=f"{e.machine}, {name}") for e in counted])
 
 
 @functools.lru_cache(maxsize=8)

@@ -21,6 +21,7 @@ from qcompile.codegen.kernels.base import LinearKernel, LinearProblem
 from qcompile.codegen.tune.database import Database, Measured
 from qcompile.codegen.tune.measure import Runner
 from qcompile.errors import TargetError
+from qcompile.targets.databases import check_writable
 from qcompile.targets.target import Target
 
 
@@ -190,7 +191,13 @@ def tune_all(
     finished: Callable[[Measured], None] | None = None,
     typical: Sequence[int] = (),
 ) -> Database:
-    """Tune several problems into the database at ``path``, which is written after each of them; ``typical`` as in `tune`."""
+    """Tune several problems into the database at ``path``, which is written after each of them; ``typical`` as in `tune`.
+
+    Raises:
+        ArtifactError: ``path`` cannot be written, or is no database.
+        TargetError: it is one of another target, or no family takes a problem.
+    """
+    check_writable(path)
     database = Database.load(path) if path.exists() else Database(str(target))
     if database.target != str(target):
         raise TargetError(f"{path} holds measurements of {database.target}, not of {target}; name another file")

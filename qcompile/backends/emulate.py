@@ -27,7 +27,7 @@ import numpy as np
 from qcompile import tensors
 from qcompile.errors import InputError, TargetError
 from qcompile.runtime import Checked, TensorSpec
-from qcompile.targets import arm, get_target
+from qcompile.targets import arm, folders, get_target
 
 WHEELS = ("apache-tvm==0.27.0.post1", "apache-tvm-ffi==0.1.14.post1")
 PLATFORMS = ("manylinux_2_28_aarch64", "manylinux_2_24_aarch64")
@@ -37,8 +37,7 @@ HOST = Path(__file__).with_name("emulate_host.cc")
 
 def cache() -> Path:
     """Where downloaded libraries and the compiled host are kept."""
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(root) / "qcompile" / "aarch64-0.27.0.post1"
+    return folders.cache() / "aarch64-0.27.0.post1"
 
 
 def fetch_runtime() -> Path:

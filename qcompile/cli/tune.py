@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 @click.option("--threads", default=1, show_default=True, help="Threads to measure with.")
 @click.option("--rpc", metavar="HOST:PORT", help="Measure on a board, through the TVM RPC tracker at this address.")
 @click.option("--key", help="Under which the board has registered with the tracker.")
-@click.option("--database", type=click.Path(), help="File to write; by default the one that ships with the package.")
+@click.option("--database", type=click.Path(), help="File to write instead of the one in your own folder.")
 @click.option("--json", "as_json", is_flag=True, help="Print results as JSON.")
 def tune(
     what: tuple[str, ...],
@@ -54,20 +54,21 @@ def tune(
     """Measure kernels for the products of an artifact, or for shapes KxN, and keep the fastest.
 
     For ARM targets that this machine is not, and without a board, the instructions of kernels are counted under qemu.
-    A search that was stopped goes on where it was. `qcompile compile` uses what was found; a file of your own is used
-    where the environment variable QCOMPILE_TUNED names it.
+    A search that was stopped goes on where it was. Results go to a file in your own folder, which `qcompile compile`
+    reads before what ships with the package; or to the one the environment variable QCOMPILE_TUNED names, which it reads
+    in place of both.
     """
     from qcompile.codegen.tune import tune_all
-    from qcompile.codegen.tune.database import file_of
     from qcompile.compiler import resolve_target
+    from qcompile.targets import databases
 
     machine = resolve_target(target, variant) if variant else resolve_target(target)
     problems = list(_problems(what, weights or ("int4/g128",), activation, rows, threads))
+    path = Path(database) if database else databases.to_write(machine)
     if machine.kind == "cuda":
-        _tune_cuda(problems, machine, rows, trials, database, as_json)
+        _tune_cuda(problems, machine, rows, trials, path, as_json)
         return
     runner = _runner(machine, rpc, key)
-    path = Path(database) if database else file_of(machine)
 
     def progress(problem: LinearProblem, trial: Trial) -> None:
         costs = " ".join(f"{1e6 * s:.0f}" for s in trial.seconds)
@@ -90,17 +91,15 @@ def tune(
 
 
 def _tune_cuda(
-    problems: list[LinearProblem], machine: Any, rows: tuple[int, ...], trials: int, database: str | None, as_json: bool
+    problems: list[LinearProblem], machine: Any, rows: tuple[int, ...], trials: int, path: Path, as_json: bool
 ) -> None:
     """The same on this machine's GPU, where every number of rows has a kernel of its own."""
-    from qcompile.codegen.kernels.cuda import tuned
     from qcompile.codegen.kernels.cuda.plan import ROWS
     from qcompile.codegen.tune.cuda import tune as search
 
     def progress(key: str, trial: Trial) -> None:
         click.echo(f"  {key}: {1e6 * trial.seconds[0]:.2f} us  {trial.name}", err=True)
 
-    path = Path(database) if database else tuned.FILE
     wanted = sorted({next((r for r in ROWS if r >= m), ROWS[-1]) for m in rows}) or ROWS
     best = search([replace(p, m=None) for p in problems], machine, path, wanted, trials, progress).best()
     if as_json:

@@ -9,7 +9,7 @@ pytest.importorskip("tvm")
 import qcompile.targets
 from qcompile.codegen.kernels import families, select
 from qcompile.codegen.kernels.base import LinearProblem
-from qcompile.codegen.tune.database import Database, shipped
+from qcompile.codegen.tune.database import Database, database_for
 from qcompile.formats import parse_activation, parse_format
 from qcompile.targets import x86
 
@@ -35,7 +35,7 @@ def test_the_usual_shapes_are_chosen_by_measurement(weight, monkeypatch):
     monkeypatch.delenv("QCOMPILE_TUNED", raising=False)
     for k, n in MEASURED + NEAR:
         problem = LinearProblem(k, n, parse_format(weight), parse_activation("int8/token"))
-        reason = select(problem, x86.AVX2, shipped(x86.AVX2)).reason
+        reason = select(problem, x86.AVX2, database_for(x86.AVX2)).reason
         assert reason.startswith("measured fastest for")
         assert reason.endswith("nearest shape measured") == ((k, n) in NEAR)
 
@@ -44,7 +44,7 @@ def test_the_usual_shapes_are_chosen_by_measurement(weight, monkeypatch):
 def test_other_shapes_get_the_family_that_was_measured_fastest_for_large_ones(weight, monkeypatch):
     """By the cost model, which the database does not overrule far from what was measured."""
     monkeypatch.delenv("QCOMPILE_TUNED", raising=False)
-    database = shipped(x86.AVX2)
+    database = database_for(x86.AVX2)
     large = {e.family for e in database.entries.values() if e.weight == weight and e.k * e.n >= 1 << 23}
     for k, n in FAR:
         choice = select(LinearProblem(k, n, parse_format(weight), parse_activation("int8/token")), x86.AVX2, database)

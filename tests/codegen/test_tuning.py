@@ -18,7 +18,7 @@ from click.testing import CliRunner
 from qcompile.cli import cli
 from qcompile.codegen.kernels import families, select
 from qcompile.codegen.kernels.base import LinearProblem
-from qcompile.codegen.tune import Database, Measured, tune, tune_all
+from qcompile.codegen.tune import Database, Measured, database_for, tune, tune_all
 from qcompile.codegen.tune.measure import LocalRunner, RpcRunner, Runner
 from qcompile.codegen.tune.search import Journal, Trial, fastest
 from qcompile.errors import ArtifactError, TargetError
@@ -124,6 +124,42 @@ def test_files_are_replaced_whole(tmp_path):
     path.write_text("{")
     with pytest.raises(ArtifactError, match="no tuned database"):
         Database.load(path)
+
+
+def test_results_go_to_a_folder_of_the_user_and_are_used_before_those_shipped(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
+    what = ["tune", "4096x4096", "64x48", "--target", "x86-64-v3", "--weight", "int8", "--trials", "1"]
+    monkeypatch.setattr(LocalRunner, "time", lambda *arguments: [1.0, 2.0, 3.0])
+    monkeypatch.setattr(LocalRunner, "__post_init__", lambda self: setattr(self, "machine", "mine"))
+    written = tmp_path / "qcompile" / "tuned" / "x86-64-v3.json"
+    done = CliRunner().invoke(cli, what)
+    assert done.exit_code == 0 and str(written) in done.stdout, done.output
+
+    def reason(k, n, weight="int8"):
+        problem = LinearProblem(k, n, parse_format(weight), parse_activation("int8"))
+        return select(problem, x86.AVX2, database_for(x86.AVX2)).reason
+
+    assert reason(4096, 4096) == "measured fastest for 4096 x 4096 on mine"
+    assert reason(64, 48) == "measured fastest for 64 x 48 on mine"
+    assert reason(1536, 384).startswith("measured fastest for 1536 x 384 on AMD"), "what ships is still there"
+    assert reason(4096, 4096, "int2/g128").startswith("measured fastest for 4096 x 4096 on AMD")
+    # The variable names the file to write and to read in place of both.
+    monkeypatch.setenv("QCOMPILE_TUNED", str(tmp_path / "other.json"))
+    assert "expected" in reason(4096, 4096)
+    assert CliRunner().invoke(cli, what).exit_code == 0
+    assert list(Database.load(tmp_path / "other.json").entries) == list(Database.load(written).entries)
+    assert "mine" in reason(64, 48) and "expected" in reason(1536, 384, "int2/g128")
+
+
+@pytest.mark.parametrize("named", [["--database", "{0}/file/db.json"], ["--database", "{0}"], []])
+def test_a_database_that_cannot_be_written_is_refused_before_anything_is_measured(named, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("no folder")
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "file"))
+    monkeypatch.setattr(LocalRunner, "time", lambda *arguments: pytest.fail("it was measured"))
+    what = ["tune", "64x48", "--target", "x86-64-v3", "--weight", "int2/g32", "--trials", "1"]
+    done = CliRunner().invoke(cli, [*what, *(part.format(tmp_path) for part in named)])
+    assert done.exit_code == ArtifactError.exit_code and len(done.stderr.splitlines()) == 1
+    assert "cannot be written" in done.stderr and str(tmp_path) in done.stderr and "QCOMPILE_TUNED" in done.stderr
 
 
 def test_another_target_is_refused(tmp_path):

@@ -1,7 +1,7 @@
 """Measured configs by problem, and the rule where nothing was measured.
 
-``tuned.json`` beside this module, or the file QCOMPILE_TUNED names, maps ``"sm_90a int4/g128 float16 N K rows"`` to a
-family and a config; `codegen.tune.cuda` writes it. A shape that was not measured takes the config of the nearest measured one of the same
+``tuned.json`` beside this module, the user's file before it, or the one QCOMPILE_TUNED names instead of both
+(`targets.databases`) map ``"sm_90a int4/g128 float16 N K rows"`` to a family and a config; `codegen.tune.cuda` writes them. A shape that was not measured takes the config of the nearest measured one of the same
 kind that fits it, and otherwise the one the cost models rank first.
 """
 
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import replace
 from math import log2
@@ -19,6 +18,7 @@ from typing import Any
 from qcompile.codegen.kernels.base import LinearProblem
 from qcompile.codegen.kernels.cuda.linear import CudaLinear
 from qcompile.errors import ArtifactError
+from qcompile.targets import databases
 from qcompile.targets.cuda import CudaTarget
 
 FILE = Path(__file__).with_name("tuned.json")
@@ -28,18 +28,22 @@ STREAMED = 16
 
 
 def table() -> dict[str, dict[str, Any]]:
-    """The measured configs; empty if there is no file.
+    """The measured configs, the user's before those that ship; empty if there is no file.
 
     Raises:
-        ArtifactError: the file is no such table.
+        ArtifactError: a file is no such table.
     """
-    return _read(Path(os.environ.get("QCOMPILE_TUNED") or FILE))
+    if (named := databases.named_by_variable()) is not None:
+        return _read(named)
+    return {**_read(FILE), **_read(databases.of_user("cuda"))}
 
 
-@functools.cache
 def _read(path: Path) -> dict[str, dict[str, Any]]:
-    if not path.exists():
-        return {}
+    return _parsed(path, path.stat().st_mtime_ns) if path.exists() else {}
+
+
+@functools.lru_cache(maxsize=8)
+def _parsed(path: Path, changed: int) -> dict[str, dict[str, Any]]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:

@@ -13,7 +13,7 @@ from click.testing import CliRunner
 from qcompile.cli import cli
 from qcompile.codegen.kernels import families, select
 from qcompile.codegen.kernels.base import LinearProblem
-from qcompile.codegen.tune import Database, shipped, tune
+from qcompile.codegen.tune import Database, database_for, tune
 from qcompile.codegen.tune.measure import CountingRunner
 from qcompile.formats import parse_activation, parse_format
 from qcompile.targets import get_target
@@ -60,7 +60,7 @@ def test_the_command_goes_on_after_a_kill(emulation, tmp_path):
 @pytest.mark.parametrize("cpu", ["cortex-a72", "cortex-a76", "neoverse-v1"])
 def test_what_is_shipped_can_be_built(cpu):
     target = get_target(cpu, cores=1)
-    database = shipped(target)
+    database = database_for(target)
     by_name = {family.name: family for family in families("arm")}
     for entry in database.entries.values():
         problem = LinearProblem(entry.k, entry.n, parse_format(entry.weight), parse_activation(entry.activation))
@@ -72,7 +72,7 @@ def test_what_is_shipped_can_be_built(cpu):
 def test_shipped_counts_choose_the_kernel():
     for weight, family in (("int2/g128", "arm-tbl"), ("int4/g128", "arm-sdot")):
         problem = LinearProblem(4096, 4096, parse_format(weight), parse_activation("int8"), m=1)
-        choice = select(problem, TARGET, shipped(TARGET))
+        choice = select(problem, TARGET, database_for(TARGET))
         assert choice.family.name == family and "fewest instructions for 4096 x 4096" in choice.reason
 
 
@@ -80,7 +80,7 @@ def test_a_processor_uses_the_counts_of_one_with_the_same_instructions(monkeypat
     problem = LinearProblem(4096, 4096, parse_format("int2/g128"), parse_activation("int8"), m=1)
     for cpu, counted in (("neoverse-n1", "cortex-a76"), ("cortex-a53", "cortex-a72"), ("apple-m2", "neoverse-v1")):
         target = get_target(cpu)
-        choice = select(problem, target, shipped(target))
+        choice = select(problem, target, database_for(target))
         assert f"fewest instructions for 4096 x 4096 on qemu-user, {counted}" in choice.reason
     monkeypatch.setenv("QCOMPILE_TUNED", "nowhere.json")
-    assert shipped(get_target("neoverse-n1")) is None
+    assert database_for(get_target("neoverse-n1")) is None

@@ -19,6 +19,7 @@ from qcompile.codegen.kernels.cuda.plan import Plan, make_plan
 from qcompile.codegen.tune.cuda import Batch, Search, batches, candidates
 from qcompile.errors import ArtifactError
 from qcompile.formats import parse_activation, parse_format
+from qcompile.targets import databases
 from qcompile.targets.cuda import TARGETS
 
 TARGET = TARGETS["sm_90a"]
@@ -75,6 +76,17 @@ def test_search_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.Mon
     best = again.best()[tuned.name(p, TARGET, 64, "float16")]
     assert (entry.family, {**entry.config, "out": "float16"}) == (best.family, best.config)
     assert entry.config["out"] == "float32"
+
+
+def test_the_table_of_the_user_goes_before_the_shipped_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
+    path = databases.to_write(TARGET)
+    assert path == tmp_path / "qcompile" / "tuned" / "cuda.json"
+    shipped = tuned.table()
+    key, other = list(shipped)[:2]
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps({key: {"family": "mine"}}))
+    assert tuned.table() == {**shipped, key: {"family": "mine"}} and tuned.table()[other] == shipped[other]
 
 
 def test_other_files_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

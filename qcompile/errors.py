@@ -59,3 +59,9 @@ class RecipeError(QcompileError, ValueError):
     """A recipe is unknown or names steps or options that do not exist."""
 
     exit_code = 10
+
+
+class ExtensionError(QcompileError):
+    """A file or module of the user's own that was to be loaded is not there or fails."""
+
+    exit_code = 11

@@ -7,23 +7,18 @@ that folds. A step of a recipe names it, by the name it was registered under or 
 from __future__ import annotations
 
 import dataclasses
-import importlib
-import importlib.util
-import sys
-import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
 import qcompile.passes.learn  # noqa: F401 (registers its transforms)
-from qcompile import ort
+from qcompile import extensions, ort
 from qcompile.analysis import check, difference, random_sample
 from qcompile.calibration import ChannelStatistics, Feed, collect
-from qcompile.errors import RecipeError
+from qcompile.errors import ExtensionError, RecipeError
 from qcompile.passes.asks import Ask, Data, Precision, apply_asks, registered_asks
 from qcompile.passes.sites import LinearSite, linear_sites
 from qcompile.passes.spaces import analyse
@@ -169,27 +164,11 @@ def _class(name: str) -> type[Ask]:
     if not place:
         raise RecipeError(f"unknown transform {name!r}; known: {', '.join(known)}, or file.py:Class")
     try:
-        module = _load(Path(place)) if place.endswith(".py") else importlib.import_module(place)
-        found = getattr(module, attribute)
-    except (ImportError, OSError, AttributeError, SyntaxError) as error:
-        raise RecipeError(f"transform {name!r} cannot be loaded: {error}") from None
+        found = getattr(extensions.load(place), attribute)
+    except ExtensionError as error:
+        raise RecipeError(f"transform {name!r}: {error}") from error
+    except AttributeError:
+        raise RecipeError(f"transform {name!r} cannot be loaded: {place} has no {attribute!r}") from None
     if not (isinstance(found, type) and issubclass(found, Ask) and dataclasses.is_dataclass(found)):
         raise RecipeError(f"transform {name!r} is not a dataclass derived from qcompile.passes.asks.Ask")
     return found
-
-
-def _load(path: Path) -> Any:
-    """Import a file once, under a name that its place determines."""
-    name = f"qcompile_transform_{path.stem}_{zlib.crc32(str(path.resolve()).encode())}"
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, path)
-        if spec is None or spec.loader is None:
-            raise ImportError(f"{path} is not a Python file")
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[name] = module
-        try:
-            spec.loader.exec_module(module)
-        except BaseException:
-            del sys.modules[name]
-            raise
-    return sys.modules[name]

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from qcompile.codegen.kernels.base import LinearKernel, LinearProblem, Support
 from qcompile.errors import TargetError
 from qcompile.targets.target import Target
 
-__all__ = ["CPUS", "Choice", "Tuned", "families", "select"]
+__all__ = ["CPUS", "Choice", "Tuned", "families", "register_kernel", "select"]
+
+Family = TypeVar("Family", bound=type[LinearKernel])
 
 CPUS = ("x86", "arm")
 """Kinds of targets that run the kernels in `kernels.cpu`."""
@@ -43,17 +46,41 @@ class Tuned(Protocol):
         ...
 
 
+_REGISTERED: dict[str, list[type[LinearKernel]]] = {}
+
+
+def register_kernel(kind: str) -> Callable[[Family], Family]:
+    """Decorate a `LinearKernel` that is to be considered for targets of ``kind`` (``x86`` or ``arm``).
+
+    Raises:
+        TargetError: programs for such targets are not put together from these kernels.
+    """
+    if kind not in CPUS:
+        raise TargetError(f"kernels can be added for {' and '.join(CPUS)}, not for {kind}")
+
+    def register(family: Family) -> Family:
+        _REGISTERED.setdefault(kind, []).append(family)
+        families.cache_clear()
+        return family
+
+    return register
+
+
 @functools.cache
 def families(kind: str) -> tuple[LinearKernel, ...]:
-    """The linear kernel families for targets of ``kind``, the one to prefer among equals first."""
+    """The linear kernel families for targets of ``kind``, the one to prefer among equals first.
+
+    Those of extensions come before those that ship.
+    """
+    added = tuple(family() for family in _REGISTERED.get(kind, ()))
     if kind == "x86":
         from qcompile.codegen.kernels.x86 import FAMILIES
 
-        return tuple(family() for family in FAMILIES)
+        return added + tuple(family() for family in FAMILIES)
     if kind == "arm":
         from qcompile.codegen.kernels import arm
 
-        return tuple(family() for family in arm.FAMILIES)
+        return added + tuple(family() for family in arm.FAMILIES)
     if kind == "cuda":
         from qcompile.codegen.kernels import cuda
 

@@ -60,8 +60,21 @@ COMMANDS = {
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="qcompile")
 @click.option("--debug", is_flag=True, help="Show the full traceback of errors.")
-def cli(debug: bool) -> None:
+@click.option(
+    "--extension",
+    "extensions",
+    multiple=True,
+    metavar="FILE|MODULE",
+    envvar="QCOMPILE_EXTENSIONS",
+    help="Load formats, kernels, transforms and recipes of your own first (runs the file's code); may be repeated.",
+)
+def cli(debug: bool, extensions: tuple[str, ...]) -> None:
     """Compile float neural networks to low-bit programs."""
+    if extensions:
+        from qcompile.extensions import load
+
+        for place in extensions:
+            load(place)
 
 
 def main() -> None:

@@ -15,12 +15,11 @@ from qcompile.codegen.kernels.base import LinearProblem, StoredCodes
 from qcompile.codegen.kernels.cpu import vector as v
 from qcompile.codegen.kernels.cpu.floats import FloatGemm
 from qcompile.codegen.kernels.cpu.gemm import Emission
-from qcompile.codegen.kernels.cpu.levels import ENTRIES, entries, is_table, real_levels
+from qcompile.codegen.kernels.cpu.levels import ENTRIES, entries, is_table, real_levels, zero_code
 from qcompile.codegen.kernels.cpu.panels import Panels
 from qcompile.codegen.kernels.cpu.tables import after_weight
 from qcompile.codegen.kernels.cpu.unpack import field, unsigned_field
 from qcompile.formats import Format, IntFormat, Quantized
-from qcompile.formats.levels import LevelFormat
 from qcompile.targets.target import Target
 
 
@@ -50,15 +49,14 @@ class FloatTableGemm(FloatGemm):
             return reason
         fmt = self.integers(problem.weight)
         assert fmt is not None
-        if not isinstance(problem.weight, LevelFormat) and (Panels(problem.k, 1, fmt, 8, 1).source() < 0).any():
-            return f"{self.name}: learned levels need not contain 0, and {fmt.group or problem.k} rows leave places to fill"
+        if zero_code(problem.weight) is None and (Panels(problem.k, 1, fmt, 8, 1).source() < 0).any():
+            return f"{self.name}: no level is 0, and {fmt.group or problem.k} rows leave places to fill"
         return ""
 
     def panels(self, problem: LinearProblem, config: dict[str, Any]) -> LevelPanels:
-        fmt, zero = self.integers(problem.weight), 0
+        fmt = self.integers(problem.weight)
         assert fmt is not None
-        if isinstance(problem.weight, LevelFormat):
-            zero = int(np.flatnonzero(problem.weight.table == 0)[0])
+        zero = zero_code(problem.weight) or 0
         return LevelPanels(problem.k, problem.n, fmt, config["lanes"], config["vectors"], zero_code=zero)
 
     def pack(self, problem: LinearProblem, config: dict[str, Any], weight: Quantized) -> dict[str, np.ndarray]:

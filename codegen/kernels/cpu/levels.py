@@ -40,6 +40,12 @@ def entries(fmt: Format) -> int:
     return max(ENTRIES, 1 << fmt.bits)
 
 
+def zero_code(fmt: Format) -> int | None:
+    """The code whose level is 0 in every matrix; None if there need not be one."""
+    zeros = np.flatnonzero(fmt.table == 0) if isinstance(fmt, LevelFormat) else ()
+    return int(zeros[0]) if len(zeros) else None
+
+
 def exact_levels(fmt: Format, largest: int = 127) -> Levels | None:
     """The levels of a format as integers of magnitude up to ``largest``, or None if they are none."""
     if not isinstance(fmt, LevelFormat):

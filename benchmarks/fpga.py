@@ -39,9 +39,9 @@ def program(nodes: list[MatVec]) -> Program:
     return Program("dut", nodes[0].inputs, tuple(nodes), (nodes[-1].name,))
 
 
-def write(nodes: list[MatVec], folder: Path) -> tuple[list[str], hardware.Netlist]:
+def write(nodes: list[MatVec], folder: Path, device: str = "xc7") -> tuple[list[str], hardware.Netlist]:
     """The Verilog of a chain of layers."""
-    netlist = hardware.make_netlist(program(nodes))
+    netlist = hardware.make_netlist(program(nodes), TARGETS[device])
     return top.write(netlist, folder), netlist
 
 
@@ -201,7 +201,7 @@ def fmax() -> None:
     )
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        files, _ = write([folded_layer()], folder)
+        files, _ = write([folded_layer()], folder, "ecp5-25k")
         found = cells(folder, "dut", files, "ecp5-25k")
         clocks = [synthesize.place(folder, "dut", TARGETS["ecp5-25k"], seed=s).megahertz for s in (1, 2, 3)]
     reached = " ".join(f"{c:.1f}" for c in clocks)
@@ -221,7 +221,7 @@ def estimate() -> None:
             for pe, simd in GRID:
                 node = folded_layer(products, pe, simd)
                 with tempfile.TemporaryDirectory() as temporary:
-                    files, netlist = write([node], Path(temporary))
+                    files, netlist = write([node], Path(temporary), device)
                     found = cells(Path(temporary), "dut", files, device)
                 guess = sum(area.estimate(u, TARGETS[device]).luts for u in netlist.units)
                 row(device, pe, simd, products, round(guess), found.luts, guess / found.luts)

@@ -22,6 +22,7 @@ class FpgaTarget(Target):
     Attributes:
         family: of devices; names the folder of Verilog written for its blocks.
         lut_inputs: inputs of a look-up table.
+        addends: numbers that one look-up table per bit adds.
         luts, flipflops, multipliers, memory_kbit: what there is.
         synthesis: the Yosys command for its family.
         place: nextpnr's option for the device; empty where no place and route is available.
@@ -29,6 +30,7 @@ class FpgaTarget(Target):
 
     family: str = ""
     lut_inputs: int = 4
+    addends: int = 2
     luts: int = 0
     flipflops: int = 0
     multipliers: int = 0
@@ -54,7 +56,7 @@ def _ecp5(size: str, luts: int, multipliers: int, memory: int) -> FpgaTarget:
 
 def _xc7(name: str, luts: int, multipliers: int, memory: int) -> FpgaTarget:
     return FpgaTarget(
-        "fpga", name, family="xc7", lut_inputs=6, luts=luts, flipflops=2 * luts, multipliers=multipliers, memory_kbit=memory,
+        "fpga", name, family="xc7", lut_inputs=6, addends=3, luts=luts, flipflops=2 * luts, multipliers=multipliers, memory_kbit=memory,
         synthesis="synth_xilinx -family xc7 -flatten -noiopad -noclkbuf",
     )  # fmt: skip
 

@@ -1,7 +1,8 @@
 """Products with a constant matrix as a graph of additions: ``y = x @ W`` without a multiplier.
 
-Every weight is written in canonical signed digits, the shortest sum of signed powers of two (Reitwiesner, "Binary Arithmetic"
-(1960)). An output is then a sum of terms ``+-(x_k << s)``, and two outputs that both contain ``x_i +- (x_j << d)``, however
+Every weight is written in signed digits, a shortest sum of signed powers of two (Reitwiesner, "Binary Arithmetic" (1960)): the
+canonical one, or the one with as few changes of sign as possible (3 as 4 - 1 or as 2 + 1), whichever graph has fewer bits. An
+output is then a sum of terms ``+-(x_k << s)``, and two outputs that both contain ``x_i +- (x_j << d)``, however
 shifted or negated, may share it. The pair that saves most is computed once and replaces its occurrences, until no
 pair occurs twice (Hosangadi, Fallah and Kastner, "Optimizing polynomial expressions by algebraic factorization and common
 subexpression elimination" (2006), with pairs weighted by the width of their adders as by Sun et al., "da4ml: Distributed
@@ -16,7 +17,7 @@ Levels are bounded without search: terms at levels ``l_i`` can be summed within 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -216,7 +217,7 @@ def adder_bits(values: list[Value], value: Value) -> int:
 
 
 def signed_digits(number: int) -> Iterator[tuple[int, int]]:
-    """Canonical signed digits: (place, +1 or -1), no two at neighbouring places."""
+    """Canonical signed digits, from the lowest: (place, +1 or -1), no two at neighbouring places."""
     place = 0
     while number:
         if number & 1:
@@ -226,6 +227,19 @@ def signed_digits(number: int) -> Iterator[tuple[int, int]]:
         number >>= 1
         place += 1
 
+
+def alike_digits(number: int) -> Iterator[tuple[int, int]]:
+    """As many signed digits, with ``4 - 1`` written ``2 + 1`` at every place: their differences would need all bits."""
+    digits = dict(signed_digits(number))
+    for place in sorted(digits):
+        if place in digits and digits.get(place + 2) == -digits[place]:
+            sign = digits.pop(place + 2)
+            digits[place] = digits[place + 1] = sign
+    yield from sorted(digits.items())
+
+
+Digits = Callable[[int], Iterable[tuple[int, int]]]
+"""A way to write numbers in signed digits."""
 
 Pattern = tuple[int, int, int, int]
 """``x_a + sign * (x_b << shift)`` as (a, b, shift, sign), a <= b; the shift may be negative where a < b."""
@@ -240,7 +254,7 @@ def _pattern(t: Term, u: Term) -> Pattern:
 class _Elimination:
     """Outputs as sets of terms, and how often every pair of terms occurs."""
 
-    def __init__(self, graph: AdderGraph, weight: np.ndarray, levels: int) -> None:
+    def __init__(self, graph: AdderGraph, weight: np.ndarray, levels: int, digits: Digits) -> None:
         self.graph, self.levels = graph, levels
         self.terms: list[set[Term]] = [set() for _ in range(weight.shape[1])]
         self.places: list[dict[int, set[Term]]] = [{} for _ in range(weight.shape[1])]  # terms by value
@@ -250,7 +264,7 @@ class _Elimination:
         self.gain: dict[Pattern, float] = {}
         for n, column in enumerate(weight.T.tolist()):
             for k, number in enumerate(column):
-                for place, sign in signed_digits(number):
+                for place, sign in digits(number):
                     self.insert(n, Term(k, place, sign))
 
     def gain_of(self, pattern: Pattern) -> float:
@@ -335,8 +349,8 @@ def constant_matrix(
         weight: int64 ``(K, N)``.
         bias: int64 ``(N,)``.
         low, high: int64 ``(K,)``, range of the inputs.
-        levels: adders on a path, at most; by default the fewest possible. A column without a positive
-            digit may take one more.
+        levels: adders on a path, at most; by default one more than the fewest possible, which leaves more to share. A
+            column without a positive digit may take one more.
 
     Raises:
         TargetError: fewer levels than the sums need; says how many they do.
@@ -345,8 +359,16 @@ def constant_matrix(
     least = max(int(digits.max()) - 1, 0).bit_length()
     if levels is not None and levels < least:
         raise TargetError(f"sums of {int(digits.max())} terms need {least} levels of adders, not {levels}")
+    levels = least + 1 if levels is None else levels
+    graphs = [_shared(weight, bias, low, high, levels, digits) for digits in (signed_digits, alike_digits)]
+    return min(graphs, key=lambda graph: graph.bits)
+
+
+def _shared(
+    weight: np.ndarray, bias: np.ndarray, low: np.ndarray, high: np.ndarray, levels: int, digits: Digits
+) -> AdderGraph:
     graph = AdderGraph(low, high)
-    work = _Elimination(graph, weight, least if levels is None else levels)
+    work = _Elimination(graph, weight, levels, digits)
     for n in np.flatnonzero(bias):
         work.insert(int(n), graph.constant(int(bias[n])))
     work.run()

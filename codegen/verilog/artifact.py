@@ -22,17 +22,18 @@ from qcompile.formats.fixed import IntType
 from qcompile.targets.fpga import FpgaTarget
 
 
-def write(imported: Imported, vectors: Mapping[str, np.ndarray], folder: Path) -> Netlist:
+def write(imported: Imported, vectors: Mapping[str, np.ndarray], folder: Path, target: FpgaTarget) -> Netlist:
     """Write ``model.onnx``, ``c/``, ``hls/`` and ``verilog/``; returns the hardware.
 
     Args:
         imported: folded.
         vectors: frames of integers of every input and output stream, for the test benches.
         folder: exists.
+        target: the device.
     """
     program = imported.program
     ir.save(onnx_model(imported), folder / "model.onnx")
-    netlist = make_netlist(program)
+    netlist = make_netlist(program, target)
     lanes = {p.stream: c.lanes for p, c in zip(imported.inputs, netlist.inputs)}
     lanes |= {p.stream: c.lanes for p, c in zip(imported.outputs, netlist.outputs)}
     for name, files in (
@@ -66,9 +67,9 @@ def _test_bench(imported: Imported, netlist: Netlist, vectors: Mapping[str, np.n
     (folder / "test_bench.v").write_text(text, encoding="utf-8")
 
 
-def describe(imported: Imported, netlist: Netlist, target: FpgaTarget) -> dict[str, Any]:
+def describe(imported: Imported, netlist: Netlist) -> dict[str, Any]:
     """Every node and the whole: shapes, exact ranges, widths, folding, cycles and estimated area."""
-    program = imported.program
+    program, target = imported.program, netlist.target
     line = timing.evaluate(netlist)
     nodes = []
     total = area.Area()

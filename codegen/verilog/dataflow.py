@@ -170,12 +170,13 @@ class Dataflow:
         """Look-up tables and flip-flops, before synthesis."""
         luts = 0.0
         for word in self.words:
-            widths = [self.words[t.value].type.bits + t.shift for t in word.operands]
             if word.kind == "add":
-                a, b = word.operands
-                luts += min(word.type.bits, max(widths)) - (b.shift if a.sign > 0 and a.shift == 0 else 0)
-            elif word.kind in ("negate", "round", "clamp"):
-                luts += word.type.bits + (1 if word.kind == "negate" else 1 + widths[0] / 6)
+                luts += adder_tables(self.words, word)
+            elif word.kind == "negate":
+                luts += word.type.bits + 1
+            elif word.kind in ("round", "clamp"):
+                (term,) = word.operands
+                luts += word.type.bits + 1 + (self.words[term.value].type.bits + term.shift) / 6
         stage, until = self.stage_of(every)
         bits = np.array([0 if w.kind == "constant" else w.type.bits for w in self.words])
         return luts, float(bits @ (until - stage))
@@ -189,11 +190,12 @@ class Dataflow:
 
         Returns:
             ``inputs`` as (name, bits), ``registers`` as (declaration, name, expression), ``wires`` as (declaration,
-            expression); ``outputs``, an expression each, in registers.
+            expression), ``adders`` of three as (name, bits, which operands are subtracted, expressions); ``outputs``,
+            an expression each, in registers.
         """
         last = self.stages(every)
         stage, until = self.stage_of(every)
-        wires, registers = [], []
+        wires, registers, adders = [], [], []
 
         def name(i: int, at: int) -> str:
             return f"w{i}" if at == stage[i] else f"w{i}_{at}"
@@ -203,13 +205,23 @@ class Dataflow:
                 continue
             width = word.type.bits
             if word.kind != "input":
-                text = _Writer(self.words, {t.value: name(t.value, int(stage[i])) for t in word.operands}).write(word)
+                writer = _Writer(self.words, {t.value: name(t.value, int(stage[i])) for t in word.operands})
+                text = writer.write(word)
                 wires += [(f"{left} w{i}{right}".strip(), value.replace("@", f"w{i}")) for left, right, value in text]
+                if len(word.operands) == 3:
+                    adders.append((f"w{i}_u" if writer.passed(word) else f"w{i}", *writer.three(word)))
             for at in range(int(stage[i]) + 1, int(until[i]) + 1):
                 registers.append((f"[{width - 1}:0] {name(i, at)}", name(i, at), name(i, at - 1)))
         inputs = [(f"w{i}", w.type.bits) for i, w in enumerate(self.words) if w.kind == "input"]
         outputs = [_Writer(self.words, {o: name(o, last)}).bits(o, bits) for o in self.outputs]
-        return {"wires": wires, "registers": registers, "outputs": outputs, "inputs": inputs}
+        return {"wires": wires, "registers": registers, "outputs": outputs, "inputs": inputs, "adders": adders}
+
+
+def adder_tables(words: list[Word], word: Word) -> int:
+    """Look-up tables of a sum: one per bit, sign copies once, none for bits that pass from the first operand."""
+    a, b, *_ = word.operands
+    top = max(words[t.value].type.bits + t.shift for t in word.operands) + len(word.operands) - 2
+    return min(word.type.bits, top) - (b.shift if a.sign > 0 and a.shift == 0 else 0)
 
 
 def _literal(number: int, bits: int) -> str:
@@ -261,7 +273,38 @@ class _Writer:
         elif word.kind == "clamp":
             yield from self._clamp(word, width)
 
+    def three(self, word: Word) -> tuple[int, str, list[str]]:
+        """A sum of three by ``rtl/ternary_adder.v``: its bits, the mask of operands that are subtracted, the operands."""
+        passed = self.passed(word)
+        width = word.type.bits - passed
+        negative = "".join(str(int(t.sign < 0)) for t in reversed(word.operands))
+        return width, f"3'b{negative}", [self._aligned(t, passed, width) for t in word.operands]
+
+    def passed(self, word: Word) -> int:
+        """Lowest bits of a sum that are those of its first operand."""
+        a, b, *_ = word.operands
+        return b.shift if a.sign > 0 and not a.shift else 0
+
+    def _aligned(self, term: Term, drop: int, width: int) -> str:
+        """``width`` bits of an operand from bit ``drop`` on."""
+        shift = max(term.shift - drop, 0)
+        drop = max(drop - term.shift, 0)
+        word, name = self.words[term.value], self.names[term.value]
+        if word.kind == "constant":
+            return _literal((word.low >> drop) << shift, width)
+        bits, low = word.type.bits, f"{shift}'b0" if shift else ""
+        kept = min(bits - drop, width - shift)
+        parts = [name if kept == bits else f"{name}[{drop + kept - 1}:{drop}]"] if kept > 0 else []
+        if (more := width - shift - max(kept, 0)) > 0:
+            parts.insert(0, f"{{{more}{{{f'{name}[{bits - 1}]' if word.type.signed else chr(49) + chr(39) + 'b0'}}}}}")
+        return "{" + ", ".join([*parts, *([low] if low else [])]) + "}"
+
     def _add(self, word: Word, width: int) -> Iterator[tuple[str, str, str]]:
+        if len(word.operands) == 3:
+            passed = self.passed(word)
+            if passed:
+                yield f"[{width - 1}:0]", "", f"{{@_u, {self.bits(word.operands[0].value, passed)}}}"
+            return
         a, b = word.operands
         sign = "+" if b.sign > 0 else "-"
         if a.sign < 0 or a.shift:  # (a << shift) - b: no bit of it is free

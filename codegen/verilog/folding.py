@@ -68,7 +68,7 @@ def _beats(a: Option, b: Option) -> bool:
 
 def node_area(node: Node, target: FpgaTarget = TARGETS[DEFAULT]) -> area.Area:
     """The estimate for one node alone."""
-    netlist = Netlist("probe")
+    netlist = Netlist("probe", target)
     channels = [
         netlist.input(f"in{i}", lanes, s.type, s.tokens * s.channels // lanes)
         for i, (s, lanes) in enumerate(zip(node.inputs, build.input_lanes(node)))

@@ -5,20 +5,22 @@ from __future__ import annotations
 from qcompile.codegen.fixed.program import Program
 from qcompile.codegen.verilog import attention, build, elementwise, matvec, movement, plumbing, timing, window
 from qcompile.codegen.verilog.netlist import Channel, Netlist
+from qcompile.targets.fpga import DEFAULT, TARGETS, FpgaTarget
 
 __all__ = ["make_netlist"]
 
 _REGISTERED = (attention, elementwise, matvec, movement, window)
 
 
-def make_netlist(program: Program, *, input_lanes: int | None = None) -> Netlist:
+def make_netlist(program: Program, target: FpgaTarget = TARGETS[DEFAULT], *, input_lanes: int | None = None) -> Netlist:
     """The hardware of a program, with FIFO depths.
 
     Args:
         program: folded.
+        target: the device.
         input_lanes: elements per beat of the inputs; by default what their first reader takes.
     """
-    netlist = Netlist(program.name)
+    netlist = Netlist(program.name, target)
     waiting: dict[str, list[Channel]] = {}
     for stream in program.inputs:
         readers = [n for n in program.nodes for s in n.inputs if s.name == stream.name]

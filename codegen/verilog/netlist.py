@@ -17,6 +17,7 @@ import numpy as np
 
 from qcompile.errors import TargetError
 from qcompile.formats.fixed import IntType
+from qcompile.targets.fpga import DEFAULT, TARGETS, FpgaTarget
 
 
 @dataclass(frozen=True)
@@ -169,10 +170,10 @@ class Unit:
 
 
 class Netlist:
-    """Units and the channels between them."""
+    """Units and the channels between them, for a device."""
 
-    def __init__(self, name: str) -> None:
-        self.name = name
+    def __init__(self, name: str, target: FpgaTarget = TARGETS[DEFAULT]) -> None:
+        self.name, self.target = name, target
         self.units: list[Unit] = []
         self.inputs: list[Channel] = []
         self.outputs: list[Channel] = []

@@ -77,7 +77,7 @@ def read_cells(text: str) -> Synthesis:
             number = match[1] or match[3]
             if number is not None and match[2] not in ("Number",):
                 cells[match[2]] = int(number)
-    luts = sum(n for name, n in cells.items() if re.fullmatch(r"LUT[1-6]", name))
+    luts = sum(n for name, n in cells.items() if re.fullmatch(r"LUT[1-6](_2)?", name))
     luts += sum(n * _MEMORY_LUTS[name] for name, n in cells.items() if name in _MEMORY_LUTS)
     luts += 2 * cells.get("CCU2C", 0)
     return Synthesis(

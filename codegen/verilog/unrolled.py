@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from qcompile.codegen.fixed.nodes.matvec import MatVec
-from qcompile.codegen.verilog import build
+from qcompile.codegen.verilog import build, ternary
 from qcompile.codegen.verilog.adder_graph import AdderGraph, Term, constant_matrix, signed_digits
 from qcompile.codegen.verilog.dataflow import Dataflow
 from qcompile.codegen.verilog.netlist import Channel, Netlist, Process, Unit
@@ -71,6 +71,8 @@ def elaborate(node: MatVec, netlist: Netlist, inputs: Sequence[Channel]) -> Chan
         x = node.inputs[0]
         flow.outputs = [flow.input(int(low), int(high)) for low, high in zip(x.low, x.high)]
     layer(flow, node)
+    if netlist.target.addends == 3:
+        ternary.fuse(flow)
     every = np.ones(source.beats, bool)
     process = Process(source.beats, {0: every}, {0: every}, flow.stages(LEVELS_PER_STAGE) + 1)
     netlist.add(

@@ -61,10 +61,10 @@ class Fpga(Backend):
             imported = dataclasses.replace(imported, program=fold(imported, job.options, job.target))
         with job.stage("generate code"):
             vectors = _vectors(imported, job)
-            netlist = artifact.write(imported, vectors, job.folder)
-            summary = artifact.describe(imported, netlist, job.target)
+            netlist = artifact.write(imported, vectors, job.folder, job.target)
+            summary = artifact.describe(imported, netlist)
             write_json(job.folder / "hardware.json", summary)
-            write_json(job.folder / "program.json", program_json(imported, netlist, job.target))
+            write_json(job.folder / "program.json", program_json(imported, netlist))
         for node in imported.program.nodes:
             job.report.kernels[node.kind] = job.report.kernels.get(node.kind, 0) + 1
         asked = job.options.get("products")
@@ -147,7 +147,7 @@ def encode(values: np.ndarray, port: Any, stream: Any) -> np.ndarray:
     return frames.reshape(len(codes), *stream.shape)
 
 
-def program_json(imported: Imported, netlist: Any, target: Any) -> dict[str, Any]:
+def program_json(imported: Imported, netlist: Any) -> dict[str, Any]:
     """What `FixedRunner` and the simulators need to know."""
 
     def ports(which: Any, channels: Any) -> list[dict[str, Any]]:
@@ -173,6 +173,7 @@ def program_json(imported: Imported, netlist: Any, target: Any) -> dict[str, Any
             )
         return found
 
+    target = netlist.target
     return {
         "name": imported.program.name,
         "inputs": ports(imported.inputs, netlist.inputs),

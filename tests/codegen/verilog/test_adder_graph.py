@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qcompile.codegen.verilog.adder_graph import constant_matrix, signed_digits
+from qcompile.codegen.verilog.adder_graph import alike_digits, constant_matrix, signed_digits
 from qcompile.codegen.verilog.dataflow import Dataflow
 from qcompile.errors import TargetError
 
@@ -18,6 +18,13 @@ def test_signed_digits_are_the_number_and_never_neighbours(number):
     assert sum(sign << place if sign > 0 else -(1 << place) for place, sign in digits) == number
     places = [place for place, _ in digits]
     assert all(b - a > 1 for a, b in itertools.pairwise(places))
+
+
+@given(st.integers(-(2**20), 2**20))
+def test_digits_of_like_signs_are_the_number_and_no_more(number):
+    digits = list(alike_digits(number))
+    assert sum(sign << place if sign > 0 else -(1 << place) for place, sign in digits) == number
+    assert len(digits) == len(list(signed_digits(number))) == len({place for place, _ in digits})
 
 
 def evaluate(graph, x):
@@ -45,7 +52,6 @@ def test_graphs_are_their_matrix_within_their_levels(k, n, bits, signed, more, s
     weight[:, rng.integers(n)] *= rng.integers(0, 2)
     bias = rng.integers(-9, 9, n)
     low, high = (np.full(k, -8), np.full(k, 7)) if signed else (np.zeros(k, int), np.full(k, 15))
-    graph = constant_matrix(weight, bias, low, high)
     terms = [sum(len(list(signed_digits(int(w)))) for w in column) + int(b != 0) for column, b in zip(weight.T, bias)]
     least = max(max(terms) - 1, 0).bit_length()
     graph = constant_matrix(weight, bias, low, high, least + more)

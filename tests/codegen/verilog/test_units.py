@@ -15,6 +15,7 @@ from qcompile.codegen.verilog import build, hardware, simulate, timing, tools, t
 from qcompile.codegen.verilog.netlist import Netlist
 from qcompile.errors import TargetError
 from qcompile.formats.fixed import IntType
+from qcompile.targets.fpga import TARGETS
 
 FRAMES = 12
 """Frames whose cycles are counted."""
@@ -83,7 +84,8 @@ def chain(rng):
 
 
 @pytest.mark.slow
-def test_constant_layers_in_a_row_are_one_pipeline(tmp_path):
+@pytest.mark.parametrize("device", ["ecp5-85k", "xc7"])  # adders of two and of three
+def test_constant_layers_in_a_row_are_one_pipeline(device, tmp_path):
     rng = np.random.default_rng(5)
     program = chain(rng)
     nodes, stream = [], program.inputs[0]
@@ -91,7 +93,7 @@ def test_constant_layers_in_a_row_are_one_pipeline(tmp_path):
         nodes.append(replace(node, inputs=(stream,), products="constant").folded(node.n, node.k))
         stream = nodes[-1].output
     program = replace(program, nodes=tuple(nodes))
-    netlist = hardware.make_netlist(program)
+    netlist = hardware.make_netlist(program, TARGETS[device])
     assert [u.module for u in netlist.units] == ["unrolled_c"]
     x = rng.integers(-128, 128, (300, 1, 24))
     files = top.write(netlist, tmp_path)

@@ -32,6 +32,9 @@ KERNELS = {
     for width in (4096, 8192)
 }
 
+COPIES = {f"copy{width}": CudaRowwise(width, dtype="float16", out="float16") for width in WIDTHS}
+"""Row kernels that do nothing but read and write: launched and scheduled like the others."""
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -40,7 +43,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     target = TARGETS[args.arch]
-    source = rowwise.source(KERNELS, target)
+    source = rowwise.source(KERNELS | COPIES, target)
     if args.prepare:
         print(source)
         return
@@ -59,9 +62,14 @@ def main() -> None:
             scale, y = torch.empty(m, device="cuda"), [torch.empty_like(x) for x in xs]
             own = measure([functools.partial(module[name], x, *gamma, c, scale) for x, c in zip(xs, codes)])
             copy = measure([functools.partial(b.copy_, x) for x, b in zip(xs, y)])
-            row = {"kernel": name, "m": m, "us": own * 1e6, "copy_us": copy * 1e6, "ratio": own / copy}
+            same = module[f"copy{kernel.width}"]
+            plain = measure([functools.partial(same, x, b) for x, b in zip(xs, y)])
+            row = {"kernel": name, "m": m, "us": own * 1e6, "copy_us": copy * 1e6, "row_copy_us": plain * 1e6,
+                   "ratio": own / copy, "row_ratio": own / plain}  # fmt: skip
             print(
-                f"{name:20s} m {m:5d}  own {own * 1e6:8.2f} us  copy {copy * 1e6:8.2f} us  {own / copy:.2f}", flush=True
+                f"{name:20s} m {m:5d}  own {own * 1e6:8.2f} us  copy {copy * 1e6:8.2f} us {own / copy:.2f}  "
+                f"row kernel that copies {plain * 1e6:8.2f} us {own / plain:.2f}",
+                flush=True,
             )
             if args.out:
                 with args.out.open("a") as file:

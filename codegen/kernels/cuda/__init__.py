@@ -1,7 +1,8 @@
-"""CUDA kernel families, written in TIRx with PTX instructions: `stream` for few rows, `tiled` for many, `planes` for widths
+"""CUDA kernel families, written in TIRx with PTX instructions: `persistent` for one row, `stream` for few, `tiled` for many, `planes` for widths
 that have no other."""
 
 from qcompile.codegen.kernels.cuda.linear import CudaLinear
+from qcompile.codegen.kernels.cuda.persistent import PersistentLinear, PersistentLinearFloat8, PersistentLinearInt8
 from qcompile.codegen.kernels.cuda.planes import PlaneLinear
 from qcompile.codegen.kernels.cuda.stream import StreamLinear, StreamLinearFloat8, StreamLinearInt8
 from qcompile.codegen.kernels.cuda.tiled import TiledLinear, TiledLinearFloat8, TiledLinearInt8
@@ -10,6 +11,9 @@ FAMILIES: tuple[type[CudaLinear], ...] = (
     StreamLinear,
     StreamLinearInt8,
     StreamLinearFloat8,
+    PersistentLinear,
+    PersistentLinearInt8,
+    PersistentLinearFloat8,
     TiledLinear,
     TiledLinearInt8,
     TiledLinearFloat8,

@@ -44,6 +44,7 @@ class AttentionLoop:
         blocks = (self.length + (QUERIES - 1)) // QUERIES
         self.block, self.head, self.batch_index = T.cta_id([blocks, k.heads, self.batch])
         self.tx = T.thread_id([THREADS])
+        e.start()
         self.arena = e.shared(k.shared_bytes)
         self.lane, self.warp = e.let(self.tx % 32), e.let(self.tx // 32)
         self.first = e.let(self.block * QUERIES)

@@ -20,9 +20,10 @@ from pathlib import Path
 from typing import Any
 
 from qcompile.errors import TargetError
+from qcompile.targets import folders
 from qcompile.targets.cuda import CudaTarget
 
-VERSION = 6
+VERSION = 7
 """Counted up whenever generated code changes for the same problem and config."""
 
 
@@ -30,13 +31,45 @@ def cache_directory() -> Path:
     """Where sources and libraries are kept: ``QCOMPILE_CUDA_CACHE``, or a folder in the user's cache."""
     if path := os.environ.get("QCOMPILE_CUDA_CACHE"):
         return Path(path)
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "qcompile" / "cuda"
+    return folders.cache() / "cuda"
 
 
 def key(description: dict[str, Any], target: CudaTarget) -> str:
     """Name of a kernel library, from everything its code depends on."""
     text = json.dumps([VERSION, target.cpu, description], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:24]
+
+
+WAIT = "griddepcontrol.wait"
+"""What a kernel executes that is launched before the ones before it in the stream have ended (programmatic dependent launch,
+CUDA C++ Programming Guide)."""
+
+STREAM = "  cuda_config.stream = cuda_stream;\n"
+
+ATTRIBUTE = """  cudaLaunchAttribute cuda_overlap = {};
+  cuda_overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  cuda_overlap.val.programmaticStreamSerializationAllowed = 1;
+  cuda_config.attrs = &cuda_overlap;
+  cuda_config.numAttrs = 1;
+"""
+
+
+def _overlap(text: str) -> str:
+    """Launch the kernels that wait for those before them without waiting."""
+    if WAIT not in text:
+        return text
+    helper = re.search(rf"(\w+)\(\) \{{[^}}]*{WAIT}", text)
+    assert helper is not None
+    parts = re.split(r"(?=tvm_cuda_host_launch\(::)", text)
+    for i, part in enumerate(parts[1:]):
+        name = re.match(r"tvm_cuda_host_launch\(::(\w+)", part)
+        assert name is not None
+        start = text.index("{", text.index(f" {name[1]}(", text.index(f" {name[1]}(") + 1))
+        end = text.find('extern "C" __global__', start)
+        if f"{helper[1]}()" in text[start:end]:
+            before, after = parts[i].rsplit(STREAM, 1)
+            parts[i] = before + STREAM + ATTRIBUTE + after
+    return "".join(parts)
 
 
 def generate(functions: dict[str, Any], target: CudaTarget) -> str:
@@ -88,7 +121,11 @@ def source(
     """
     path = place(description, target)
     if not path.exists():
-        text = generate(make(), target)
+        from qcompile.codegen.kernels.cuda import emit
+
+        with emit.overlapping(target.has("pdl")):
+            functions = make()
+        text = _overlap(generate(functions, target))
         for name, blocks in (resident or {}).items():
             bounds = rf"__launch_bounds__\((\d+)\)( {name}_kernel\()"
             text = re.sub(bounds, rf"__launch_bounds__(\1, {blocks})\2", text)

@@ -43,6 +43,7 @@ class _Kernel:
         T.device_entry()
         self.split, self.head, self.b = T.cta_id([k.splits, k.kv_heads, batch])
         self.tx = T.thread_id([THREADS])
+        e.start()
         self.lane, self.warp = e.let(self.tx % 32), e.let(self.tx // 32)
         # Shared memory, in words; a row of codes is padded by one, so that 32 rows are in different banks.
         self.pitch = k.row_words + 1
@@ -251,6 +252,7 @@ def emit_merge(kind: CudaCacheAttention, name: str) -> Any:
         T.device_entry()
         head, b = T.cta_id([k.heads, batch])
         tx = T.thread_id([d])
+        e.start()
         peak, total, value, share = (e.Registers((1,), "float32") for _ in range(4))
         peak[0], total[0], value[0] = T.float32(LOWEST), T.float32(0), T.float32(0)
         for s in range(k.splits):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from contextvars import ContextVar
 from typing import Any
 
 from tvm.backend.cuda.lang import SMEMPool
@@ -63,6 +64,37 @@ def kernel(name: str) -> Iterator[IRBuilder]:
         B.func_name(name)
         B.func_attr({"global_symbol": name, "tirx.noalias": True})
         yield builder
+
+
+_overlap: ContextVar[bool] = ContextVar("overlap", default=False)
+
+
+@contextlib.contextmanager
+def overlapping(allowed: bool) -> Iterator[None]:
+    """Kernels written meanwhile are launched before those before them in the stream have ended, if ``allowed``."""
+    token = _overlap.set(allowed)
+    try:
+        yield
+    finally:
+        _overlap.reset(token)
+
+
+def share_device() -> None:
+    """Let the next kernel of the stream start where this one leaves room; it waits in `await_previous`."""
+    if _overlap.get():
+        ptx("griddepcontrol.launch_dependents")
+
+
+def await_previous() -> None:
+    """Wait until kernels before in the stream have ended: nothing but weights may be read, and nothing written, before."""
+    if _overlap.get():
+        ptx("griddepcontrol.wait")
+
+
+def start() -> None:
+    """How kernels without weights begin."""
+    share_device()
+    await_previous()
 
 
 def argument(name: str, shape: Sequence[Any], dtype: str) -> Any:

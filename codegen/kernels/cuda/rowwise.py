@@ -6,8 +6,8 @@
     y = a @ blockdiag(H, ..., H)                                  orthonormal Walsh-Hadamard blocks, if ``hadamard``
     codes = clip(round_half_even(y / scale))                      if ``quantize``
 
-One block computes one row; its values stay in registers, 4 or 8 neighbours to a thread, so that memory is read once and
-written once. Rows of whole vectors of 256 are rotated by tensor cores (`rotation`). In others a Hadamard block of order
+A block computes one row at a time; its values stay in registers, 4 or 8 neighbours to a thread, so that memory is read once
+and written once. A block that rotates what it loads goes on to further rows, which it loads ahead. Rows of whole vectors of 256 are rotated by tensor cores (`rotation`). In others a Hadamard block of order
 ``core 2^p`` (see `qcompile.formats.hadamard`) is applied to what a thread holds in registers, to the rest in shared memory:
 passes of up to 32 points for the power of two, one for the core. Sums are float32; the quantizer divides, so that codes are
 those of ``QuantizePerToken`` bit for bit.
@@ -28,7 +28,7 @@ import numpy as np
 
 from qcompile.codegen.kernels.base import ACTIVATIONS
 from qcompile.codegen.kernels.cuda import build
-from qcompile.codegen.kernels.cuda.rotation import MOST_THREADS, VECTOR, WarpRotation, warp_rotation
+from qcompile.codegen.kernels.cuda.rotation import VECTOR, WarpRotation, warp_rotation
 from qcompile.errors import TargetError
 from qcompile.formats.hadamard import hadamard_matrix
 from qcompile.targets.cuda import CudaTarget
@@ -125,11 +125,18 @@ class CudaRowwise:
         return 4 * (3 * SCRATCH + row)
 
     @property
+    def persistent(self) -> bool:
+        """Whether a block takes several rows, loading one while it computes the one before."""
+        return self.rotation is not None and self.direct and self.quantize == "token"
+
+    @property
     def resident(self) -> int:
-        """Blocks that are to fit a multiprocessor: two where points fit half its registers, so that one loads while the other
-        transforms."""
+        """Blocks that are to fit a multiprocessor: what a thread holds of rows and points decides, next to shared memory."""
         w = self.rotation
-        return 2 if w and w.threads == MOST_THREADS and w.radix * w.neighbours <= 28 else 1
+        if w is None:
+            return 1
+        held = max(8 * self.chunks, w.radix * w.neighbours)
+        return max(1, (1024 if held <= 32 else 512) // w.threads)
 
     def place(self, chunk: int, thread: Any) -> tuple[Any, Any]:
         """First column of a thread's vector, and whether it is inside the row: True or an expression."""
@@ -151,7 +158,7 @@ class CudaRowwise:
             raise TargetError(f"{target} has no room for rotating rows of {self.width}")
         from qcompile.codegen.kernels.cuda.rowwise_code import emit
 
-        return emit(self, name)
+        return emit(self, name, target.multiprocessors)
 
     def reference(self, x: np.ndarray, *vectors: np.ndarray) -> dict[str, np.ndarray]:
         """``y``, ``codes``, ``scale`` in numpy: float64, the quantizer in float32."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from math import log2
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -11,12 +11,9 @@ from tvm.tirx.script.builder import ir as B
 
 from qcompile.codegen.kernels.base import Epilogue
 from qcompile.codegen.kernels.cuda import emit as e
-from qcompile.codegen.kernels.cuda.rotation_code import WarpRotate, multiply_signs
+from qcompile.codegen.kernels.cuda.butterflies_code import Butterflies
+from qcompile.codegen.kernels.cuda.rotation_code import WarpRotate
 from qcompile.codegen.kernels.cuda.rowwise import SCRATCH, CudaRowwise
-from qcompile.formats.hadamard import factors, hadamard_signs
-
-RADIX = 5
-"""Bits of the index one pass of the Walsh-Hadamard transform covers, at most."""
 
 MAGIC = 12582912.0
 """1.5 2^23: adding it to a number below 2^22 rounds that to an integer, half to even, in the low bits of the sum."""
@@ -26,18 +23,18 @@ NEAR = 2.0**-14
 one element of a warp that is nearer to a tie makes all of it divide."""
 
 
-def emit(kind: CudaRowwise, name: str) -> Any:
+def emit(kind: CudaRowwise, name: str, multiprocessors: int) -> Any:
     """The PrimFunc."""
     with e.kernel(name) as builder:
-        _Kernel(kind).emit()
+        _Kernel(kind, kind.resident * multiprocessors).emit()
     return builder.get()
 
 
-class _Kernel(WarpRotate):
-    """Names of one kernel while it is written."""
+class _Kernel(WarpRotate, Butterflies):
+    """Names of one kernel while it is written; ``most`` blocks at once, if each takes several rows."""
 
-    def __init__(self, kind: CudaRowwise) -> None:
-        self.k, self.dtype = kind, kind.dtype
+    def __init__(self, kind: CudaRowwise, most: int) -> None:
+        self.k, self.dtype, self.most = kind, kind.dtype, most
 
     def emit(self) -> None:
         k = self.k
@@ -50,17 +47,19 @@ class _Kernel(WarpRotate):
         self.codes = e.argument("codes", (m, k.width), "int8") if k.quantize else None
         self.scale = e.argument("scale", (m,), "float32") if k.quantize else None
         T.device_entry()
-        self.row = T.cta_id([m])
+        launched = T.min(m, self.most) if k.persistent else m
+        self.row = T.cta_id([launched])
         self.tx = T.thread_id([k.threads])
+        e.start()
         self.arena = e.shared(k.shared_bytes)
-        self.reductions = 0
+        self.reductions, self.parity = 0, T.int32(0)
         self.value = e.Registers((k.chunks, k.vector), "float32")
         if k.rotation:
             self.rotation = k.rotation
             self.lane, self.warp = e.let(self.tx % 32), e.let(self.tx // 32)
             self._prepare_signs(k.direct)
-            if k.direct:
-                self._rotate_loaded()
+            if k.persistent:
+                self._rotate_rows(m, launched)
                 return
         self._load()
         self._normalise()
@@ -151,12 +150,13 @@ class _Kernel(WarpRotate):
         self._each(load, zero)
 
     def _reduce(self, value: Any, operator: str) -> Any:
-        """Over the block; zero must be neutral. Every reduction has scratch of its own, so that one barrier is enough."""
+        """Over the block; zero must be neutral. Every reduction has scratch of its own, and those of two rows that follow each
+        other have, so that one barrier is enough."""
         warps = self.k.threads // 32
         value = e.let(T.cuda.warp_reduce(value, operator))
         if warps == 1:
             return value
-        place = self.reductions * SCRATCH
+        place = (self.reductions + self.parity) * SCRATCH
         self.reductions += 1
         lane = self.tx % 32
         with T.If(lane == 0), T.Then():
@@ -206,24 +206,37 @@ class _Kernel(WarpRotate):
 
     # Rotation by tensor cores
 
-    def _rotate_loaded(self) -> None:
-        """All loads first, then products."""
+    def _rotate_rows(self, m: Any, launched: Any) -> None:
+        """Rows of this block one after another; the next one is loaded while the one before is finished."""
         k = self.k
         words = e.Registers((k.chunks, 4), "uint32")
 
         def load(c: int, at: Any) -> None:
-            for i, word in enumerate(self._read_words(self.x, [self.row, at], 4)):
+            for i, word in enumerate(self._read_words(self.x, [self.following, at], 4)):
                 words[c, i] = word
 
         def zero(c: int) -> None:
             for i in range(4):
                 words[c, i] = e.u32(0)
 
+        first = self.following = self.row
         self._each(load, zero)
-        self._rotate_warps(words)
+        count = e.let((m - first + (launched - 1)) // launched)
+        with T.serial(count) as turn:
+            self.row = e.let(first + turn * launched)
+            self.following = e.let(self.row + launched)
+            self.parity = e.let(turn % 2)
 
-    def _rotate_warps(self, words: Any) -> None:
-        """Rotate and quantize; the scale of the orthonormal transform is that of the steps, not of every element."""
+            def load_next() -> None:
+                with T.If(self.following < m), T.Then():
+                    self._each(load)
+
+            self.reductions = 0
+            self._rotate_warps(words, load_next)
+
+    def _rotate_warps(self, words: Any, loaded: Callable[[], None] = lambda: None) -> None:
+        """Rotate and quantize; the scale of the orthonormal transform is that of the steps, not of every element. ``loaded`` is
+        called where ``words`` are free again."""
         k, w = self.k, self.rotation
         factor = float(1 / np.sqrt(w.order))
         scratch = 3 * SCRATCH
@@ -241,6 +254,7 @@ class _Kernel(WarpRotate):
                     else:
                         with T.If(inside), T.Then():
                             self._put(place, values, scratch)
+        loaded()
         if w.radix == 1:
             self._quantize(self.value, self._each, self._store_vector, factor)
             return
@@ -257,106 +271,11 @@ class _Kernel(WarpRotate):
 
         self._quantize(points, every, store, factor)
 
-    # Rotation by butterflies
-
-    def _place(self, index: Any) -> Any:
-        """Where element ``index`` of the row lies in shared memory; a word is left out after 32 against bank conflicts."""
-        return 3 * SCRATCH + index + index // 32
-
-    def _rotate(self) -> None:
-        k = self.k
-        core, power = factors(k.hadamard)
-        held = self._held(power)
-        self._rotate_held(held)
-
-        def put(c: int, at: Any) -> None:
-            place = e.let(self._place(at))
-            for i in range(k.vector):  # a vector does not cross a multiple of 32
-                B.buffer_store(self.arena, T.reinterpret("uint32", self.value[c, i]), [place + i])
-
-        def get(c: int, at: Any) -> None:
-            scale = T.float32(1 / np.sqrt(k.hadamard))
-            place = e.let(self._place(at))
-            for i in range(k.vector):
-                self.value[c, i] = T.reinterpret("float32", self.arena[place + i]) * scale
-
-        self._each(put)
-        T.evaluate(T.cuda.cta_sync())
-        rest = [bit for bit in range(power) if bit not in held]
-        while rest:
-            # Neighbouring bits; five from the third on leave no bank conflicts.
-            bits = next(n for n in range(min(RADIX, len(rest)), 0, -1) if rest[n - 1] == rest[0] + n - 1)
-            self._pass(1 << rest[0], 1 << bits, None)
-            rest = rest[bits:]
-        if core > 1:
-            self._pass(1 << power, core, hadamard_signs(core))
-        self._each(get)
-
-    def _held(self, power: int) -> dict[int, tuple[str, int]]:
-        """Bits of the index within a block that tell apart what one thread holds: of its vectors, of their elements."""
-        k = self.k
-        if k.vector == 1:
-            return {}
-        held = {bit: ("i", 1 << bit) for bit in range(min(2, power))}
-        stride = k.threads * k.vector
-        if k.chunks & (k.chunks - 1) == 0 and k.chunks * stride == k.width and stride & (stride - 1) == 0:
-            for level in range(int(log2(k.chunks))):
-                bit = int(log2(stride)) + level
-                if bit < power:
-                    held[bit] = ("c", 1 << level)
-        return held
-
-    def _rotate_held(self, held: dict[int, tuple[str, int]]) -> None:
-        """Butterflies in registers."""
-        k = self.k
-        for axis, step in held.values():
-            for c in range(k.chunks):
-                for i in range(k.vector):
-                    if (i if axis == "i" else c) & step:
-                        continue
-                    other = (c, i | step) if axis == "i" else (c | step, i)
-                    self._butterfly(self.value, (c, i), other)
-
-    def _butterfly(self, values: e.Registers, a: Any, b: Any) -> None:
-        difference = e.Registers((1,), "float32")
-        difference[0] = values[a] - values[b]
-        values[a] = values[a] + values[b]
-        values[b] = difference[0]
-
-    def _pass(self, stride: int, radix: int, signs: np.ndarray | None) -> None:
-        """Transform ``radix`` points ``stride`` apart, all over the row: butterflies, or the matrix of ``signs``."""
-        k = self.k
-        groups = k.width // radix
-        # Offsets of the points are constants where all of them keep their distance from multiples of 32.
-        fixed = stride & (stride - 1) == 0 and (stride * radix) % 32 == 0
-        with T.serial(-(-groups // k.threads)) as p:
-            g = e.let(p * k.threads + self.tx)
-            with T.If(g < groups), T.Then():
-                first = e.let(g // stride * (stride * radix) + g % stride)
-                base = e.let(self._place(first))
-                place = [
-                    base + (i * stride + i * stride // 32) if fixed else self._place(first + i * stride)
-                    for i in range(radix)
-                ]
-                points = e.Registers((radix,), "float32")
-                for i in range(radix):
-                    points[i] = T.reinterpret("float32", self.arena[place[i]])
-                if signs is None:
-                    for level in range(int(log2(radix))):
-                        for i in range(radix):
-                            if i >> level & 1 == 0:
-                                self._butterfly(points, i, i | 1 << level)
-                else:
-                    multiply_signs(points, lambda r: r, signs)
-                for i in range(radix):
-                    B.buffer_store(self.arena, T.reinterpret("uint32", points[i]), [place[i]])
-        T.evaluate(T.cuda.cta_sync())
-
     # Quantizer
 
     def _quantize(self, value: e.Registers, each: Any, store: Any, factor: float) -> None:
         """Codes from products with 1 / step; where one is near a tie, the whole thread divides, as ``QuantizePerToken``
-        does: the products differ from quotients by less than `NEAR`.
+        does, and stores again: the products differ from quotients by less than `NEAR`.
 
         Args:
             value: registers ``[piece, element]``. each: calls a function with every piece inside the row and its column.
@@ -401,17 +320,18 @@ class _Kernel(WarpRotate):
                 rounded[0] = q[0] + T.float32(MAGIC)
                 code[c, i] = T.reinterpret("uint32", rounded[0]) + e.u32(zero & 0xFFFFFFFF)
                 farthest[0] = T.max(farthest[0], T.abs(q[0] - (rounded[0] - T.float32(MAGIC))))
+            store(code, c, at)
 
         def divide(c: int, at: Any) -> None:
             for i in range(size):
                 e.ptx("div.rn.f32", q[0], value[c, i] * T.float32(factor), step[0])
                 rounded[0] = bound(q[0]) + T.float32(MAGIC)
                 code[c, i] = T.reinterpret("uint32", rounded[0]) + e.u32(zero & 0xFFFFFFFF)
+            store(code, c, at)
 
         each(multiply)
         with T.If(farthest[0] > T.float32(0.5 - NEAR)), T.Then():
             each(divide)
-        each(lambda c, at: store(code, c, at))
 
     def _store_vector(self, code: e.Registers, c: int, at: Any) -> None:
         """Codes of neighbours, one byte each."""

@@ -41,7 +41,13 @@ def emit(shape: StreamShape, epilogue: Epilogue, name: str) -> Any:
 
 
 class Kernel(Tail):
-    """Names of one kernel while it is written."""
+    """Names of one kernel while it is written.
+
+    Attributes:
+        multiply_ones: whether products with ones give the sums of x, where they are needed.
+    """
+
+    multiply_ones = True
 
     def __init__(self, shape: StreamShape, epilogue: Epilogue) -> None:
         self.s, self.epilogue = shape, epilogue
@@ -53,6 +59,7 @@ class Kernel(Tail):
         rows = s.rows
         self.bx, self.by, self.bz = T.cta_id([s.grid_n, s.split, (self.m + (rows - 1)) // rows])
         self.tx = T.thread_id([s.threads])
+        e.share_device()
         self.arena = e.shared(s.shared_bytes)
         self.lane = e.let(self.tx % 32)
         self.warp = e.let(self.tx // 32)
@@ -104,6 +111,11 @@ class Kernel(Tail):
             self.dequantizer = RawDequantizer(s.weight.bits)
         else:
             self.dequantizer = ExactDequantizer(s.weight.bits, s.dtype == "bfloat16", self.zero)
+        self._clear()
+
+    def _clear(self) -> None:
+        """The sums."""
+        s = self.s
         zero = T.uint32(0) if self.sum_type == "uint32" else T.float32(0)
         for j in range(s.tn):
             for i in range(s.mt):
@@ -146,11 +158,13 @@ class Kernel(Tail):
             e.let(row * (s.chunks * 4) + T.bitwise_xor(half * 4 + self.lane // 8, row) * 4) for half in range(2)
         ]
 
-    def _issue(self, slot: Any, block: Any) -> None:
-        """Start copying stage ``block`` of this warp into ``slot``."""
+    def _slot(self, slot: Any) -> Any:
+        return e.let(self.slots + slot * (self.s.stage_bytes // 4))
+
+    def _issue_weights(self, slot: Any, block: Any) -> None:
+        """Start copying the codes and metadata of stage ``block`` of this warp into ``slot``."""
         s = self.s
-        base = e.let(self.slots + slot * (s.stage_bytes // 4))
-        self._issue_x(base, block)
+        base = self._slot(slot)
         place = s.x_bytes
         for j in range(s.tn):
             for plane, source in zip(s.layout.planes, self.planes):
@@ -171,9 +185,10 @@ class Kernel(Tail):
                 e.copy_async(self.arena.ptr_to([at]), self.meta.ptr_to([here]), s.meta_bytes)
                 place += 32 * s.meta_bytes
 
-    def _issue_x(self, base: Any, block: Any) -> None:
+    def _issue_x(self, slot: Any, block: Any) -> None:
         """The rows of x; zeros beyond K."""
         s = self.s
+        base = self._slot(slot)
         per = 32 // s.chunks
         elements = BLOCK // s.chunks
         chunk = self.lane % s.chunks
@@ -202,7 +217,11 @@ class Kernel(Tail):
         self._positions()
         for stage in range(s.stages - 1):
             with T.If(self.count > stage), T.Then():
-                self._issue(T.int32(stage), self.start + stage)
+                self._issue_weights(T.int32(stage), self.start + stage)
+        e.await_previous()
+        for stage in range(s.stages - 1):
+            with T.If(self.count > stage), T.Then():
+                self._issue_x(T.int32(stage), self.start + stage)
             e.commit()
         with T.serial(self.count) as i:
             e.wait(s.stages - 2)
@@ -210,7 +229,9 @@ class Kernel(Tail):
             slot = e.let(self.slots + i % s.stages * (s.stage_bytes // 4))
             self._read_stage(slot)
             with T.If(i + (s.stages - 1) < self.count), T.Then():
-                self._issue((i + (s.stages - 1)) % s.stages, self.start + i + (s.stages - 1))
+                following = e.let((i + (s.stages - 1)) % s.stages)
+                self._issue_x(following, self.start + i + (s.stages - 1))
+                self._issue_weights(following, self.start + i + (s.stages - 1))
             e.commit()
             self._multiply(slot)
         e.wait(0)
@@ -250,6 +271,7 @@ class Kernel(Tail):
         per_chunk = s.chunk * 2 // s.layout.unit  # tiles along K that share a scale
         # Zero points change what `begin` prepares, so that with them a channel tile is finished before the next.
         for chunk in range(BLOCK // s.chunk):
+            self._begin_chunk(chunk)
             for j in range(s.tn) if self.zero is not None else [None]:
                 tiles = range(s.tn) if j is None else [j]
                 if s.meta_bytes:
@@ -269,6 +291,9 @@ class Kernel(Tail):
                     for t in tiles:
                         self._add_group(t)
 
+    def _begin_chunk(self, chunk: int) -> None:
+        """Before the products of a scale group; the sums of x come from products with ones."""
+
     def _tile(self, j: int, unit: int, tile: int, fresh: bool) -> None:
         """Dequantize one weight tile and multiply it by all rows."""
         s = self.s
@@ -282,7 +307,7 @@ class Kernel(Tail):
         self.dequantizer.tile(self.w, low, high, unit, tile)
         for i in range(s.mt):
             operand = [self.xr[unit % self.ahead, i, 2 * tile + h] for h in range(2)]
-            if self.sum_x is not None and j == 0:
+            if self.sum_x is not None and self.multiply_ones and j == 0:
                 self._mma([self.sum_x[i, c] for c in range(4)], [e.u32(ONES)] * 4, operand, fresh)
             self._mma([self.part[j, i, c] for c in range(4)], [self.w[r] for r in range(4)], operand, fresh)
 

@@ -45,6 +45,7 @@ class _Kernel(Tail):
         row_blocks = (self.m + (s.rows - 1)) // s.rows
         self.bx, self.by = T.cta_id([row_blocks * s.grid_n, s.split])
         self.tx = T.thread_id([s.threads])
+        e.share_device()
         self.arena = e.shared(s.shared_bytes)
         self.lane = e.let(self.tx % 32)
         self.warp = e.let(self.tx // 32)
@@ -134,9 +135,25 @@ class _Kernel(Tail):
 
     def _issue(self, slot: Any, block: Any) -> None:
         """Start copying stage ``block`` into ``slot``."""
+        self._issue_x(slot, block)
+        self._issue_weights(slot, block)
+
+    def _issue_first(self, close: Any) -> None:
+        """Start copying the first stages: weights, and after the kernels that made x have ended, x; ``close(stage)`` ends one."""
+        ahead = self.s.stages - 1
+        for stage in range(ahead):
+            with T.If(self.count > stage), T.Then():
+                self._issue_weights(T.int32(stage), self.start + stage)
+        e.await_previous()
+        for stage in range(ahead):
+            with T.If(self.count > stage), T.Then():
+                self._issue_x(T.int32(stage), self.start + stage)
+            close(stage)
+
+    def _issue_weights(self, slot: Any, block: Any) -> None:
+        """Codes and metadata."""
         s = self.s
         base = e.let(self.base + slot * (s.stage_bytes // 4))
-        self._issue_x(base, block)
         place = s.x_bytes
         for plane, source in zip(s.layout.planes, self.planes):
             per = plane.block_bytes // 16
@@ -175,9 +192,10 @@ class _Kernel(Tail):
                 conditions.append(tile < s.tiles)
             self._when(conditions, lambda: e.copy_async(self.arena.ptr_to([place + c * 4]), source(tile, c), 16))
 
-    def _issue_x(self, base: Any, block: Any) -> None:
+    def _issue_x(self, slot: Any, block: Any) -> None:
         """The rows of x; zeros beyond K."""
         s = self.s
+        base = e.let(self.base + slot * (s.stage_bytes // 4))
         step = s.threads // s.chunks
         elements = BLOCK // s.chunks
         chunk = self.tx % s.chunks
@@ -216,10 +234,7 @@ class _Kernel(Tail):
         """Stages in lock step: a barrier says that one has landed for all and that the one before is free."""
         s = self.s
         ahead = s.stages - 1
-        for stage in range(ahead):
-            with T.If(self.count > stage), T.Then():
-                self._issue(T.int32(stage), self.start + stage)
-            e.commit()
+        self._issue_first(lambda stage: e.commit())
         with T.serial(self.count) as i:
             e.wait(ahead - 1)
             T.evaluate(T.cuda.cta_sync())
@@ -230,19 +245,16 @@ class _Kernel(Tail):
         e.wait(0)
 
     def _loop_warpgroups(self) -> None:
-        """A pair of mbarriers per slot: ``full`` when the copies of all threads have landed, ``empty`` when no warp's
+        """A pair of mbarriers per slot: ``full`` when the copies of all threads have landed, ``empty`` when no thread's
         products read it any more. Warpgroups drift apart by up to a stage, and tensor cores find work meanwhile."""
         s = self.s
         ahead = s.stages - 1
         with T.If(self.tx == 0), T.Then():
             for slot in range(s.stages):
                 e.ptx("mbarrier.init.shared::cta.b64", self._barrier(slot), e.u32(s.threads))
-                e.ptx("mbarrier.init.shared::cta.b64", self._barrier(slot, empty=True), e.u32(s.threads // 32))
+                e.ptx("mbarrier.init.shared::cta.b64", self._barrier(slot, empty=True), e.u32(s.threads))
         T.evaluate(T.cuda.cta_sync())
-        for stage in range(ahead):
-            with T.If(self.count > stage), T.Then():
-                self._issue(T.int32(stage), self.start + stage)
-                e.ptx("cp.async.mbarrier.arrive.noinc.shared::cta.b64", self._barrier(stage))
+        self._issue_first(self._landed)
         with T.serial(self.count) as i:
             slot = e.let(i % s.stages)
             following = e.let((i + ahead) % s.stages)  # also the slot of the stage before
@@ -251,18 +263,20 @@ class _Kernel(Tail):
             e.ptx("fence.proxy.async.shared::cta")
 
             def release(i: Any = i, following: Any = following) -> None:
-                T.evaluate(T.cuda.warp_sync())  # one lane speaks for all
-                with T.If(T.And(i > 0, self.lane == 0)), T.Then():
+                with T.If(i > 0), T.Then():
                     e.ptx("mbarrier.arrive.shared::cluster.b64", self._barrier(following, empty=True))
-                T.evaluate(T.cuda.warp_sync())
 
             self._multiply(e.let(self.base + slot * (s.stage_bytes // 4)), release)
             with T.If(i + ahead < self.count), T.Then():
                 with T.If(i > 0), T.Then():
                     T.evaluate(T.cuda.mbarrier_wait(self._barrier(following, empty=True), (i - 1) // s.stages % 2))
                 self._issue(following, self.start + i + ahead)
-                e.ptx("cp.async.mbarrier.arrive.noinc.shared::cta.b64", self._barrier(following))
+                self._landed(following)
         e.ptx("wgmma.wait_group.sync.aligned", 0)
+
+    def _landed(self, slot: Any) -> None:
+        """Arrive at the barrier of ``slot`` when this thread's copies have."""
+        e.ptx("cp.async.mbarrier.arrive.noinc.shared::cta.b64", self._barrier(slot))
 
     def _barrier(self, slot: Any, empty: bool = False) -> Any:
         """Address of a barrier."""

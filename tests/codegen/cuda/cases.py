@@ -24,7 +24,7 @@ class Case:
     Attributes:
         split: blocks along K of every kernel.
         variant: ``mma`` for tiled kernels without wgmma, ``wide`` for unusual tiles, ``exact`` for codes around zero,
-            ``planes`` for bit planes.
+            ``planes`` for bit planes, ``persistent`` for kernels of one row, which take others one by one.
     """
 
     weight: str
@@ -72,6 +72,10 @@ class Case:
         if self.variant == "exact":
             for rows in (1, 8, 16):
                 forced[rows] = {**forced[rows], "family": "cuda-stream" + integer, "raw": False}
+        if self.variant == "persistent":
+            raw = integer == "" and self.weight[:4] in ("int2", "int3", "int4") and self.dtype == "float16"
+            config = {"tn": 2 if self.bias else 1, "kw": 3 if self.k > 1000 else 2, "grid": 3, "stages": 4, "raw": raw}
+            return {1: {"family": "cuda-stream-persistent" + integer, **config}}
         if self.variant == "planes":
             forced = {rows: {**given, "family": "cuda-planes"} for rows, given in forced.items()}
         if self.variant == "raw":
@@ -89,6 +93,7 @@ class Case:
             getattr(torch, self.dtype),
             target,
             self.bias,
+            rows=(1,) if self.variant == "persistent" else BUCKETS,
             configs=self.configs(),
         )
 
@@ -177,6 +182,18 @@ CASES = [
     Case("int5/asym", 600, 72, "int4", dtype="bfloat16"),
     Case("int2", 1031, 96, "int8", variant="planes"),
     Case("int1", 2048, 64, "int2", split=2),
+    Case("int4/g128", 1100, 328, bias=True, variant="persistent"),
+    Case("int4/g32/asym", 515, 77, variant="persistent"),
+    Case("int3/g64", 1031, 136, variant="persistent"),
+    Case("int2", 640, 130, bias=True, variant="persistent"),
+    Case("int2/g64/asym", 1100, 160, dtype="bfloat16", variant="persistent"),
+    Case("nf4/g64", 1100, 136, bias=True, variant="persistent"),
+    Case("mxfp4", 640, 200, dtype="bfloat16", variant="persistent"),
+    Case("fp8", 777, 131, variant="persistent"),
+    Case("int8", 1031, 259, "int8", bias=True, variant="persistent"),
+    Case("int4/g32/asym", 700, 264, "int8", variant="persistent"),
+    Case("dual4/g128", 1100, 328, "int8", variant="persistent"),
+    Case("int4/g128", 1536, 200, "e4m3", variant="persistent"),
 ]
 """Odd and even extents, all bits, groups, both kinds of zero points, both float types, with and without split-k."""
 
@@ -203,6 +220,8 @@ ROWWISE = {
     "blocks": CudaRowwise(1536, gated=True, activation="gelu_tanh", quantize="token", hadamard=128),
     "core12": CudaRowwise(1536, quantize="token", hadamard=1536, dtype="float16", bits=4),
     "core28": CudaRowwise(14336, gated=True, activation="silu", quantize="token", hadamard=14336, dtype="float16"),
+    "direct28": CudaRowwise(14336, quantize="token", hadamard=14336, dtype="float16"),
+    "direct256": CudaRowwise(11008, quantize="token", hadamard=256, dtype="bfloat16", bits=4),
     "largest": CudaRowwise(16384, quantize="token", hadamard=16384, dtype="float16"),
 }
 """Row kernels, by the name of the feature they add."""

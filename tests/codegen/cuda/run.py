@@ -5,11 +5,6 @@
 generates the sources of all GPU tests (with TVM; without it they must be in QCOMPILE_CUDA_CACHE, see `prepare.py`), compiles
 them, runs `pytest -m gpu`, then compute-sanitizer over one launch of every kernel, and writes what came out. Needs nvcc,
 torch, pytest; pytest-xdist if it is there. The exit status is 0 if nothing failed.
-
-racecheck does not follow everything the kernels with mbarriers do: ``announce.cu`` shows what on a minimal ring of slots. So
-they are checked in a copy of the sources with the same order of events by means that it follows: every lane arrives where
-one speaks for its warp after `__syncwarp`, and, if need be, every thread waits for its copies before it arrives, which is
-what PTX ISA defines `cp.async.mbarrier.arrive` to do in the background.
 """
 
 from __future__ import annotations
@@ -17,7 +12,6 @@ from __future__ import annotations
 import argparse
 import datetime
 import importlib.util
-import os
 import platform
 import re
 import shutil
@@ -32,9 +26,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 HERE = Path(__file__).parent
-ANNOUNCED = "cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];"
-WAITED = "cp.async.wait_all; mbarrier.arrive.shared::cta.b64 _, [%0];"
-MODES = ("groups", "stores", "waited", "spoken", "told", "announced", "unwaited")
 
 
 @dataclass(frozen=True)
@@ -109,83 +100,25 @@ def tests(log: Path, processes: int) -> list[Check]:
     ] + ([] if status == 0 or any(v[1] for v in found.values()) else [Check("pytest", text[-300:], False)])
 
 
-def sanitize(tool: str, kind: str, parts: int, log: Path, cache: Path | None = None, how: str = "") -> Check:
-    """A tool over a kind of kernels, in parts side by side; ``how`` says what is different in ``cache``."""
+def sanitize(tool: str, parts: int, log: Path) -> Check:
+    """A tool over all kernels, in parts side by side."""
 
     def one(part: int) -> tuple[int, str]:
-        where = os.environ | ({"QCOMPILE_CUDA_CACHE": str(cache)} if cache else {})
         command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9"]
-        return output(
-            [*command, sys.executable, str(HERE / "sanitize.py"), f"{part}/{parts}", *kind.split()], env=where
-        )
+        return output([*command, sys.executable, str(HERE / "sanitize.py"), f"{part}/{parts}"])
 
     with ThreadPoolExecutor(parts) as pool:
         results = list(pool.map(one, range(parts)))
     text = "\n".join(r[1] for r in results)
-    (log / f"{tool}-{kind or 'all'}.log").write_text(text)
+    (log / f"{tool}.log").write_text(text)
     done = [re.search(r"(\d+) of \d+ groups of kernels done", r[1]) for r in results]
-    what = f"{tool}, {({'barriers': 'kernels with mbarriers', 'rest': 'the other kernels'}).get(kind, 'all kernels')}"
-    what += f" ({how})" if how else ""
     if not all(done):
         errors = [line for line in text.splitlines() if "Error" in line] or ["did not end"]
-        return Check(what, errors[-1][:200], False)
+        return Check(tool, errors[-1][:200], False)
     summary = [int(n) for n in re.findall(r"SUMMARY: (\d+)", text)]
     groups = sum(int(d.group(1)) for d in done if d)
     word = "hazards displayed" if tool == "racecheck" else "errors"
-    return Check(what, f"{sum(summary)} {word} in {groups} groups of kernels", not any(r[0] for r in results))
-
-
-def announcements(log: Path) -> dict[str, str]:
-    """What racecheck says of the modes of ``announce.cu``."""
-    from qcompile.codegen.kernels.cuda import build
-
-    said = {}
-    with tempfile.TemporaryDirectory() as folder:
-        program = Path(folder) / "announce"
-        arch = ["-gencode", "arch=compute_90a,code=sm_90a"]
-        status, text = output([build.nvcc(), "-std=c++17", *arch, "-o", str(program), str(HERE / "announce.cu")])
-        if status:
-            return {"nvcc": text[-300:]}
-        for mode in MODES:
-            _, text = output(["compute-sanitizer", "--tool", "racecheck", str(program), mode])
-            with (log / "announce.log").open("a") as file:
-                file.write(f"== {mode}\n{text}\n")
-            found = re.search(r"SUMMARY: (\d+) hazard", text)
-            said[mode] = f"{found.group(1)} hazards" if found else text[-200:]
-            if mode != "unwaited" and not re.search(r": 0 of \d+ sums wrong", text):
-                said[mode] += ", wrong sums"
-    return said
-
-
-def followed(text: str, waiting: bool) -> str:
-    """A source with the same order of events by means that racecheck follows."""
-    init = r"(mbarrier_init\w*\([^;]*, \(uint\))(\d+)(\);\s*\w*mbarrier_init\w*\([^;]*, \(uint\))(\d+)\);"
-    whole = lambda m: m[0] if int(m[2]) != 32 * int(m[4]) else f"{m[1]}{m[2]}{m[3]}{m[2]});"  # noqa: E731
-    text = re.sub(init, whole, text)
-    text = re.sub(r"if \(\((0 < \w+)\) && \([^{]*\)\) \{(?=\s*\w*mbarrier_arrive_nocount)", r"if (\1) {", text)
-    return text.replace(ANNOUNCED, WAITED) if waiting else text
-
-
-def followed_sources(arch: str, waiting: bool) -> Path:
-    """A copy of the cache with such sources, compiled."""
-    from qcompile.codegen.kernels.cuda import build
-    from qcompile.targets.cuda import TARGETS
-
-    folder = build.cache_directory().with_name(build.cache_directory().name + "-followed")
-    folder.mkdir(parents=True, exist_ok=True)
-    changed = []
-    for path in build.cache_directory().glob("*.cu"):
-        text = path.read_text()
-        libraries = list(path.parent.glob(f"{path.stem}.*.so"))
-        if ANNOUNCED in text and libraries:
-            (folder / path.name).write_text(followed(text, waiting))
-            changed.append(folder / path.name)
-        else:
-            for file in [path, *libraries]:
-                shutil.copy(file, folder)
-    with ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // 2)) as pool:
-        list(pool.map(lambda p: build.compile_library(p, TARGETS[arch]), changed))
-    return folder
+    return Check(tool, f"{sum(summary)} {word} in {groups} groups of kernels", not any(r[0] for r in results))
 
 
 def main() -> None:
@@ -225,21 +158,11 @@ def main() -> None:
     sanitizer = not args.no_sanitizer and shutil.which("compute-sanitizer")
     if not sanitizer and not args.no_sanitizer:
         note(Check("compute-sanitizer", "not on the PATH; --no-sanitizer leaves it out", False))
-    with ThreadPoolExecutor(1) as background:
-        if sanitizer and arch == "sm_90a":
-            said = announcements(log)
-            right = said.get("unwaited", "").startswith(tuple("123456789")) and said.get("waited") == "0 hazards"
-            note(Check("racecheck on announce.cu", "; ".join(f"{m}: {n}" for m, n in said.items()), right))
-            waiting = said.get("told") != "0 hazards"
-            copies = background.submit(followed_sources, arch, waiting)
-        if not args.no_tests:
-            note(*tests(log, args.processes))
-        if sanitizer:
-            note(sanitize("memcheck", "", args.processes, log))
-            note(sanitize("racecheck", "rest", args.processes, log))
-            if arch == "sm_90a":
-                how = "every lane arrives" + ", copies waited for" * waiting
-                note(sanitize("racecheck", "barriers", args.processes, log, copies.result(), how))
+    if not args.no_tests:
+        note(*tests(log, args.processes))
+    if sanitizer:
+        for tool in ("memcheck", "racecheck"):
+            note(sanitize(tool, args.processes, log))
     print(log)
     sys.exit(not all(c.passed for c in checks))
 

@@ -1,8 +1,5 @@
-"""``compute-sanitizer --tool racecheck python tests/codegen/cuda/sanitize.py [PART/PARTS] [KIND]``: every kernel of the GPU
-tests on a few rows, one launch each. Results are not looked at; the tests do that.
-
-KIND ``barriers`` are the kernels whose copies are announced by mbarriers (those with wgmma), ``rest`` the others; by default
-both.
+"""``compute-sanitizer --tool racecheck python tests/codegen/cuda/sanitize.py [PART/PARTS]``: every kernel of the GPU tests on a
+few rows, one launch each. Results are not looked at; the tests do that.
 """
 
 from __future__ import annotations
@@ -28,20 +25,18 @@ ROWS = (1, 7, 16, 31, 64, 100, 200, 300)
 """One number for every bucket."""
 
 
-def run_linear(case: Case, target: CudaTarget, kind: str) -> None:
+def run_linear(case: Case, target: CudaTarget) -> None:
     weight = parse_format(case.weight).encode(np.random.default_rng(0).standard_normal((case.k, case.n)).astype("f4"))
     bias = np.ones(case.n, np.float32) if case.bias else None
     layer = QuantizedLinear(case.plan(target.cpu), weight, bias).cuda()
     for m in ROWS:
-        entry = next((e for e in layer.plan.entries if e.rows >= m), layer.plan.entries[-1])
-        if kind and (kind == "barriers") != bool(entry.config.get("wgmma")):
-            continue
         layer(torch.randn(m, case.k, device="cuda", dtype=getattr(torch, case.dtype)))
 
 
 def run_rowwise(name: str, kernel: CudaRowwise, target: CudaTarget) -> None:
     function = build.load(build.compile_library(rowwise.source(ROWWISE, target), target))[name]
-    m, d = 3, kernel.width
+    d = kernel.width
+    m = kernel.resident * target.multiprocessors + 3 if kernel.persistent and d <= 4096 else 3  # blocks with two rows
     x = torch.randn(m, d * (2 if kernel.gated else 1), device="cuda").to(getattr(torch, kernel.dtype))
     vectors = [torch.rand(d, device="cuda") for _ in range(kernel.gamma + kernel.beta)]
     if kernel.quantize == "tensor":
@@ -90,15 +85,13 @@ def run_cache(name: str, kernel: CudaCacheAttention, target: CudaTarget) -> None
 
 def main() -> None:
     part, parts = map(int, sys.argv[1].split("/")) if len(sys.argv) > 1 else (0, 1)
-    kind = sys.argv[2] if len(sys.argv) > 2 else ""
     target = TARGETS[for_capability(*torch.cuda.get_device_capability()).cpu]
-    work = [lambda c=c: run_linear(c, target, kind) for c in CASES]
-    if kind != "barriers":
-        work += [lambda n=n, k=k: run_rowwise(n, k, target) for n, k in ROWWISE.items()]
-        work += [lambda n=n, k=k: run_attention(n, k, target) for n, k in ATTENTION.items()]
-        quantized = QUANTIZED_ATTENTION.items()
-        work += [lambda n=n, k=k: run_quantized_attention(n, k, target) for n, k in quantized]
-        work += [lambda n=n, k=k: run_cache(n, k, target) for n, k in CACHES.items()]
+    quantized = QUANTIZED_ATTENTION.items()
+    work = [lambda c=c: run_linear(c, target) for c in CASES]
+    work += [lambda n=n, k=k: run_rowwise(n, k, target) for n, k in ROWWISE.items()]
+    work += [lambda n=n, k=k: run_attention(n, k, target) for n, k in ATTENTION.items()]
+    work += [lambda n=n, k=k: run_quantized_attention(n, k, target) for n, k in quantized]
+    work += [lambda n=n, k=k: run_cache(n, k, target) for n, k in CACHES.items()]
     mine = work[part::parts]
     for run in mine:
         run()

@@ -22,7 +22,7 @@ def test_matches_numpy(name: str) -> None:
     target = TARGETS[for_capability(*torch.cuda.get_device_capability()).cpu]
     function = build.load(build.compile_library(rowwise.source(ROWWISE, target), target))[name]
     torch.manual_seed(len(name))
-    for m in (1, 2, 33, 257):
+    for m in (1, 2, 33, 301 if kernel.width > 4096 else 1100):  # more than blocks that fit at once
         x = torch.randn(m, kernel.width * (2 if kernel.gated else 1), dtype=getattr(torch, kernel.dtype), device="cuda")
         x[m // 2] = 0
         vectors = [torch.rand(kernel.width, device="cuda") + 0.5 for _ in range(kernel.gamma + kernel.beta)]

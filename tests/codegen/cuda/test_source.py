@@ -13,6 +13,8 @@ from qcompile.errors import FormatError, TargetError
 from qcompile.kernels import linear, plan
 from qcompile.targets.cuda import TARGETS, for_capability
 
+WAIT = "griddepcontrol_wait();"
+
 nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
 
 
@@ -49,6 +51,33 @@ def test_many_rows_use_warpgroups() -> None:
 
 def test_integer_layers_use_integer_tensor_cores() -> None:
     assert "s32.s8.s8.s32" in small(plan(300, 70, "int4", "int8/token"), 8).source().read_text()
+
+
+def test_hopper_kernels_start_before_the_one_before_ends() -> None:
+    """Weights are copied before `await_previous`, x after it; the launch allows it. Other chips have no such launches."""
+    for rows in (8, 64):
+        text = small(plan(300, 70, "int4/g128"), rows).source().read_text()
+        body = text[text.index("{", text.index(f" rows{rows}_kernel(", text.index(f" rows{rows}_kernel(") + 1)) :]
+        before, after = body.split(WAIT)
+        assert "programmaticStreamSerializationAllowed = 1" in after
+        assert "codes0_ptr" in before and "x_ptr" not in before and "x_ptr" in after
+        ampere = small(plan(300, 70, "int4/g128", target="sm_80"), rows).source().read_text()
+        assert "griddepcontrol" not in ampere and "programmatic" not in ampere
+
+
+@pytest.mark.parametrize(
+    ("weight", "activation"), [("int4/g128", "none"), ("nf4/g64", "none"), ("int2/g64", "int8/token")]
+)
+def test_persistent_kernels(weight: str, activation: str) -> None:
+    integer = "-int8" if activation != "none" else ""
+    name = "cuda-stream-persistent" + integer
+    config = {"family": name, "tn": 1, "kw": 3, "grid": 2, "stages": 4, "raw": False}
+    p = plan(1100, 72, weight, activation, rows=(1,), configs={1: config})
+    shape = p.shape()
+    assert (shape.launched, shape.turns, shape.per_warp) == (2, 3, 3)
+    text = p.source().read_text()
+    body = text[text.rindex("rows1_kernel(", 0, text.index("#include <tvm/ffi")) :]
+    assert "x_ptr" not in body[body.index("{") : body.index(WAIT)]
 
 
 @nvcc

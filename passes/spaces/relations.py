@@ -11,6 +11,7 @@ Unknown: an invertible action on every coordinate of the model. Facts about it:
     unit_link(a, b)   the unit (head, group, expert) of a_i moves together with that of b_i
     pin(a, reason)    only the identity
     alias(node, a)    the operator's own attribute (epsilon) follows the scale of ``a``
+    stack(a)          row e of ``a`` are the channels of matrix e; facts about row 0 hold for every row (see `stacks.py`)
 
 Nothing here knows what an operator is: rules translate operators into these facts.
 """
@@ -23,6 +24,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from qcompile.passes.spaces.groups import FIXED, GL, Limit
+from qcompile.passes.spaces.stacks import Stacks
 
 
 @dataclass(frozen=True)
@@ -121,6 +123,7 @@ class Constraints:
     links: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)
     unit_links: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)
     aliases: list[Alias] = field(default_factory=list)
+    stacks: Stacks = field(default_factory=Stacks)
 
     def fresh(
         self, count: int, name: str, axes: Sequence[int], *, reader: bool = False, constant: bool = True
@@ -130,6 +133,26 @@ class Constraints:
         new = np.arange(self.count, self.count + count)
         self.count += count
         return new
+
+    def fresh_like(self, coordinates: np.ndarray, name: str, axes: Sequence[int]) -> np.ndarray:
+        """New coordinates of a value, one for each of ``coordinates``; they stand for as many matrices as those do."""
+        height = max(self.stacks.heights(coordinates.reshape(-1)), default=1)
+        table = self.fresh(height * coordinates.size, name, axes, constant=False).reshape(height, -1)
+        self.stacks.add(table)
+        return table[0].reshape(coordinates.shape)
+
+    def tie(self, coordinates: np.ndarray) -> None:
+        """All matrices of a stack share the basis of ``coordinates``."""
+        for pair in self.stacks.tie(coordinates.reshape(-1)):
+            self.edges.append((*pair, False))
+
+    def _each(self, *arrays: np.ndarray) -> tuple[np.ndarray, ...]:
+        """The same channels of every matrix that the coordinates stand for, flat."""
+        flat = tuple(a.reshape(-1) for a in arrays)
+        if len(self.stacks.heights(*flat)) > 1:
+            for array in flat:
+                self.tie(array)
+        return self.stacks.each(*flat)
 
     def identity_of(self, coordinates: np.ndarray | None) -> tuple:
         """What a vector constant is: copies of one constant (see `prepare`) have equal identities."""
@@ -148,9 +171,8 @@ class Constraints:
         self._edge(a, b, True)
 
     def _edge(self, a: np.ndarray, b: np.ndarray, dual: bool) -> None:
-        a, b = np.broadcast_arrays(a, b)
         if dual or a is not b:
-            self.edges.append((a.reshape(-1), b.reshape(-1), dual))
+            self.edges.append((*self._pair(a, b), dual))
 
     def use(
         self,
@@ -167,13 +189,21 @@ class Constraints:
         reason: str = "",
     ) -> None:
         """Record how an operator sees ``coordinates``; keys are broadcast to their shape. ``single`` forbids mixing."""
-        shape = coordinates.shape
-        mixes, units, colors = (
-            None if k is None else np.broadcast_to(k, shape).reshape(-1) for k in (mix, unit, color)
-        )
         if single:
-            mixes = np.arange(coordinates.size)
-        self.uses.append(Use(node, op, role, coordinates.reshape(-1), limit, mixes, units, colors, reason=reason))
+            mix = np.arange(coordinates.size).reshape(coordinates.shape)
+        (flat,) = self._each(coordinates)
+        copies = len(flat) // max(1, coordinates.size)
+        if mix is None and copies > 1:
+            mix = np.zeros_like(coordinates)
+
+        def keys(given: np.ndarray | None) -> np.ndarray | None:
+            if given is None:
+                return None
+            one = np.broadcast_to(given, coordinates.shape).reshape(-1)
+            # Channels of different matrices neither mix nor trade places.
+            return one if copies < 2 else (one + np.arange(copies)[:, None] * (int(one.max()) + 1)).reshape(-1)
+
+        self.uses.append(Use(node, op, role, flat, limit, keys(mix), keys(unit), keys(color), reason=reason))
 
     def pin(self, node: str, op: str, role: str, coordinates: np.ndarray, reason: str) -> None:
         """Only the identity may act on ``coordinates``."""
@@ -189,23 +219,25 @@ class Constraints:
         parity: Sequence[int] | None = None,
     ) -> None:
         """``out = prod terms ** powers``, index by index."""
-        flat = [np.broadcast_to(t, out.shape).reshape(-1) for t in terms]
+        out, *flat = self._each(out, *(np.broadcast_to(t, out.shape) for t in terms))
         signs = tuple(int(p) % 2 for p in powers) if parity is None else tuple(parity)
-        self.products.append(Product(node, out.reshape(-1), tuple(flat), tuple(powers), signs))
+        self.products.append(Product(node, out, tuple(flat), tuple(powers), signs))
 
     def scaled(
         self, node: str, y: np.ndarray, x: np.ndarray, gamma: np.ndarray | None, *, normalised: bool = False
     ) -> None:
         """``y = gamma * x`` with a constant gamma (broadcast)."""
-        g = None if gamma is None else np.broadcast_to(gamma, y.shape).reshape(-1)
-        self.scalings.append(Scaled(node, y.reshape(-1), np.broadcast_to(x, y.shape).reshape(-1), g, normalised))
+        out, *flat = self._each(y, *(np.broadcast_to(t, y.shape) for t in (x, gamma) if t is not None))
+        self.scalings.append(Scaled(node, out, flat[0], None if gamma is None else flat[1], normalised))
 
     def link(self, a: np.ndarray, b: np.ndarray) -> None:
         """Permute ``a`` and ``b`` together."""
-        a, b = np.broadcast_arrays(a, b)
-        self.links.append((a.reshape(-1), b.reshape(-1)))
+        self.links.append(self._pair(a, b))
 
     def unit_link(self, a: np.ndarray, b: np.ndarray) -> None:
         """Permute the units of ``a`` and ``b`` together."""
-        a, b = np.broadcast_arrays(a, b)
-        self.unit_links.append((a.reshape(-1), b.reshape(-1)))
+        self.unit_links.append(self._pair(a, b))
+
+    def _pair(self, a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        one, other = self._each(*np.broadcast_arrays(a, b))
+        return one, other

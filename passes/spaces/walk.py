@@ -21,6 +21,7 @@ from qcompile.passes.spaces.groups import FIXED, GL, POSITIVE, Limit
 from qcompile.passes.spaces.index_map import Dim, IndexMap
 from qcompile.passes.spaces.prepare import copies_of
 from qcompile.passes.spaces.relations import Constraints
+from qcompile.passes.spaces.stacks import Choice, choice_of, follow, summed_axes
 
 Layout = tuple[IndexMap, ...]
 _FLOATS = {ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE}
@@ -35,6 +36,7 @@ class Walk:
         constants: index maps of constants that a rule has claimed.
         constant_values: values that depend on constants only.
         promoted: vectors that would stand in for numbers, with the nodes and inputs that would read them.
+        choices: values behind a stack of matrices, and what chooses between them.
     """
 
     def __init__(self, model: ir.Model) -> None:
@@ -43,6 +45,7 @@ class Walk:
         self.layouts: dict[ir.Value, Layout] = {}
         self.constants: dict[ir.Value, Layout] = {}
         self.promoted: list[tuple[ir.Value, ir.Node, int]] = []
+        self.choices: dict[ir.Value, Choice] = {}
         self.constant_values: set[ir.Value] = set(model.graph.initializers.values()) - set(model.graph.inputs)
 
     def run(self) -> None:
@@ -60,10 +63,24 @@ class Walk:
             elif rule is None:
                 view.pin_inputs(f"no rule for operator {node.domain or 'ai.onnx'}::{node.op_type}")
             elif rule.always or any(v is not None and self.layout(v) for v in node.inputs):
+                self._follow_choices(view, rule.pointwise)
                 rule.apply(view)
         for value in self.model.graph.outputs:
             for index_map in self.layout(value):
                 self.constraints.pin("graph", "output", "output", index_map.flat, f"graph output {value.name!r}")
+
+    def _follow_choices(self, view: NodeView, pointwise: bool) -> None:
+        """Results are chosen as the inputs are; if an operator moves the positions, all matrices share their channels."""
+        chosen = {i: self.choices[v] for i, v in enumerate(view.node.inputs) if v in self.choices and self.layout(v)}
+        if not chosen:
+            return
+        choice = follow(view.node, chosen, pointwise)
+        if choice is None:
+            for i in chosen:
+                for index_map in view.maps(i):
+                    self.constraints.tie(index_map.table)
+        else:
+            self.choices.update(dict.fromkeys(view.node.outputs, choice))
 
     def layout(self, value: ir.Value) -> Layout:
         """Index maps of a value, empty if it is not transformed."""
@@ -146,11 +163,11 @@ class NodeView:
 
     # -- constants -------------------------------------------------------------------------------------------------
 
-    def claim(self, i: int, axes: Sequence[int], *, reader: bool = False) -> IndexMap | None:
+    def claim(self, i: int, axes: Sequence[int], *, reader: bool = False, movable: bool = True) -> IndexMap | None:
         """Index map of constant input ``i`` along ``axes``; its first user decides how it is split into factors.
 
-        Along several axes the last one is mixed within each index of the others (expert or head weights).
-        Returns None if the constant is already split in another way.
+        Along several axes the last one is mixed within each index of the others (expert or head weights), which may
+        trade places as a whole if ``movable``. Returns None if the constant is already split in another way.
         """
         value, shape = self.value(i), self.shape(i)
         assert shape is not None
@@ -169,12 +186,29 @@ class NodeView:
         count = int(np.prod(sizes))  # type: ignore[arg-type]
         coordinates = self.c.fresh(count, value.name or self.name, wanted, reader=reader)
         rows = np.arange(count) // max(1, int(shape[wanted[-1]])) if len(wanted) > 1 else None  # type: ignore[arg-type]
-        self.c.use(self.name, "constant", "axis", coordinates, GL, mix=rows, unit=rows)
+        keys = {"unit": rows} if movable else {"color": rows}
+        self.c.use(self.name, "constant", "axis", coordinates, GL, mix=rows, **keys)
         index_map = IndexMap(coordinates.reshape(sizes))
         if not varying:
             self.pin(coordinates, "constant", "a single channel")
         self.walk.constants[value] = (*self.walk.constants.get(value, ()), index_map)
         return index_map
+
+    def choose(self, i: int, index: ir.Value, positions: Sequence[Dim]) -> None:
+        """Constant input ``i`` is a stack along its first axis, from which ``index`` picks a matrix at every position.
+
+        Each matrix gets a basis of its own on each of its axes; the first output has those of the matrix picked.
+        """
+        shape = self.shape(i)
+        assert shape is not None
+        maps, summed = [], summed_axes(self.node.outputs[0])
+        for axis in range(1, len(shape)):
+            reader = axis - len(shape) in summed
+            if shape[axis] != 1 and (stack := self.claim(i, [0, axis], reader=reader, movable=False)) is not None:
+                self.c.stacks.add(stack.table)
+                maps.append(IndexMap(stack.table[0].reshape((1,) * len(positions) + stack.table.shape[1:])))
+        self.walk.choices[self.node.outputs[0]] = choice_of(index, positions, len(shape) - 1)
+        self.set(maps)
 
     def promote(self, i: int, like: IndexMap) -> IndexMap:
         """Treat the number at input ``i`` as a vector with one entry per channel of ``like``.
@@ -202,8 +236,7 @@ class NodeView:
     def fresh_like(self, index_map: IndexMap, role: str = "output") -> IndexMap:
         """New coordinates for output channels arranged as in ``index_map``, which do not mix."""
         name = self.node.outputs[0].name or self.name
-        coordinates = self.c.fresh(index_map.size, name, index_map.axes, constant=False)
-        return IndexMap(coordinates.reshape(index_map.table.shape))
+        return IndexMap(self.c.fresh_like(index_map.table, name, index_map.axes))
 
     # -- constraints -----------------------------------------------------------------------------------------------
 

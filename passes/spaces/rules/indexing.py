@@ -28,7 +28,10 @@ def gather(n: NodeView) -> None:
     rank = len(shape)
     axis = int(n.attr("axis", 0)) % rank
     if n.is_constant(0) and not n.is_constant(1):
-        # Rows chosen at run time share one basis per remaining axis (embeddings; weights of experts picked by a router).
+        if axis == 0 and _is_stack(n):
+            n.choose(0, n.value(1), index_shape)
+            return
+        # Rows chosen at run time share one basis per remaining axis.
         for other in range(rank):
             if other != axis and shape[other] != 1 and isinstance(shape[other], int):
                 n.claim(0, [other])
@@ -47,9 +50,16 @@ def gather(n: NodeView) -> None:
     n.set(out)
 
 
+def _is_stack(n: NodeView) -> bool:
+    """Whether the constant at input 0 is a stack of matrices (weights of experts) that nobody has claimed as one tensor."""
+    shape = n.shape(0) or ()
+    stacked = len(shape) > 2 and all(isinstance(d, int) for d in shape) and all(d != 1 for d in shape[-2:])
+    return stacked and all(m.along(0) for m in n.maps(0))
+
+
 @rule("GatherND", always=True)
 def gather_nd(n: NodeView) -> None:
-    """Picks positions along the leading axes; channels on the trailing axes pass."""
+    """Picks positions along the leading axes; channels on the trailing axes pass, for each matrix of a stack its own."""
     shape, index_shape = n.shape(0), n.shape(1)
     if shape is None or index_shape is None or not isinstance(index_shape[-1], int):
         n.pin_inputs("rank of an operand is unknown")
@@ -57,6 +67,9 @@ def gather_nd(n: NodeView) -> None:
     batch = int(n.attr("batch_dims", 0))
     picked = batch + index_shape[-1]
     if n.is_constant(0) and n.is_float(0) and not n.is_constant(1):
+        if picked == 1 and not batch and _is_stack(n):
+            n.choose(0, n.value(1), index_shape[:-1])
+            return
         for axis in range(picked, len(shape)):
             if shape[axis] != 1 and isinstance(shape[axis], int):
                 n.claim(0, [axis])

@@ -19,10 +19,12 @@ class Rule:
     Attributes:
         apply: the function.
         always: called even if no input carries channels, because it creates them from constants.
+        pointwise: the operator treats every position by itself and broadcasts its operands.
     """
 
     apply: Callable[[NodeView], None]
     always: bool = False
+    pointwise: bool = False
 
     @property
     def algebra(self) -> str:
@@ -34,7 +36,7 @@ RULES: dict[tuple[str, str], Rule] = {}
 
 
 def rule(*ops: str, domain: str = "", always: bool = False) -> Callable[[Callable[[NodeView], None]], Callable]:
-    """Register a function as the rule of ``ops``.
+    """Register a function as the rule of ``ops``; those of `elementwise.py` are pointwise.
 
     Raises:
         ValueError: an operator already has a rule.
@@ -44,7 +46,7 @@ def rule(*ops: str, domain: str = "", always: bool = False) -> Callable[[Callabl
         for op in ops:
             if (domain, op) in RULES:
                 raise ValueError(f"operator {domain}::{op} already has a rule")
-            RULES[(domain, op)] = Rule(function, always)
+            RULES[(domain, op)] = Rule(function, always, function.__module__.endswith(".elementwise"))
         return function
 
     return register

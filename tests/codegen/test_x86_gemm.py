@@ -118,6 +118,37 @@ def test_every_family_matches_the_reference(target, fmt, k, n, activation, seed)
             )
 
 
+@FEW
+@given(
+    fmt=st.sampled_from(
+        ["int8", "int4/g32", "int4/g32/asym", "int3/g20", "int2/g64", "int1/g32", "nf4/g32", "mxfp8", "q4_k"]
+    ),
+    k=st.integers(1, 150),
+    n=st.integers(1, 300),
+    streams=st.integers(2, 5),
+    threads=st.sampled_from([1, 2]),
+    activation=st.sampled_from(["int8/token", "none"]),
+    seed=st.integers(0, 1000),
+)
+def test_a_single_row_takes_several_panels_at_once(fmt, k, n, streams, threads, activation, seed):
+    """Any number of panels, also fewer than it takes at once; the epilogue finds its columns."""
+    rng = np.random.default_rng(seed)
+    problem = LinearProblem(
+        k, n, parse_format(fmt), parse_activation(activation), Epilogue(bias=True, residual=True), threads=threads
+    )
+    weight = problem.weight.encode(rng.normal(size=(k, n)).astype(np.float32))
+    bias = rng.normal(size=n).astype(np.float32)
+    for family in able(problem, x86.AVX2):
+        config = {**small(family.configs(problem, x86.AVX2)[0]), "streams": streams}
+        for m in (1, 2):
+            x, scale = operands(rng, m, problem)
+            residual = rng.normal(size=(m, n)).astype(np.float32)
+            got = run(family, problem, config, x86.AVX2, x, scale, weight, bias, residual)
+            expected = family.reference(problem, x, scale, weight, bias, residual)
+            tolerance = 1e-3 * (magnitude(problem, x, scale, weight) + 5)  # scales are rounded to float16
+            assert (np.abs(got - expected) <= tolerance).all(), (family.name, config, m)
+
+
 @target
 @pytest.mark.parametrize("fmt", ["int8", "int8/asym", "int4", "int4/asym", "int3", "int2"])
 def test_per_channel_sums_are_exact(target, fmt):

@@ -5,6 +5,8 @@
         for row in tile:                                written once, whatever the height
             y = acc * scale[n] * activation_scale[m] + bias[n];  out = activation(y) + residual
 
+A single row takes several panels at once (``streams``): memory delivers several places in turn faster than one.
+
 An item reads one panel and ``mr`` rows. Consecutive items share the panel and move down the rows, so a panel comes from
 memory once per ``block_rows`` rows and otherwise from the first or second cache; threads take contiguous runs of items,
 which balances to one tile. (Goto and van de Geijn, "Anatomy of high-performance matrix multiplication", 2008, with the
@@ -13,8 +15,9 @@ packing of the right-hand side moved to compile time.)
 
 from __future__ import annotations
 
+import itertools
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,6 +30,7 @@ from qcompile.codegen.kernels.cpu import vector as v
 from qcompile.codegen.kernels.cpu import vmath
 from qcompile.codegen.kernels.cpu.lut import group_scales
 from qcompile.codegen.kernels.cpu.panels import Panels, integer_format
+from qcompile.codegen.kernels.cpu.tail import finish, tail_params
 from qcompile.formats import Format, IntFormat, Quantized
 from qcompile.targets.target import Target
 
@@ -36,14 +40,8 @@ CLOCK = 3e9
 BANDWIDTH = 40e9
 """Bytes per second of weights assumed by `TiledGemm.cost`."""
 
-MAGIC = 1.5 * 2.0**23
-"""Its bits are 0x4B400000; see `quantized`."""
-
 ITEMS_PER_THREAD = 4
 """Items each thread should get at least, where the rows alone do not make as many."""
-
-TAIL_VECTORS = 2
-"""Registers the tail of a tile handles together: constants of polynomials are loaded once for all of them."""
 
 ON_STACK = {"disable_lower_builtin": True}
 """Annotation of a buffer that lives on the stack whatever its size."""
@@ -100,13 +98,17 @@ class TiledGemm(LinearKernel):
     """Base of the families; a subclass gives the panel geometry and the micro-kernel.
 
     Config: ``mr`` rows of a tile, ``vectors`` of columns with ``lanes`` each, ``panels`` per item, ``block_rows`` after
-    which the sweep over panels starts again, ``scales`` (``float16`` or ``float32``, of groups).
+    which the sweep over panels starts again, ``streams``: panels a single row takes at once, ``scales`` (``float16`` or
+    ``float32``, of groups).
     """
 
     kind = "x86"
     """The kind of target."""
 
     stores_codes = True
+    streams: tuple[int, ...] = (1,)
+    """Numbers of panels a single row may take at once, best first."""
+
     float_tile = False
     """Whether the micro-kernel accumulates float32 even for per-channel scales."""
 
@@ -128,7 +130,10 @@ class TiledGemm(LinearKernel):
 
     @abstractmethod
     def micro(self, e: Emission, panel: Any, first: Any, rows: int) -> None:
-        """Emit the product of ``rows`` rows from ``first`` on with one panel, ending in stores to ``e.tile``."""
+        """Emit the product of ``rows`` rows from ``first`` on with one panel, ending in stores to ``e.tile``.
+
+        For a single row ``panel`` may be a tuple of several, whose columns follow each other in the tile (`beside`).
+        """
 
     def prologue(self, e: Emission, first: Any, rows: Any) -> None:
         """Emit what is done once per item, before its panels."""
@@ -180,7 +185,15 @@ class TiledGemm(LinearKernel):
         ordered = sorted(shapes, key=lambda shape: (padded[shape] > 1.1 * min(padded.values()), shapes.index(shape)))
         kinds = ("float16", "float32") if problem.weight.group else ("float32",)
         shared = {"panels": self.panels_per_item(), "block_rows": 256, "lanes": lanes}
-        return [{"mr": mr, "vectors": nr, "scales": kind, **shared} for kind in kinds for mr, nr in ordered]
+        several = {nr: usable(self.streams, problem, -(-problem.n // (lanes * nr))) for _, nr in shapes}
+        return [
+            {"mr": mr, "vectors": nr, "scales": kind, "streams": streams, **shared}
+            for kind in kinds
+            for wanted in self.streams
+            for mr, nr in ordered
+            for streams in several[nr]
+            if streams == wanted
+        ]
 
     def cost(self, problem: LinearProblem, config: dict[str, Any], target: Target, m: int) -> float:
         """The slower of arithmetic and reading the weights, plus waking the threads."""
@@ -253,38 +266,73 @@ class TiledGemm(LinearKernel):
     def build(self, problem: LinearProblem, config: dict[str, Any], target: Target, name: str) -> Any:
         panels = self.panels(problem, config)
         with v.kernel(name, self.params(problem, config, panels)) as (builder, names):
-            mr = config["mr"]
-            span = min(config["panels"], panels.count)
-            block = max(1, config["block_rows"] // mr)
             m = opaque(T.cast(names["m"], "int32"))
-            tiles = v.let(T.truncdiv(m + (mr - 1), mr))
-            runs = -(-panels.count // span)
-            if span > 1 and problem.threads > 1:
-                # Few rows: shorter runs of panels, so that every thread gets some.
-                fair = opaque(T.truncdiv(tiles * panels.count, ITEMS_PER_THREAD * problem.threads))
-                span = opaque(T.max(T.min(fair, span), 1))
-                runs = opaque(T.truncdiv(span + (panels.count - 1), span))
-            height = v.let(T.truncdiv(m, T.max(tiles, 1)))
-            taller = v.let(m - height * tiles)
-            items = tiles * runs
-            with T.serial(items) if problem.threads == 1 else T.parallel(items) as item:
-                sweep = v.let(T.truncdiv(item, runs * block))
-                inside = v.let(item - sweep * (runs * block))
-                here = v.let(T.min(tiles - sweep * block, block))
-                run = opaque(T.truncdiv(inside, here))
-                index = v.let(sweep * block + inside - run * here)
-                first = opaque(index * height + T.min(index, taller))
-                rows = opaque(height + T.cast(index < taller, "int32"))
-                dtype = "float32" if self.tile_is_float(panels) else "int32"
-                tile = B.alloc_buffer((mr, panels.width), dtype, annotations=ON_STACK)
-                e = Emission(problem, panels, config, names, m, tile)
-                self.prologue(e, first, rows)
-                if isinstance(span, int) and span == 1:
-                    self._panel(e, run, first, rows)
-                else:
-                    with T.serial(run * span, T.min((run + 1) * span, panels.count)) as panel:
-                        self._panel(e, panel, first, rows)
+            if config.get("streams", 1) == 1:
+                self._tiles(problem, config, panels, names, m)
+            else:
+                with T.If(m == 1):
+                    with T.Then():
+                        self._single_row(problem, config, panels, names, m)
+                    with T.Else():
+                        self._tiles(problem, config, panels, names, m)
         return builder.get()
+
+    def _tiles(self, problem: LinearProblem, config: dict[str, Any], panels: Panels, names: dict, m: Any) -> None:
+        """Any number of rows, by tiles and panels."""
+        mr = config["mr"]
+        span = min(config["panels"], panels.count)
+        block = max(1, config["block_rows"] // mr)
+        tiles = v.let(T.truncdiv(m + (mr - 1), mr))
+        runs = -(-panels.count // span)
+        if span > 1 and problem.threads > 1:
+            # Few rows: shorter runs of panels, so that every thread gets some.
+            fair = opaque(T.truncdiv(tiles * panels.count, ITEMS_PER_THREAD * problem.threads))
+            span = opaque(T.max(T.min(fair, span), 1))
+            runs = opaque(T.truncdiv(span + (panels.count - 1), span))
+        height = v.let(T.truncdiv(m, T.max(tiles, 1)))
+        taller = v.let(m - height * tiles)
+        items = tiles * runs
+        with T.serial(items) if problem.threads == 1 else T.parallel(items) as item:
+            sweep = v.let(T.truncdiv(item, runs * block))
+            inside = v.let(item - sweep * (runs * block))
+            here = v.let(T.min(tiles - sweep * block, block))
+            run = opaque(T.truncdiv(inside, here))
+            index = v.let(sweep * block + inside - run * here)
+            first = opaque(index * height + T.min(index, taller))
+            rows = opaque(height + T.cast(index < taller, "int32"))
+            e = self._emission(problem, config, panels, names, m)
+            self.prologue(e, first, rows)
+            if isinstance(span, int) and span == 1:
+                self._panel(e, run, first, rows)
+            else:
+                with T.serial(run * span, T.min((run + 1) * span, panels.count)) as panel:
+                    self._panel(e, panel, first, rows)
+
+    def _single_row(self, problem: LinearProblem, config: dict[str, Any], panels: Panels, names: dict, m: Any) -> None:
+        """One row, by several panels at a time, which lie as far apart as they can: each is read on where it was left."""
+        p, streams = panels, config["streams"]
+        share = {"prefetch": config["prefetch"] // streams} if "prefetch" in config else {}
+        span = -(-p.count // (ITEMS_PER_THREAD * problem.threads if problem.threads > 1 else 1))
+        runs, first = -(-p.count // span), T.int32(0)
+        with T.serial(runs) if problem.threads == 1 else T.parallel(runs) as run:
+            e = self._emission(problem, {**config, "mr": 1, **share}, p, names, m, streams)
+            self.prologue(e, first, T.int32(1))
+            begin, end = v.let(run * span), v.let(T.min((run + 1) * span, p.count))
+            apart = v.let(T.truncdiv(end - begin, streams))
+            with T.serial(begin, begin + apart) as panel:
+                self.micro(e, tuple(v.let(panel + i * apart) for i in range(streams)), first, 1)
+                with T.serial(streams) as i:
+                    finish(problem, names, e.tile, p, p.lanes, panel + i * apart, first, 1, i * p.width)
+            with T.serial(begin + streams * apart, end) as panel:
+                self.micro(e, panel, first, 1)
+                finish(problem, names, e.tile, p, p.lanes, panel, first, 1)
+
+    def _emission(
+        self, problem: LinearProblem, config: dict[str, Any], panels: Panels, names: dict, m: Any, streams: int = 1
+    ) -> Emission:
+        dtype = "float32" if self.tile_is_float(panels) else "int32"
+        tile = B.alloc_buffer((config["mr"], streams * panels.width), dtype, annotations=ON_STACK)
+        return Emission(problem, panels, config, names, m, tile)
 
     def load_row(self, e: Emission, panel: Any, row: Any) -> list[list[Any]]:
         """Load one panel row as 32-bit lanes: ``[vector][plane]``, one plane unless the bits of a code are split."""
@@ -292,22 +340,22 @@ class TiledGemm(LinearKernel):
         planes = p.bits if p.planes else 1
         size = p.row_bytes // planes // p.vectors
         raw = []
-        for vec in range(p.vectors):
+        for each, vec in itertools.product(beside(panel), range(p.vectors)):
             at = [(plane * p.vectors + vec) * size for plane in range(planes)]
-            loads = [v.load(e.names["weight"], [panel, row, offset], size) for offset in at]
+            loads = [v.load(e.names["weight"], [each, row, offset], size) for offset in at]
             raw.append([v.let(v.bits_of(load, "int32", size // 4)) for load in loads])
         return raw
 
     def zero_codes(self, e: Emission, panel: Any, group: Any) -> list[Any]:
         """Zero points of a group in int32 lanes, by vector."""
         p = e.panels
-        loads = [v.load(e.names["zero"], [panel, group, vec * p.lanes], p.lanes) for vec in range(p.vectors)]
+        loads = [v.load(e.names["zero"], [each, group, at], p.lanes) for each, at in vectors(p, panel)]
         return [v.let(v.cast(load, "int32", p.lanes)) for load in loads]
 
     def scale_vectors(self, e: Emission, panel: Any, group: Any) -> list[Any]:
         """Scales of a group, float32, by vector."""
         p = e.panels
-        loads = [v.load(e.names["group_scale"], [panel, group, vec * p.lanes], p.lanes) for vec in range(p.vectors)]
+        loads = [v.load(e.names["group_scale"], [each, group, at], p.lanes) for each, at in vectors(p, panel)]
         return [v.let(v.cast(load, "float32", p.lanes)) for load in loads]
 
     def by_group(self, e: Emission, panel: Any, dtype: str, rows: int, reduce: Callable[[Any, Tile], None]) -> None:
@@ -316,14 +364,14 @@ class TiledGemm(LinearKernel):
         ``reduce(group, sums)`` adds one group into registers of ``dtype``.
         """
         p = e.panels
-        places = [(r, vec) for r in range(rows) for vec in range(p.vectors)]
-        sums = [[Register(dtype, p.lanes) for _ in range(p.vectors)] for _ in range(rows)]
-        at = [panel * p.width + vec * p.lanes for vec in range(p.vectors)]
+        at = [each * p.width + start for each, start in vectors(p, panel)]
+        places = [(r, vec) for r in range(rows) for vec in range(len(at))]
+        sums = [[Register(dtype, p.lanes) for _ in at] for _ in range(rows)]
         kind = "float32" if p.fmt.group else dtype
         if "start" in e.names:
             start = [v.let(v.load(e.names["start"], [n], p.lanes)) for n in at]
         else:
-            start = [v.const(0, p.lanes, kind)] * p.vectors
+            start = [v.const(0, p.lanes, kind)] * len(at)
         if not p.fmt.group:
             for r, vec in places:
                 sums[r][vec].set(start[vec])
@@ -357,96 +405,25 @@ class TiledGemm(LinearKernel):
         finish(e.problem, e.names, e.tile, e.panels, e.panels.lanes, panel, first, rows)
 
 
-def tail_params(problem: LinearProblem, padded: int) -> list[v.Param]:
-    """The last parameters of a PrimFunc, those `finish` reads: scales of ``padded`` columns, epilogue, output."""
-    params = [v.Param("scale", (padded,))]
-    if problem.epilogue.bias:
-        params.append(v.Param("bias", (problem.n,)))
-    if problem.epilogue.residual:
-        params.append(v.Param("residual", ("m", problem.n)))
-    if problem.epilogue.codes:
-        params.append(v.Param("limits", (3,)))
-    return [*params, v.Param("out", ("m", problem.n), "uint8" if problem.epilogue.codes else "float32", output=True)]
-
-
-def finish(
-    problem: LinearProblem, names: dict[str, Any], tile: Any, panels: Any, lanes: int, panel: Any, first: Any, rows: Any
-) -> None:
-    """Emit scale, bias, activation, residual and store of a tile; of the last panel only the columns that exist.
-
-    Args:
-        problem, names: the operator and the parameters of its PrimFunc.
-        tile: ``(>= rows, width)``, int32 or float32.
-        panels: geometry: ``width`` and ``count``.
-        lanes: of a float32 register.
-        panel, first, rows: which panel; the tile's first row in the output, and how many it has.
-    """
-
-    def columns(count: int) -> None:
-        _finish(problem, names, tile, lanes, v.let(panel * panels.width), first, rows, count)
-
-    tail = problem.n % panels.width
-    if not tail:
-        columns(panels.width)
-    elif panels.count == 1:
-        columns(tail)
-    else:
-        with T.If(panel == panels.count - 1):
-            with T.Then():
-                columns(tail)
-            with T.Else():
-                columns(panels.width)
-
-
-def _finish(
-    problem: LinearProblem,
-    names: dict[str, Any],
-    tile: Any,
-    lanes: int,
-    start: Any,
-    first: Any,
-    rows: Any,
-    columns: int,
-) -> None:
-    epilogue = problem.epilogue
-    wide = TAIL_VECTORS * lanes
-    with T.serial(rows) as row:
-        at = v.let(first + row)
-        factor = v.let(names["x_scale"][at]) if problem.activation.bits else None
-        for column in range(0, columns, wide):
-            here = min(wide, columns - column)
-            n = start + column
-            value = v.let(v.load(tile, [row, column], here))
-            if str(tile.dtype) != "float32":
-                value = v.cast(value, "float32", here)
-            scale = v.load(names["scale"], [n], here)
-            if factor is not None:
-                scale = scale * v.splat(factor, here)
-            if epilogue.bias:
-                value = vmath.fma(value, scale, v.load(names["bias"], [n], here))
-            else:
-                value = value * scale
-            value = vmath.ACTIVATIONS[epilogue.activation](v.let(value))
-            if epilogue.residual:
-                value = value + v.load(names["residual"], [at, n], here)
-            if epilogue.codes:
-                value = quantized(v.let(value), names["limits"], here)
-            v.store(names["out"], [at, n], value, here)
-
-
-def quantized(value: Any, limits: Any, lanes: int) -> Any:
-    """``clip(round_half_even(value / step), lowest, highest) + 128`` as uint8; ``limits`` holds the three numbers.
-
-    Adding 1.5 * 2^23 leaves the rounded number in the low bits of the mantissa.
-    """
-    step, lowest, highest = (v.splat(v.let(limits[i]), lanes) for i in range(3))
-    within = v.let(T.max(T.min(value / step, highest), lowest))
-    bits = v.bits_of(v.add_exactly(within, v.const(MAGIC, lanes), lanes), "int32", lanes)
-    return v.cast(bits + v.const(128 - 0x4B400000, lanes, "int32"), "uint8", lanes)
-
-
 def opaque(value: Any) -> Any:
     """Evaluate an int32 once and hide how it was computed from TVM's index analyses, whose time grows with its size."""
     slot = B.alloc_buffer((1,), "int32", annotations=ON_STACK)
     B.buffer_store(slot, value, [0])
     return v.let(slot[0])
+
+
+def usable(streams: Sequence[int], problem: LinearProblem, panels: int) -> list[int]:
+    """Those of ``streams`` that leave every thread several times as many ``panels``; just 1 if there never is a single row."""
+    if problem.m is not None and problem.m > 1:
+        return [1]
+    return [n for n in streams if n == 1 or panels >= 4 * n * max(problem.threads, 1)]
+
+
+def beside(panel: Any) -> tuple[Any, ...]:
+    """The panels of a tile: one, or several in a tuple."""
+    return panel if isinstance(panel, tuple) else (panel,)
+
+
+def vectors(panels: Panels, panel: Any) -> list[tuple[Any, int]]:
+    """The panel of each vector of a tile, and its first column there."""
+    return [(each, vec * panels.lanes) for each in beside(panel) for vec in range(panels.vectors)]

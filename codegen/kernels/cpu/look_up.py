@@ -14,9 +14,10 @@ from tvm.script import tirx as T
 
 from qcompile.codegen.kernels.base import LinearKernel, LinearProblem, StoredCodes
 from qcompile.codegen.kernels.cpu import vector as v
-from qcompile.codegen.kernels.cpu.gemm import opaque, tail_params
+from qcompile.codegen.kernels.cpu.gemm import opaque
 from qcompile.codegen.kernels.cpu.lut import PlanePanels, PlaneSum, group_scales
 from qcompile.codegen.kernels.cpu.superblocks import pack_super_blocks, planes_of, super_block_params
+from qcompile.codegen.kernels.cpu.tail import tail_params
 from qcompile.formats import Quantized, SuperBlock
 
 

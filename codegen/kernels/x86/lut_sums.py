@@ -11,7 +11,7 @@ from qcompile.codegen.kernels.cpu.gemm import Register
 from qcompile.codegen.kernels.x86.instructions import MADDUBS, MADDWD
 
 if TYPE_CHECKING:
-    from qcompile.codegen.kernels.x86.lut import LutEmission
+    from qcompile.codegen.kernels.x86.lut_micro import LutEmission
 
 LANES = 8
 """Columns of a vector of int32 or float32."""

@@ -14,7 +14,7 @@ from tvm.script import tirx as T
 
 from qcompile.codegen.kernels.base import LinearProblem
 from qcompile.codegen.kernels.cpu import vector as v
-from qcompile.codegen.kernels.cpu.gemm import Emission, Register, Tile, TiledGemm
+from qcompile.codegen.kernels.cpu.gemm import Emission, Register, Tile, TiledGemm, beside
 from qcompile.codegen.kernels.cpu.panels import PaddedPanels, Panels
 from qcompile.codegen.kernels.cpu.unpack import as_bytes, field
 from qcompile.codegen.kernels.x86.instructions import MADDUBS, MADDWD, prefetch
@@ -35,6 +35,7 @@ class MaddubsGemm(TiledGemm):
     """``vpmaddubsw`` on 256- or 512-bit registers for codes of at most 7 bits."""
 
     name = "x86-maddubs"
+    streams = (4, 2, 1)
 
     def lanes(self, target: Target) -> int:
         return 16 if target.has("avx512") else 8
@@ -84,7 +85,7 @@ class MaddubsGemm(TiledGemm):
 
     def configs(self, problem: LinearProblem, target: Target) -> list[dict[str, Any]]:
         found = super().configs(problem, target)
-        return [{**config, "prefetch": ahead} for ahead in (2048, 1024, 0) for config in found]
+        return [{**config, "prefetch": ahead} for ahead in (2048, 1024, 4096, 0) for config in found]
 
     def prologue(self, e: Emission, first: Any, rows: Any) -> None:
         e.extra["rows"] = signed_rows(e, e.panels, first, rows, 4 * e.panels.lanes)
@@ -93,24 +94,28 @@ class MaddubsGemm(TiledGemm):
         self.by_group(e, panel, "int32", rows, lambda group, sums: self._reduce(e, panel, sums, group))
 
     def _reduce(self, e: Emission, panel: Any, sums: Tile, group: Any) -> None:
-        """Emit the sum over one group into ``sums[row][vector]``."""
+        """Emit the sum over one group into ``sums[row][vector]``; panels take turns between two widenings."""
         p = e.panels
         self._offset(e, panel, sums, group)
         limit = products(self.largest(e.problem))
-        partial = [[Register("int16", 2 * p.lanes) for _ in line] for line in sums]
+        partial = [[Register("int16", 2 * p.lanes) for _ in range(p.vectors)] for _ in sums]
+        turns = [
+            (each, [line[i * p.vectors : (i + 1) * p.vectors] for line in sums]) for i, each in enumerate(beside(panel))
+        ]
         together = max(1, min(limit // p.per_byte, p.rows_per_group))  # panel rows between two widenings
         whole = together * p.per_byte <= limit  # otherwise a row is widened within
 
         def rows(begin: Any, count: int) -> None:
-            if whole:
-                for register in itertools.chain(*partial):
-                    register.set(v.const(0, 2 * p.lanes, "int16"))
             unroll = count if count * len(sums) <= UNROLLED else 1
-            with T.serial(e.rolled(count // unroll)) if unroll < count else contextlib.nullcontext(0) as i:
-                for j in range(unroll):
-                    self._row(e, panel, group, begin + i * unroll + j, partial, sums, 0 if whole else limit)
-            if whole:
-                widen(p.lanes, partial, sums)
+            for each, here in turns:
+                if whole:
+                    for register in itertools.chain(*partial):
+                        register.set(v.const(0, 2 * p.lanes, "int16"))
+                with T.serial(e.rolled(count // unroll)) if unroll < count else contextlib.nullcontext(0) as i:
+                    for j in range(unroll):
+                        self._row(e, each, group, begin + i * unroll + j, partial, here, 0 if whole else limit)
+                if whole:
+                    widen(p.lanes, partial, here)
 
         chunks, rest = divmod(p.rows_per_group, together)
         if chunks == 1:

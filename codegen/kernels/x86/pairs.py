@@ -23,16 +23,13 @@ from tvm.tirx.script.builder import ir as B
 
 from qcompile.codegen.kernels.base import LinearProblem
 from qcompile.codegen.kernels.cpu import vector as v
-from qcompile.codegen.kernels.cpu.gemm import ON_STACK, Emission, Register, Tile, TiledGemm
+from qcompile.codegen.kernels.cpu.gemm import ON_STACK, Emission, Register, Tile, TiledGemm, beside, vectors
 from qcompile.codegen.kernels.cpu.panels import Panels
-from qcompile.codegen.kernels.x86.instructions import MADDUBS, MADDWD
+from qcompile.codegen.kernels.x86.instructions import MADDUBS, MADDWD, prefetch
 from qcompile.targets.target import Target
 
 BOUND = 128
 """What the activations of one sign in a pair may add up to."""
-
-PREFETCH = 2048
-"""Bytes ahead of the weights in use that are asked for: a tenth of the time of 16 rows with weights in the third-level cache."""
 
 LANES = 8
 """32-bit lanes of a register."""
@@ -55,6 +52,7 @@ class PairGemm(TiledGemm):
     """8-bit weights on 256-bit registers."""
 
     name = "x86-pairs"
+    streams = (4, 2, 1)
 
     def lanes(self, target: Target) -> int:
         return LANES
@@ -88,6 +86,10 @@ class PairGemm(TiledGemm):
     def panels_per_item(self) -> int:
         return 24
 
+    def configs(self, problem: LinearProblem, target: Target) -> list[dict[str, Any]]:
+        found = super().configs(problem, target)
+        return [{**config, "prefetch": ahead} for ahead in (2048, 1024, 4096, 0) for config in found]
+
     def speed(self, problem: LinearProblem, target: Target) -> tuple[float, float]:
         return 29.0, 0.0
 
@@ -101,7 +103,7 @@ class PairGemm(TiledGemm):
         e.extra["excess"] = B.alloc_buffer((mr, 2 * words + p.groups + 1), "int32")
         e.extra["begin"] = B.alloc_buffer((mr, p.groups), "int32")
         e.extra["total"] = B.alloc_buffer((mr, p.groups), "int32")
-        e.extra["sums"] = B.alloc_buffer((mr, p.width), "int32")
+        e.extra["sums"] = B.alloc_buffer((mr, int(e.tile.shape[1])), "int32")
         with T.serial(rows) as row:
             count = Register("int32", 1)
             count.set(T.int32(0))
@@ -176,7 +178,7 @@ class PairGemm(TiledGemm):
         def reduce(group: Any, sums: Tile) -> None:
             self._main(e, panel, sums, group)
             if grouped:
-                places = [(r, vec) for r in range(rows) for vec in range(e.panels.vectors)]
+                places = [(r, vec) for r in range(rows) for vec in range(len(sums[r]))]
                 for r, vec in places:
                     v.store(e.extra["sums"], [r, vec * LANES], sums[r][vec].get(), LANES)
                 self._rest(e, panel, e.extra["sums"], rows, group)
@@ -192,10 +194,10 @@ class PairGemm(TiledGemm):
         p = e.panels
         with T.serial(e.rolled(p.rows_per_group)) as i:
             place = group * p.rows_per_group + i
-            weights = [v.let(self._weights(e, panel, place * p.row_bytes, vec)) for vec in range(p.vectors)]
-            if PREFETCH:
-                address = T.address_of(e.names["weight"][panel, place, PREFETCH])
-                T.evaluate(T.call_intrin("void", "tirx.prefetch", address, T.int32(0), T.int32(3), T.int32(1)))
+            weights = [v.let(w) for w in self._weights(e, panel, place * p.row_bytes)]
+            if e.config["prefetch"]:
+                for each in beside(panel):
+                    prefetch(e.names["weight"], [each, place, e.config["prefetch"]])
             for r, line in enumerate(sums):
                 self._add(line, weights, v.bits_of(v.load(e.extra["main"], [r, 4 * place], 4), "int32", 1))
 
@@ -207,7 +209,7 @@ class PairGemm(TiledGemm):
         p = e.panels
         zeros = None if p.fmt.symmetric else self.zero_codes(e, panel, group)
         with T.serial(e.rolled(rows)) as r:
-            line = [Register("int32", LANES) for _ in range(p.vectors)]
+            line = [Register("int32", LANES) for _ in vectors(p, panel)]
             total = v.let(e.extra["total"][r, group])
             for vec, acc in enumerate(line):
                 offset = v.splat(total * 128, LANES) if zeros is None else zeros[vec] * v.splat(total, LANES)
@@ -218,14 +220,15 @@ class PairGemm(TiledGemm):
             with T.While(e.extra["excess"][r, at.get()] >= 0):
                 index = v.let(at.get())
                 offset = v.let(e.extra["excess"][r, index])
-                weights = [self._weights(e, panel, offset, vec) for vec in range(p.vectors)]
-                self._add(line, weights, e.extra["excess"][r, index + 1])
+                self._add(line, self._weights(e, panel, offset), e.extra["excess"][r, index + 1])
                 at.set(index + 2)
             for vec, acc in enumerate(line):
                 v.store(tile, [r, vec * LANES], acc.get(), LANES)
 
-    def _weights(self, e: Emission, panel: Any, offset: Any, vec: int) -> Any:
-        return v.bits_of(v.load(e.names["weight"], [panel, 0, offset + vec * BYTES], BYTES), "int8", BYTES)
+    @staticmethod
+    def _weights(e: Emission, panel: Any, offset: Any) -> list[Any]:
+        places = [[each, 0, offset + 4 * at] for each, at in vectors(e.panels, panel)]
+        return [v.bits_of(v.load(e.names["weight"], place, BYTES), "int8", BYTES) for place in places]
 
     def _add(self, line: list[Register], weights: list[Any], word: Any) -> None:
         """Add the products of four activations with one panel row."""

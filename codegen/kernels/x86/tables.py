@@ -14,13 +14,14 @@ registers (``vpblendvb``).
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 from tvm.script import tirx as T
 
 from qcompile.codegen.kernels.base import LinearProblem
 from qcompile.codegen.kernels.cpu import vector as v
-from qcompile.codegen.kernels.cpu.gemm import Emission, Register, Tile
+from qcompile.codegen.kernels.cpu.gemm import Emission, Register, Tile, beside
 from qcompile.codegen.kernels.cpu.levels import ENTRIES, Levels, adds_halves, entries, exact_levels, rounded_levels
 from qcompile.codegen.kernels.cpu.minifloats import half_shift
 from qcompile.codegen.kernels.cpu.panels import IndexPanels
@@ -131,8 +132,8 @@ class WordTableGemm(ByteTableGemm):
         with T.serial(e.rolled(p.rows_per_group)) as i:
             line_at = v.let(group * p.rows_per_group + i)
             if e.config["prefetch"]:
-                for offset in range(0, p.row_bytes, 64):
-                    prefetch(e.names["weight"], [panel, line_at, offset + e.config["prefetch"]])
+                for each, offset in itertools.product(beside(panel), range(0, p.row_bytes, 64)):
+                    prefetch(e.names["weight"], [each, line_at, offset + e.config["prefetch"]])
             raw = self.load_row(e, panel, line_at)
             for index in range(p.per_byte):
                 weights = [self._words(e, as_bytes(field(planes, index, p, p.bits), p.lanes)) for planes in raw]

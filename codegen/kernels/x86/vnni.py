@@ -82,7 +82,7 @@ class VnniGemm(TiledGemm):
         p = e.panels
         raw = self.load_row(e, panel, row)
         for index in range(p.per_byte):
-            yield index, [v.let(self.signed(p, raw[vec], index, zeros and zeros[vec])) for vec in range(p.vectors)]
+            yield index, [v.let(self.signed(p, raw[vec], index, zeros and zeros[vec])) for vec in range(len(raw))]
 
     def signed(self, p: Panels, raw: list[Any], index: int, zero: Any) -> Any:
         """Codes less their zero point as signed bytes, times `unit`."""

@@ -14,7 +14,7 @@ from tvm.tirx.script.builder import ir as B
 
 from qcompile.codegen.kernels.base import LinearProblem
 from qcompile.codegen.kernels.cpu import vector as v
-from qcompile.codegen.kernels.cpu.gemm import Emission, Tile, TiledGemm
+from qcompile.codegen.kernels.cpu.gemm import Emission, Tile, TiledGemm, vectors
 from qcompile.codegen.kernels.cpu.panels import Panels
 from qcompile.codegen.kernels.x86.instructions import MADDWD
 from qcompile.codegen.kernels.x86.maddubs import products
@@ -25,6 +25,7 @@ class WideGemm(TiledGemm):
     """``vpmaddwd`` on 256- or 512-bit registers."""
 
     name = "x86-maddwd"
+    streams = (4, 2, 1)
 
     def lanes(self, target: Target) -> int:
         return 16 if target.has("avx512") else 8
@@ -93,12 +94,12 @@ class WideGemm(TiledGemm):
         with T.serial(e.rolled(p.rows_per_group)) as row:
             line = group * p.rows_per_group + row
             weights = []
-            for vec in range(p.vectors):
-                stored = v.load(e.names["weight"], [panel, line, vec * half], half)
+            for i, (each, at) in enumerate(vectors(p, panel)):
+                stored = v.load(e.names["weight"], [each, line, 2 * at], half)
                 if zeros is None:
                     stored = v.bits_of(stored, "int8", half)
                 wide = v.cast(stored, "int16", half)
-                weights.append(v.let(wide if zeros is None else wide - zeros[vec]))
+                weights.append(v.let(wide if zeros is None else wide - zeros[i]))
             k = self.position(e, group, row, 0)
             for r, accumulators in enumerate(sums):
                 word = v.bits_of(v.load(e.extra["wide"], [r, k], 2), "int32", 1)

@@ -1,7 +1,7 @@
 """Bring a model into the form the analysis reads, without changing what it computes.
 
 * Constant nodes become initializers.
-* Small expressions of constants (``1 + w`` of a norm) are evaluated.
+* Small expressions of constants (``1 + w`` of a norm) are evaluated, all but codes of quantized weights.
 * BatchNormalization becomes a product and a sum per channel: y = s (x - m) / sqrt(v + e) + b = g x + (b - g m).
 * Vectors shared by several readers get one copy per reader: exporters merge equal initializers (all norm gammas of a
   fresh model), which would tie spaces that have nothing to do with each other. Matrices stay shared: a tied embedding
@@ -103,6 +103,9 @@ def _evaluate_small(model: ir.Model) -> None:
         if any(a.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS) for a in node.attributes.values()):
             continue
         if node.op_type.startswith("Random") or any(v.is_graph_output() for v in node.outputs):
+            continue
+        if node.op_type == "DequantizeLinear":
+            # Codes of a model that is quantized already stay codes.
             continue
         if any(_shared_matrix(v) for v in node.inputs if v is not None):
             continue

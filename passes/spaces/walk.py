@@ -37,6 +37,7 @@ class Walk:
         constant_values: values that depend on constants only.
         promoted: vectors that would stand in for numbers, with the nodes and inputs that would read them.
         choices: values behind a stack of matrices, and what chooses between them.
+        opaque: constants that a node reads without a rule that says what becomes of their channels.
     """
 
     def __init__(self, model: ir.Model) -> None:
@@ -46,6 +47,7 @@ class Walk:
         self.constants: dict[ir.Value, Layout] = {}
         self.promoted: list[tuple[ir.Value, ir.Node, int]] = []
         self.choices: dict[ir.Value, Choice] = {}
+        self.opaque: set[ir.Value] = set()
         self.constant_values: set[ir.Value] = set(model.graph.initializers.values()) - set(model.graph.inputs)
 
     def run(self) -> None:
@@ -65,6 +67,7 @@ class Walk:
             elif rule.always or any(v is not None and self.layout(v) for v in node.inputs):
                 self._follow_choices(view, rule.pointwise)
                 rule.apply(view)
+            self.opaque |= {v for v in node.inputs if v in self.constant_values and not self.layout(v)}
         for value in self.model.graph.outputs:
             for index_map in self.layout(value):
                 self.constraints.pin("graph", "output", "output", index_map.flat, f"graph output {value.name!r}")
@@ -191,6 +194,10 @@ class NodeView:
         index_map = IndexMap(coordinates.reshape(sizes))
         if not varying:
             self.pin(coordinates, "constant", "a single channel")
+        if (producer := value.producer()) is not None:
+            self.pin(coordinates, "constant", f"{value.name!r} is computed from constants by {producer.op_type}")
+        elif value in self.walk.opaque:
+            self.pin(coordinates, "constant", f"{value.name!r} is also read by an operator that must see it as it is")
         self.walk.constants[value] = (*self.walk.constants.get(value, ()), index_map)
         return index_map
 

@@ -344,6 +344,7 @@ WITHOUT = {
     "an older or a vendor's spelling of an operator above, with the same rule": [
         *("Scatter", "Upsample", "MRotaryEmbedding", "SimplifiedLayerNormalization"),
     ],
+    "integers, which a derivative does not see (`test_quantized.py`)": ["DequantizeLinear", "QuantizeLinear"],
     "interpolates or pools positions as the average or maximum above; not executed in float64": ["Resize", "LpPool"],
 }
 """Operators with a rule and without a row, by reason."""

@@ -211,7 +211,7 @@ def convolution(n: NodeView) -> None:
     groups = int(n.attr("group", 1))
     transposed = n.op == "ConvTranspose"
     # Conv stores (out, in / groups, taps), ConvTranspose (in, out / groups, taps).
-    if not n.is_constant(1) or n.maps(1):
+    if not n.is_constant(1) or n.maps(1) or n.value(1).producer() is not None or n.value(1) in n.walk.opaque:
         n.pin_inputs("the kernel is not a constant of its own")
         return
     rank = len(w)

@@ -15,6 +15,7 @@ from qcompile.passes.graph import constant
 from qcompile.passes.spaces.groups import FIXED, GL, ORTHOGONAL, POSITIVE, Limit
 from qcompile.passes.spaces.index_map import IndexMap
 from qcompile.passes.spaces.rules.registry import rule
+from qcompile.passes.spaces.rules.structure import claimed
 from qcompile.passes.spaces.walk import Layout, NodeView
 
 
@@ -25,12 +26,13 @@ def per_channel(n: NodeView, limit: Limit, i: int = 0) -> None:
     n.set(n.maps(i))
 
 
-@rule("Identity", "Neg", "Cast", "CastLike", "Dropout")
+@rule("Identity", "Neg", "Cast", "CastLike", "Dropout", always=True)
 def linear_per_tensor(n: NodeView) -> None:
     """f(x) = c x: B = A for every matrix. A cast to integers rounds: permutations only."""
+    maps = claimed(n)
     if n.op == "Cast" and n.attr("to") not in (1, 10, 11, 16):
-        n.fixed(n.maps(0), "cast to integers")
-    n.set(n.maps(0))
+        n.fixed(maps, "cast to integers")
+    n.set(maps)
 
 
 @rule("Relu", "LeakyRelu", "ThresholdedRelu")
@@ -278,9 +280,9 @@ def _counterpart(n: NodeView, j: int, rank: int, own: int, axes: list[int]) -> C
         if set(b.pad_rank(rank).axes) == set(axes):
             return b.pad_rank(rank)
     if n.is_constant(j):
-        claimed = n.claim(j, [x - rank + own for x in axes])
-        if claimed is not None:
-            return claimed.pad_rank(rank)
+        found = n.claim(j, [x - rank + own for x in axes])
+        if found is not None:
+            return found.pad_rank(rank)
     for b in n.maps(j):
         if set(b.pad_rank(rank).axes) & set(axes):
             n.pin(b.table, f"input {j}", "its channels meet others in a way that is not elementwise")

@@ -227,3 +227,29 @@ def test_a_scale_on_copies_of_channels_is_not_peeled():
     spaces = analyse(parse(body, constants | {"i": np.array([0, 1, 2, 3, 0])}))
     assert not any(s.mixes for s in spaces.spaces_of("a")) and all(s.scalable for s in spaces.spaces_of("s"))
     assert prove(spaces).holds
+
+
+READ_AS_IT_IS = {
+    "before": "t = Tanh(w) b = MatMul(x, w) a = MatMul(b, t)",
+    "after": "b = MatMul(x, w) t = Tanh(w) a = MatMul(b, t)",
+    "with the model's input": "t = Mul(x, w) b = MatMul(x, w) a = MatMul(t, b)",
+}
+
+
+@pytest.mark.parametrize("case", READ_AS_IT_IS)
+def test_a_weight_that_an_operator_reads_as_it_is_stays(case, monkeypatch):
+    """Its other readers would like to rewrite it; what is computed from constants cannot be rewritten at all."""
+    from qcompile.passes.spaces import prepare
+
+    monkeypatch.setattr(prepare, "LARGEST_FOLDED", 0)
+    spaces = analyse(
+        parse(
+            f"{READ_AS_IT_IS[case]} r = Relu(a) y = MatMul(r, v)",
+            {"w": matrix(N, N), "v": matrix(N, N)},
+            {"x": (N, N)},
+            (N, N),
+        )
+    )
+    assert not any(s.scalable or s.mixes for s in spaces.spaces_of("w", 1))
+    for seed in range(3):
+        assert prove(spaces, seed).holds

@@ -57,6 +57,8 @@ def _unpack(panels: Panels, raw: list[Any], index: int, parts: list[Part]) -> It
         yield 0, raw[0]
     elif bits == 8:
         yield 0, T.bitwise_xor(raw[0], v.const(128, BYTES, "uint8"))
+    elif panels.twos_complement:  # 16 times a code of 4 bits
+        yield 0, T.bitwise_and(raw[0], v.const(0xF0, BYTES, "uint8")) if index else _shift(raw[0], 4)
     elif bits == 1:
         yield 0, _mask(raw[0], index)
     elif panels.planes and len(parts) > 1:

@@ -36,6 +36,7 @@ from qcompile.codegen.kernels.arm.products import (
     dot,
     pairs,
     repeated,
+    schedule_barrier,
     signed,
 )
 from qcompile.codegen.kernels.base import LinearProblem
@@ -50,6 +51,9 @@ from qcompile.targets.target import Target
 STACK_BYTES = 16 << 10
 """Sums of activations up to this size live on the stack."""
 
+HELD_BYTES = 8 * BYTES
+"""Activations of a tile that stay in registers beside its sums."""
+
 
 PLANES = 4.5
 """Cycles to gather a register of codes whose bits lie in planes."""
@@ -57,7 +61,8 @@ PLANES = 4.5
 
 @dataclass(frozen=True)
 class UnsignedPanels(Panels):
-    """Panels of unsigned codes (signed ones if they are symmetric and of 8 bits); positions beyond a group count 0."""
+    """Panels of unsigned codes (signed ones if they are symmetric and of 8 bits, or ``twos_complement``); positions beyond
+    a group count 0."""
 
     @property
     def centre(self) -> int:
@@ -67,15 +72,15 @@ class UnsignedPanels(Panels):
     @property
     def bias(self) -> int:
         """What is added to a symmetric code to store it."""
-        return 0 if self.bits == 8 else -self.fmt.qmin
+        return 0 if self.bits == 8 or self.twos_complement else -self.fmt.qmin
 
     def pack_codes(self, weight: Quantized) -> np.ndarray:
         """The panels, uint8 ``(count, groups * rows_per_group, row_bytes)``."""
         source = self.source()
         codes = weight.codes.astype(np.int16) + (self.bias if self.fmt.symmetric else 0)
-        padded = np.where(source[:, None] >= 0, codes[np.maximum(source, 0)], self.centre).astype(np.uint8)
+        padded = np.where(source[:, None] >= 0, codes[np.maximum(source, 0)], self.centre) & ((1 << self.bits) - 1)
         rows = self.groups * self.rows_per_group
-        return self.layout.pack(padded).reshape(self.count, rows, self.row_bytes)
+        return self.layout.pack(padded.astype(np.uint8)).reshape(self.count, rows, self.row_bytes)
 
     @cached_property
     def row_vectors(self) -> int:
@@ -107,7 +112,7 @@ class ArmGemm(TiledGemm):
             return f"{self.name} multiplies integer activations; this operator has float ones"
         longest = min(problem.weight.group or problem.k, problem.k)
         fmt = self.integers(problem.weight)
-        if fmt is not None and longest * 255 * largest(fmt) >= 1 << 31:
+        if fmt is not None and longest * 255 * largest(fmt) * (16 if self.keeps_signs(fmt) else 1) >= 1 << 31:
             return f"{self.name}: {longest} products of 8-bit numbers may overflow an int32 accumulator"
         return ""
 
@@ -123,10 +128,25 @@ class ArmGemm(TiledGemm):
     def panels(self, problem: LinearProblem, config: dict[str, Any]) -> UnsignedPanels:
         fmt = self.integers(problem.weight)
         assert fmt is not None
-        return UnsignedPanels(problem.k, problem.n, fmt, config["lanes"], config["vectors"], depth=self.depth)
+        return UnsignedPanels(
+            problem.k,
+            problem.n,
+            fmt,
+            config["lanes"],
+            config["vectors"],
+            depth=self.depth,
+            twos_complement=self.keeps_signs(fmt),
+        )
+
+    def keeps_signs(self, fmt: IntFormat) -> bool:
+        """Whether codes are multiplied as signed numbers, at the top of their bytes: 16 times a code of 4 bits.
+
+        So no sum of activations has to be taken off, and an AND or a shift still unpacks 16 codes.
+        """
+        return self.wide and fmt.symmetric and fmt.bits == 4
 
     def unit(self, panels: Panels) -> int:
-        return 1
+        return 16 if panels.twos_complement else 1
 
     def activation_offset(self, problem: LinearProblem) -> int:
         return 0
@@ -181,30 +201,64 @@ class ArmGemm(TiledGemm):
             tile[r][vec].set(v.const(0, LANES, kind))
         if p.fmt.group:
             with T.serial(p.groups) as group:
-                sums = self.group_sums(e, panel, first, rows, group)
-                for vec, scale in enumerate(self.scale_vectors(e, panel, group)):
-                    for r in range(rows):
-                        value = v.cast(sums[r][vec], "float32", LANES)
-                        tile[r][vec].set(vmath.fma(value, scale, tile[r][vec].get()))
+                held = self.group_operands(e, first, rows, group) if self.holds_operands(e, rows) else None
+                for some in [range(quads)] if held is None else [range(quad, quad + 1) for quad in range(quads)]:
+                    sums = self.group_sums(e, panel, first, rows, group, some, held)
+                    for vec, scale in zip(some, self.scale_vectors(e, panel, group, some)):
+                        for r in range(rows):
+                            value = v.cast(sums[r][vec - some[0]], "float32", LANES)
+                            tile[r][vec].set(vmath.fma(value, scale, tile[r][vec].get()))
+                    if held is not None:
+                        for line in tile:
+                            schedule_barrier(line[some[-1]].get())
         else:
-            sums = self.group_sums(e, panel, first, rows, T.int32(0))
+            sums = self.group_sums(e, panel, first, rows, T.int32(0), range(quads))
             for r, vec in places:
                 tile[r][vec].set(tile[r][vec].get() + sums[r][vec])
         for r, vec in places:
             v.store(e.tile, [r, vec * LANES], tile[r][vec].get(), LANES)
 
-    def group_sums(self, e: Emission, panel: Any, first: Any, rows: int, group: Any) -> list[list[Any]]:
+    def holds_operands(self, e: Emission, rows: int) -> bool:
+        """Whether the activations of a group stay in registers while quads of columns are taken one after the other.
+
+        Then the sums of the whole tile stay there too. With longer groups, or several accumulators of a sum, more columns
+        share what is loaded.
+        """
+        p = e.panels
+        if p.k % p.group or p.group % max(BYTES, p.step) or self.chunks_between_flushes(p):
+            return False
+        return rows > 1 and rows * p.group <= HELD_BYTES and len(self.parts(p, rows)) == 1
+
+    def group_operands(self, e: Emission, first: Any, rows: int, group: Any) -> list[list[Any]]:
+        """What the codes of a whole group are multiplied by, ``[position in the group][as in operands]``."""
+        p = e.panels
+        words = BYTES // p.depth
+        starts = range(0, p.group, BYTES)
+        loaded = [[self._load(e, first + r, group * p.group + at, words) for at in starts] for r in range(rows)]
+
+        def indexed(r: int, at: int) -> Word:
+            return Word(loaded[r][at // words], words, at % words, p.depth)
+
+        return [self.operands(rows, indexed, at) for at in range(p.group // p.depth)]
+
+    def operands(self, rows: int, activations: Callable[[int, int], Word], at: int) -> list[Any]:
+        """What codes at position ``at`` are multiplied by, one register of bytes per row."""
+        return [v.let(repeated(activations(r, at))) for r in range(rows)]
+
+    def group_sums(
+        self, e: Emission, panel: Any, first: Any, rows: int, group: Any, quads: range, held: Any = None
+    ) -> list[list[Any]]:
         """Emit ``sum_k (u - z) a`` over one group, int32 ``[row][quad of columns]``."""
         p = e.panels
         nothing = v.const(0, LANES, "int32")
         if "sums" not in e.extra:
-            return self.products(e, panel, first, group, [nothing] * rows)
+            return self.products(e, panel, first, group, [nothing] * rows, quads, held)
         totals = [v.let(v.load(e.extra["sums"], [r, group], 1)) for r in range(rows)]
         if p.fmt.symmetric:
             start = [v.let(v.splat(total * self.lowest(e), LANES)) for total in totals]
-            return self.products(e, panel, first, group, start)
-        sums = self.products(e, panel, first, group, [nothing] * rows)
-        zeros = [v.let(zero - v.const(p.centre, LANES, "int32")) for zero in self.zero_codes(e, panel, group)]
+            return self.products(e, panel, first, group, start, quads, held)
+        sums = self.products(e, panel, first, group, [nothing] * rows, quads, held)
+        zeros = [v.let(zero - v.const(p.centre, LANES, "int32")) for zero in self.zero_codes(e, panel, group, quads)]
         splats = [v.let(v.splat(total, LANES)) for total in totals]
         return [[v.let(s - zero * splats[r]) for s, zero in zip(line, zeros)] for r, line in enumerate(sums)]
 
@@ -228,25 +282,31 @@ class ArmGemm(TiledGemm):
     def chunks_between_flushes(self, panels: UnsignedPanels) -> int:
         """Chunks of `over_rows` after which accumulators must be flushed; 0 if never."""
 
-    def products(self, e: Emission, panel: Any, first: Any, group: Any, start: list[Any]) -> list[list[Any]]:
-        """Emit ``start[row] + sum_k u a`` over one group, int32 ``[row][quad of columns]``."""
+    def products(
+        self,
+        e: Emission,
+        panel: Any,
+        first: Any,
+        group: Any,
+        start: list[Any],
+        quads: range,
+        held: list[list[Any]] | None = None,
+    ) -> list[list[Any]]:
+        """Emit ``start[row] + sum_k u a`` over one group, int32 ``[row][quad of columns]``; ``held`` as of `group_operands`."""
         p = e.panels
         rows = len(start)
         parts = self.parts(p, rows)
         zero = v.const(0, LANES, "int32")
         begin = [[first if part == bits.PLAIN else zero for part in parts] for first in start]
-        tile = [
-            [[self.accumulator(p, part, at) for part, at in zip(parts, line)] for _ in range(p.vectors)]
-            for line in begin
-        ]
+        tile = [[[self.accumulator(p, part, at) for part, at in zip(parts, line)] for _ in quads] for line in begin]
 
-        def body(line: Any, count: int, activations: Callable[[int, int], Word]) -> None:
+        def body(line: Any, count: int, operands: Callable[[int], list[Any]]) -> None:
             for i in range(count):
-                raw = self.load_weights(e, panel, line + i)
+                raw = self.load_weights(e, panel, line + i, quads)
                 for index in range(p.per_byte):
-                    a = [v.let(repeated(activations(r, i * p.per_byte + index))) for r in range(rows)]
-                    for vec in range(p.vectors):
-                        for part, codes in self.unpack(e, raw[vec], index, parts):
+                    a = operands(i * p.per_byte + index)
+                    for vec, registers in enumerate(raw):
+                        for part, codes in self.unpack(e, registers, index, parts):
                             codes = v.let(codes)
                             for r in range(rows):
                                 tile[r][vec][part].add(codes, a[r])
@@ -257,26 +317,47 @@ class ArmGemm(TiledGemm):
                     for accumulator in accumulators:
                         accumulator.flush()
 
-        self.over_rows(e, first, rows, group, body, flush, self.chunks_between_flushes(p))
+        self.over_group(e, first, rows, group, body, flush, held)
         rest = [zero if bits.PLAIN in parts else first for first in start]
         return [
             [v.let(bits.combine(parts, [part.total() for part in split], rest[r])) for split in line]
             for r, line in enumerate(tile)
         ]
 
-    def zero_codes(self, e: Emission, panel: Any, group: Any) -> list[Any]:
-        return self._by_quad(e, "zero", panel, group, "int32")
+    def over_group(
+        self,
+        e: Emission,
+        first: Any,
+        rows: int,
+        group: Any,
+        body: Callable[[Any, int, Callable[[int], list[Any]]], None],
+        flush: Callable[[], None],
+        held: list[list[Any]] | None,
+    ) -> None:
+        """Emit ``body(line, count, operands)`` as `over_rows` does, with `operands`; once for the group if they are ``held``."""
+        if held is not None:
+            body(v.let(group * e.panels.rows_per_group), e.panels.rows_per_group, held.__getitem__)
+            return
 
-    def scale_vectors(self, e: Emission, panel: Any, group: Any) -> list[Any]:
-        return self._by_quad(e, "group_scale", panel, group, "float32")
+        def part(line: Any, count: int, activations: Callable[[int, int], Word]) -> None:
+            body(line, count, lambda at: self.operands(rows, activations, at))
+
+        self.over_rows(e, first, rows, group, part, flush, self.chunks_between_flushes(e.panels))
+
+    def zero_codes(self, e: Emission, panel: Any, group: Any, quads: range | None = None) -> list[Any]:
+        return self._by_quad(e, "zero", panel, group, "int32", quads)
+
+    def scale_vectors(self, e: Emission, panel: Any, group: Any, quads: range | None = None) -> list[Any]:
+        return self._by_quad(e, "group_scale", panel, group, "float32", quads)
 
     @staticmethod
-    def _by_quad(e: Emission, name: str, panel: Any, group: Any, dtype: str) -> list[Any]:
-        loads = [v.load(e.names[name], [panel, group, at], LANES) for at in range(0, e.panels.width, LANES)]
+    def _by_quad(e: Emission, name: str, panel: Any, group: Any, dtype: str, quads: range | None) -> list[Any]:
+        at = [quad * LANES for quad in quads or range(e.panels.width // LANES)]
+        loads = [v.load(e.names[name], [panel, group, column], LANES) for column in at]
         return [v.let(v.cast(load, dtype, LANES)) for load in loads]
 
-    def load_weights(self, e: Emission, panel: Any, row: Any) -> list[list[Any]]:
-        """Load one panel row: uint8 registers ``[vector][plane]``."""
+    def load_weights(self, e: Emission, panel: Any, row: Any, vectors: range | None = None) -> list[list[Any]]:
+        """Load one panel row, or some ``vectors`` of it: uint8 registers ``[vector][plane]``."""
         p = e.panels
         planes = p.bits if p.planes else 1
         return [
@@ -284,7 +365,7 @@ class ArmGemm(TiledGemm):
                 v.let(v.load(e.names["weight"], [panel, row, (plane * p.vectors + vec) * BYTES], BYTES))
                 for plane in range(planes)
             ]
-            for vec in range(p.vectors)
+            for vec in vectors or range(p.vectors)
         ]
 
     def over_rows(

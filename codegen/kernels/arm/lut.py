@@ -23,7 +23,7 @@ from tvm.tirx.script.builder import ir as B
 
 from qcompile.codegen.kernels.arm.lut_sums import COLUMNS, Emission, Kept, StepPanels, Sums, Totals
 from qcompile.codegen.kernels.arm.lut_tables import STEP, STEP_BYTES, TableBuffers, bytes_of, look_up
-from qcompile.codegen.kernels.arm.products import BYTES, LANES
+from qcompile.codegen.kernels.arm.products import BYTES, LANES, schedule_barrier
 from qcompile.codegen.kernels.base import LinearProblem, Support
 from qcompile.codegen.kernels.cpu import vector as v
 from qcompile.codegen.kernels.cpu import vmath
@@ -255,8 +255,3 @@ class TableLookupGemm(LookUpGemm):
     def _half(buffer: Any, at: list[Any], half: int) -> Any:
         """Four of eight consecutive elements."""
         return v.shuffle(v.load(buffer, at, COLUMNS), range(half * LANES, (half + 1) * LANES))
-
-
-def schedule_barrier(value: Any) -> None:
-    """Keep LLVM's scheduler from moving instructions across; costs none. ``value`` is any that is alive."""
-    T.evaluate(T.call_llvm_intrin("void", "llvm.fake.use", value))

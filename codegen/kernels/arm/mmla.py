@@ -14,7 +14,7 @@ from tvm.script import tirx as T
 
 from qcompile.codegen.kernels.arm import bits
 from qcompile.codegen.kernels.arm.gemm import PLANES, DotGemm
-from qcompile.codegen.kernels.arm.products import BYTES, LANES, Word, dot, repeated
+from qcompile.codegen.kernels.arm.products import BYTES, LANES, Word, dot
 from qcompile.codegen.kernels.base import LinearProblem
 from qcompile.codegen.kernels.cpu import vector as v
 from qcompile.codegen.kernels.cpu.gemm import Emission, Register
@@ -43,36 +43,48 @@ class MmlaGemm(DotGemm):
         """One row fills half of a register's lanes with a column each, and takes half as many instructions more."""
         return super().cost(problem, config, target, m) * (1.5 if m == 1 else 1.0)
 
-    def products(self, e: Emission, panel: Any, first: Any, group: Any, start: list[Any]) -> list[list[Any]]:
+    def operands(self, rows: int, activations: Callable[[int, int], Word], at: int) -> list[Any]:
+        """What codes at position ``at`` are multiplied by: two rows in a register, or the only one twice."""
+        if rows == 1:
+            return super().operands(rows, activations, at)
+        return [v.let(_interleaved(activations(r, at), activations(s, at))) for r, s in _pairs(rows)]
+
+    def products(
+        self,
+        e: Emission,
+        panel: Any,
+        first: Any,
+        group: Any,
+        start: list[Any],
+        quads: range,
+        held: list[list[Any]] | None = None,
+    ) -> list[list[Any]]:
         p = e.panels
+        vectors = range(2 * quads.start, 2 * quads.stop)
         rows = len(start)
         parts = bits.partial_sums(p, rows, self.wide)
-        pairs = [(r, min(r + 1, rows - 1)) for r in range(0, rows, 2)]
+        pairs = _pairs(rows)
         zero = v.const(0, LANES, "int32")
-        tile = [[[Register("int32", LANES) for _ in parts] for _ in range(p.vectors)] for _ in pairs]
+        tile = [[[Register("int32", LANES) for _ in parts] for _ in vectors] for _ in pairs]
         for line in tile:
             for registers in line:
                 for register in registers:
                     register.set(zero)
 
-        def body(line: Any, count: int, activations: Callable[[int, int], Word]) -> None:
+        def body(line: Any, count: int, operands: Callable[[int], list[Any]]) -> None:
             for i in range(count):
-                raw = self.load_weights(e, panel, line + i)
+                raw = self.load_weights(e, panel, line + i, vectors)
                 for index in range(p.per_byte):
-                    at = i * p.per_byte + index
-                    if rows == 1:
-                        a = [v.let(repeated(activations(0, at)))]
-                    else:
-                        a = [v.let(_interleaved(activations(r, at), activations(s, at))) for r, s in pairs]
-                    for vec in range(p.vectors):
-                        for part, codes in bits.unpack(p, raw[vec], index, parts):
+                    a = operands(i * p.per_byte + index)
+                    for vec, registers in enumerate(raw):
+                        for part, codes in bits.unpack(p, registers, index, parts):
                             codes = v.let(codes)
                             for pair, activation in enumerate(a):
                                 register = tile[pair][vec][part]
                                 multiply = dot if rows == 1 else matrix
                                 register.set(multiply(register.get(), *self._order(codes, activation, rows)))
 
-        self.over_rows(e, first, rows, group, body, lambda: None, 0)
+        self.over_group(e, first, rows, group, body, lambda: None, held)
         sums: list[list[Any]] = [[] for _ in start]
         for pair, line in zip(pairs, tile):
             whole = [v.let(bits.combine(parts, [register.get() for register in part], zero)) for part in line]
@@ -91,6 +103,11 @@ class MmlaGemm(DotGemm):
     def _order(codes: Any, activation: Any, rows: int) -> tuple[Any, Any]:
         """SMMLA takes rows first."""
         return (codes, activation) if rows == 1 else (activation, codes)
+
+
+def _pairs(rows: int) -> list[tuple[int, int]]:
+    """Rows that share a register; an odd last one is paired with itself."""
+    return [(r, min(r + 1, rows - 1)) for r in range(0, rows, 2)]
 
 
 def matrix(acc: Any, a: Any, b: Any) -> Any:

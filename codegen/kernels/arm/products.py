@@ -137,3 +137,8 @@ class MaskedSum:
 def pairs(value: Any) -> Any:
     """Sums of neighbouring 16-bit lanes (SADALP when added to a register)."""
     return T.call_llvm_pure_intrin("int32x4", "llvm.aarch64.neon.saddlp", value)
+
+
+def schedule_barrier(value: Any) -> None:
+    """Keep LLVM's scheduler from moving instructions across; costs none. ``value`` is any that is alive."""
+    T.evaluate(T.call_llvm_intrin("void", "llvm.fake.use", value))

@@ -1,5 +1,7 @@
 """ARM programs run on an ARM machine, or elsewhere under qemu with a cross compiler; without those, tests skip."""
 
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -20,3 +22,16 @@ def emulation():
         arm.emulator(target)
     except TargetError as reason:
         pytest.skip(f"ARM programs cannot run here: {reason}")
+
+
+@pytest.fixture(scope="session")
+def counting(emulation):
+    """Skips where instructions cannot be counted, so that a count that fails is a failure."""
+    emulator = arm.emulator(get_target("arm"))
+    if not emulator:
+        pytest.skip("instructions are counted under qemu, not on an ARM machine")
+    if shutil.which("cc") is None and shutil.which("gcc") is None:
+        pytest.skip("counting instructions needs a C compiler for this machine")
+    options = subprocess.run([emulator[0], "-h"], capture_output=True, text=True, check=False).stdout
+    if "-plugin" not in options:
+        pytest.skip(f"{emulator[0]} was built without plugins")

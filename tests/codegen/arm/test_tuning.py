@@ -22,7 +22,7 @@ TARGET = get_target("cortex-a76", cores=1)
 PROBLEM = LinearProblem(128, 64, parse_format("int2/g32"), parse_activation("int8"), m=1)
 
 
-def test_counts_are_the_same_in_every_run_and_choose_the_kernel(emulation):
+def test_counts_are_the_same_in_every_run_and_choose_the_kernel(counting):
     able = [family for family in families("arm") if family.supports(PROBLEM, TARGET)]
     runner = CountingRunner()
     counts = {}
@@ -38,7 +38,7 @@ def test_counts_are_the_same_in_every_run_and_choose_the_kernel(emulation):
     assert choice.family.name == found.family and "fewest instructions" in choice.reason
 
 
-def test_the_command_goes_on_after_a_kill(emulation, tmp_path):
+def test_the_command_goes_on_after_a_kill(counting, tmp_path):
     path = tmp_path / "db.json"
     what = ["tune", "128x64", "--target", "arm", "--cpu", "apple-m2", "--weight", "int2/g32", "--rows", "1"]
     command = [sys.executable, "-m", "qcompile", *what, "--trials", "4", "--database", str(path)]

@@ -57,7 +57,7 @@ def check(found: Spaces, feed: Mapping[str, np.ndarray], seed: int = 0) -> float
     if not error <= FLOAT32_TOLERANCE:
         raise ModelError(
             f"the analysis of channel spaces fails its proof on this model (relative error {error:.1e}); "
-            "`qcompile spaces MODEL --prove --each` names the space, `--no-proof` compiles anyway"
+            "`qcompile spaces MODEL --prove --each` names the space, `prove=False` (`--no-proof`) compiles anyway"
         )
     return error
 

@@ -76,7 +76,9 @@ def check_destination(final: Path, *, overwrite: bool = False) -> None:
     """
     if final.exists():
         if not overwrite:
-            raise ArtifactError(f"{final} exists; choose another output directory or pass --force")
+            raise ArtifactError(
+                f"{final} exists; choose another folder, or say `overwrite=True` (`--force`) to replace it"
+            )
         if not final.is_dir() or not ((final / MANIFEST).is_file() or not any(final.iterdir())):
             raise ArtifactError(f"{final} exists and is not an artifact; it is not overwritten")
     nearest = final.parent

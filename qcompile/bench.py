@@ -45,7 +45,7 @@ def make_feed(inputs: Sequence[TensorSpec], extents: Mapping[str, int]) -> dict[
     for spec in inputs:
         missing = [d for d in spec.shape if isinstance(d, str) and d not in extents]
         if missing:
-            raise InputError(f"give the extent of {missing[0]!r} (of input {spec}), e.g. --shape {missing[0]}=1")
+            raise InputError(f"give the extent of {missing[0]!r} (of input {spec}), e.g. `--shape {missing[0]}=1`")
         shape = [d if isinstance(d, int) else extents[d] for d in spec.shape]
         dtype = np.dtype(spec.dtype)
         feed[spec.name] = random.standard_normal(shape).astype(dtype) if dtype.kind == "f" else np.ones(shape, dtype)

@@ -89,7 +89,7 @@ class Learned(Ask):
         feeds = list(context.data.feeds)
         if not feeds:
             raise CalibrationError(
-                f"{self.name} learns from calibration samples, and there are none; pass --calibration"
+                f"{self.name} learns from calibration samples, and there are none; give `calibration` (`--calibration`)"
             )
         program = self.program(context)
         if not program.sites:

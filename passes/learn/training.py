@@ -176,7 +176,9 @@ def train(program: Program, feeds: Sequence[Feed], schedule: Schedule, loss: str
         CalibrationError: there are no samples.
     """
     if not feeds:
-        raise CalibrationError(f"{title} learns from calibration samples, and there are none; pass --calibration")
+        raise CalibrationError(
+            f"{title} learns from calibration samples, and there are none; give `calibration` (`--calibration`)"
+        )
     outputs = {
         v.name or "": choose(loss, v)
         for v in program.model.graph.outputs
@@ -214,7 +216,9 @@ def train_blocks(
         CalibrationError: there are no samples.
     """
     if not feeds:
-        raise CalibrationError(f"{title} learns from calibration samples, and there are none; pass --calibration")
+        raise CalibrationError(
+            f"{title} learns from calibration samples, and there are none; give `calibration` (`--calibration`)"
+        )
     if not parts:
         return []
     seen: list[Tensor | None] = [None] * len(feeds)

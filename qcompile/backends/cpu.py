@@ -90,7 +90,7 @@ def check_machine(target: Mapping[str, Any]) -> None:
     if missing := sorted(set(target["features"]) - host_features()):
         raise TargetError(
             f"the program was compiled for {target['kind']}/{target['cpu']}; this machine lacks {', '.join(missing)}: "
-            "compile again with --target native, or with --target x86-64-v3 for any x86 machine with AVX2"
+            "compile again for `native`, or for `x86-64-v3`, which every x86 machine with AVX2 runs"
         )
 
 

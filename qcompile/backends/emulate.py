@@ -114,7 +114,7 @@ class EmulatedProgram(Checked):
         kind, cpu = content["target"]["kind"], content["target"]["cpu"]
         if kind != "arm":
             raise TargetError(
-                f"the emulator runs programs for ARM, {self.folder} is for {kind}; run it without --emulate"
+                f"the emulator runs programs for ARM, {self.folder} is for {kind}; run it without the emulator"
             )
         self._target = get_target("arm", variant=cpu)
         self._command = [*arm.emulator(self._target), str(host(self._target))]

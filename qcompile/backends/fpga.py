@@ -45,6 +45,7 @@ class Fpga(Backend):
         "constant (a token per cycle; adders made for the matrix)",
         "scales": "of activations: any, or powers (of two; sums are then scaled by shifts)",
         "scaling": "how sums become outputs of at most 4 bits: multiply, or thresholds (no multiplier)",
+        "measure": "yes to synthesise with Yosys and put what it finds beside the estimates of the report",
         "softmax-bits": "bits of attention's probabilities, as powers of two (4)",
     }
 
@@ -63,10 +64,14 @@ class Fpga(Backend):
             vectors = _vectors(imported, job)
             netlist = artifact.write(imported, vectors, job.folder, job.target)
             summary = artifact.describe(imported, netlist)
+            if str(job.options.get("measure", "no")) == "yes":
+                artifact.measure(summary, job.folder / "verilog", netlist.name, job.target)
             write_json(job.folder / "hardware.json", summary)
             write_json(job.folder / "program.json", program_json(imported, netlist))
         for node in imported.program.nodes:
             job.report.kernels[node.kind] = job.report.kernels.get(node.kind, 0) + 1
+        for note in imported.notes:
+            job.report.refuse(note.what, note.where, note.reason)
         asked = job.options.get("products")
         for node in imported.program.nodes:
             if asked and getattr(node, "products", asked) != asked:
@@ -91,7 +96,7 @@ def static_model(job: Job) -> ir.Model:
     scales: dict[str, float] = {}
     if missing:
         if not job.feeds:
-            raise CalibrationError("static activations need calibration data; pass --calibration")
+            raise CalibrationError("static activations need samples: give `calibration` (`--calibration`)")
         statistics = collect(model, job.feeds, missing)
         scales = {name: max(s.percentile(99.999), 1e-12) / 127 for name, s in statistics.items()}
     kind = str(job.options.get("scales", "any"))

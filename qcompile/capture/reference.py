@@ -7,7 +7,8 @@ The attribute is one of
 * a function without parameters that returns ``module``, ``(module, example_inputs)`` or
   ``(module, example_inputs, dynamic_shapes)``.
 
-Packages are looked for in the current folder too. This runs the code of the package or file, as importing it does.
+Packages are looked for in the current folder too, and what a file imports beside it. This runs the code of the package or
+file, as importing it does.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +38,29 @@ def resolve(text: str) -> tuple[Any, Any, Any]:
     Raises:
         ModelError: it cannot be imported, or is neither a module nor a function that returns one.
     """
+    place, _, attribute = text.rpartition(":")
+    with _importable(Path(place).resolve().parent if place.endswith(".py") else Path.cwd()):
+        return _resolve(text, place, attribute)
+
+
+@contextmanager
+def _importable(folder: Path) -> Iterator[None]:
+    """Look for modules in ``folder`` too, as `python -m` does and a console script does not: last, so that nothing is shadowed."""
+    added = str(folder)
+    if added in sys.path:
+        yield
+        return
+    sys.path.append(added)
+    try:
+        yield
+    finally:
+        if added in sys.path:
+            sys.path.remove(added)
+
+
+def _resolve(text: str, place: str, attribute: str) -> tuple[Any, Any, Any]:
     import torch
 
-    place, _, attribute = text.rpartition(":")
     holder = _load(place, text)
     try:
         target = getattr(holder, attribute)
@@ -62,10 +85,6 @@ def resolve(text: str) -> tuple[Any, Any, Any]:
 def _load(place: str, text: str) -> Any:
     path = Path(place)
     try:
-        # A console script does not look into the current folder, as `python -m` does. Last, so that nothing is shadowed.
-        folder = str(path.resolve().parent if place.endswith(".py") else Path.cwd())
-        if folder not in sys.path:
-            sys.path.append(folder)
         if not place.endswith(".py"):
             return importlib.import_module(place)
         if not path.is_file():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -79,8 +80,19 @@ def test_exported_program() -> None:
 def test_reference_to_a_file(tmp_path: Path, attribute: str) -> None:
     file = tmp_path / f"user_model_{attribute}.py"
     file.write_text(SOURCE)
+    before = list(sys.path)
     captured = capture(f"{file}:{attribute}")
     assert captured.input_names == ["x"] and "project.weight" in captured.model.graph.initializers
+    assert sys.path == before
+
+
+def test_what_a_file_imports_beside_it_may_be_imported_late(tmp_path: Path) -> None:
+    (tmp_path / "helper_of_late.py").write_text(SOURCE)
+    file = tmp_path / "late_model.py"
+    file.write_text("def build():\n    from helper_of_late import build\n\n    return build()\n")
+    before = list(sys.path)
+    assert capture(f"{file}:build").input_names == ["x"]
+    assert sys.path == before
 
 
 @pytest.mark.parametrize(

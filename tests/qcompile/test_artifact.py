@@ -36,7 +36,7 @@ def test_an_error_leaves_nothing(tmp_path):
 
 
 def test_an_existing_directory_is_kept(artifact):
-    with pytest.raises(ArtifactError, match="--force"), staged(artifact):
+    with pytest.raises(ArtifactError, match=r"overwrite=True.*--force"), staged(artifact):
         pass
     assert open_artifact(artifact)
 

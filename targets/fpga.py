@@ -38,6 +38,12 @@ class FpgaTarget(Target):
     synthesis: str = ""
     place: str = ""
 
+    @property
+    def hierarchical(self) -> str:
+        """The synthesis command that keeps modules apart."""
+        apart = self.synthesis.replace(" -flatten", "")
+        return apart if apart != self.synthesis else f"{apart} -noflatten"
+
     def tvm(self) -> Any:
         """Fixed-point functions run on the host to be checked.
 

@@ -14,7 +14,7 @@ import onnx_ir as ir
 from qcompile.codegen.fixed.emit import c_program, hls_program
 from qcompile.codegen.fixed.emit.onnx_model import onnx_model
 from qcompile.codegen.fixed.importer import Imported
-from qcompile.codegen.verilog import area, simulate, timing, tools, top
+from qcompile.codegen.verilog import area, simulate, synthesize, timing, tools, top
 from qcompile.codegen.verilog.hardware import make_netlist
 from qcompile.codegen.verilog.netlist import Channel, Netlist, pack_word
 from qcompile.errors import ArtifactError, InputError, TargetError
@@ -81,6 +81,7 @@ def describe(imported: Imported, netlist: Netlist) -> dict[str, Any]:
             {
                 "name": node.name,
                 "kind": node.kind,
+                "units": [u.name for u in units],
                 "inputs": [s.name for s in node.inputs],
                 "shape": list(out.shape),
                 "range": [int(out.low.min()), int(out.high.max())],
@@ -103,6 +104,39 @@ def describe(imported: Imported, netlist: Netlist) -> dict[str, Any]:
         "fifos": {f"{u.name}.{prefix}": depth for u in netlist.units for prefix, depth in u.depths.items()},
         "estimate": _area(total),
     }
+
+
+def measure(summary: dict[str, Any], folder: Path, name: str, target: FpgaTarget) -> None:
+    """Put what Yosys finds beside the estimates of `describe`: for the whole, and for every node on its own.
+
+    Args:
+        summary: of `describe`.
+        folder: ``verilog/`` of the artifact.
+        name: of the top module.
+        target: the device.
+    """
+    with tempfile.TemporaryDirectory(prefix="qcompile-synth-") as temporary:
+        sources = copy_sources(folder, Path(temporary))
+        whole = synthesize.synthesize(Path(temporary), name, sources, target)
+        units = synthesize.by_unit(Path(temporary), name, sources, target)
+    summary["measured"] = measured([whole])
+    for node in summary["nodes"]:
+        node["measured"] = measured([units[f"u_{unit}"] for unit in node["units"]])
+
+
+def measured(found: Sequence[synthesize.Synthesis]) -> dict[str, int]:
+    """Counts of several parts together, by the names of the estimates; block memories are blocks, not bits."""
+    return {
+        name: sum(getattr(part, name) for part in found) for name in ("luts", "flipflops", "multipliers", "memories")
+    }
+
+
+def copy_sources(folder: Path, to: Path) -> list[str]:
+    """Copy the Verilog and the memory contents in ``folder``, without the test bench; the names of the Verilog files."""
+    for file in folder.iterdir():
+        if file.suffix in (".v", ".hex") and file.name != "test_bench.v":
+            shutil.copy(file, to / file.name)
+    return sorted(p.name for p in to.glob("*.v"))
 
 
 def _area(found: area.Area) -> dict[str, int]:

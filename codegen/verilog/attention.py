@@ -159,7 +159,7 @@ def _softmax(node: Softmax, netlist: Netlist, inputs: Sequence[Channel]) -> Chan
     total = _reduce(node, netlist, looked_at, "total", False, node.sum_type.bits + 1, node.sum_type)
     out = build.stream_channel(netlist, node.output, pe)
     parameters = dict(E_BITS=e.bits, S_BITS=node.sum_type.bits, BITS=node.bits)
-    _join(node, netlist, "softmax_code", "code", parameters, kept, total, out, 2 + node.bits + 1)
+    _join(node, netlist, "softmax_code", "code", parameters, kept, total, out, 3 + node.bits + 1)
     return out
 
 
@@ -177,7 +177,9 @@ def _normalize(node: Normalize, netlist: Netlist, inputs: Sequence[Channel]) -> 
         f"{node.name}_moments", 1, IntType(k_bits + root_bits + sum_bits, False), looked_at.beats // beats
     )
     step = np.arange(looked_at.beats)
-    latency = 2 + (pe - 1).bit_length() + 6 + 1
+    square_bits = (channels * node.reach**2).bit_length() + 1
+    multiplied = build.multiply_cycles(max(square_bits, sum_bits), channels.bit_length() + 1)
+    latency = 3 + (pe - 1).bit_length() + multiplied + 6 + 1
     netlist.add(
         Unit(
             f"{node.name}_moments",
@@ -189,13 +191,14 @@ def _normalize(node: Normalize, netlist: Netlist, inputs: Sequence[Channel]) -> 
                 **build.type_parameters("X", x),
                 C=channels,
                 S_BITS=sum_bits,
-                Q_BITS=(channels * node.reach**2).bit_length() + 1,
+                Q_BITS=square_bits,
                 V_BITS=node.square_bound.bit_length(),
                 K_BITS=k_bits,
                 LAST_K=node.largest_k,
                 F=F,
                 R_BITS=root_bits,
                 EPSILON=node.epsilon,
+                MULTIPLIED=multiplied,
             ),
             {"s": looked_at},
             {"m": rows},
@@ -205,16 +208,18 @@ def _normalize(node: Normalize, netlist: Netlist, inputs: Sequence[Channel]) -> 
         )
     )
     out = build.stream_channel(netlist, node.output, pe)
+    deviation_bits = node.deviation_bound.bit_length() + 1
     parameters = dict(
         **build.type_parameters("X", x),
         C=channels,
         S_BITS=sum_bits,
-        D_BITS=node.deviation_bound.bit_length() + 1,
+        D_BITS=deviation_bits,
         K_BITS=k_bits,
         LAST_K=node.largest_k,
         R_BITS=root_bits,
         SHIFT=R - Z,
         Y_BITS=node.output.type.bits,
     )
-    _join(node, netlist, "row_normalize", "apply", parameters, kept, rows, out, 7)
+    latency = 3 + build.multiply_cycles(deviation_bits, root_bits + 1) + 1
+    _join(node, netlist, "row_normalize", "apply", parameters, kept, rows, out, latency)
     return out

@@ -35,20 +35,22 @@ def elaborate(
     pe, simd = node.folding.pe, node.folding.simd
     x, kind, scales = node.inputs[0], node.code_type, node.group_scale
     groups, columns = node.groups, node.n // pe
-    rows = node.k // groups // simd
+    rows = node.group_rows
     scale_type = None if scales is None else IntType.covering(min(-1, int(scales.min())), int(scales.max()))
     per_group = kind.bits * rows
+    a_bits = build.signed_bits(node.accumulator)
     parameters, cycles = macs.scale_array(
-        pe, per_group * groups, node.requantize, node.accumulator_bounds, node.output.type, search
+        pe, per_group * groups, node.requantize, node.accumulator_bounds, node.output.type, a_bits, search
     )
     summed = 2 + ((simd + 1) // 2 - 1).bit_length() + 1
     dequantized = 1 + (0 if scale_type is None else scale_type.bits)
     out = build.stream_channel(netlist, node.output, pe)
     step = np.arange(columns * groups * per_group)
     first_plane = step // rows % kind.bits == 0
+    row_of_x = step // per_group % groups * rows + step % rows
     process = Process(
         x.tokens * len(step),
-        {0: np.tile(first_plane & (step < groups * per_group), x.tokens)},
+        {0: np.tile(first_plane & (step < groups * per_group) & (row_of_x < node.k // simd), x.tokens)},
         {0: np.tile(step % (groups * per_group) == groups * per_group - 1, x.tokens)},
         summed + dequantized + cycles + 1,
     )
@@ -56,6 +58,7 @@ def elaborate(
         ROWS=rows,
         PLANES=kind.bits,
         GROUPS=groups,
+        WORDS=node.k // simd,
         COLUMNS=columns,
         SIMD=simd,
         PE=pe,
@@ -64,7 +67,7 @@ def elaborate(
         P_BITS=build.signed_bits(group_type(node)),
         SCALES=int(scale_type is not None),
         S_BITS=1 if scale_type is None else scale_type.bits,
-        A_BITS=build.signed_bits(node.accumulator),
+        A_BITS=a_bits,
         **parameters,
     )
     unit = Unit(
@@ -84,7 +87,7 @@ def elaborate(
 
 def group_type(node: MatVec) -> IntType:
     """The narrowest type of the sum of every group."""
-    x, length = node.inputs[0], node.k // node.groups
+    x, length = node.inputs[0], node.group_length or node.k
     ends = []
     for start in range(0, node.k, length):
         part = slice(start, start + length)
@@ -95,7 +98,9 @@ def group_type(node: MatVec) -> IntType:
 def _memories(node: MatVec, rows: int, parameters: dict[str, int]) -> dict[str, Memory]:
     pe, simd, groups = node.folding.pe, node.folding.simd, node.groups
     columns, bits = node.n // pe, node.code_type.bits
-    planes = (node.codes[None] >> np.arange(bits)[::-1, None, None]) & 1  # (plane, K, N), the highest first
+    codes = np.zeros((groups * rows * simd, node.n), np.int64)
+    codes[: node.k] = node.codes
+    planes = (codes[None] >> np.arange(bits)[::-1, None, None]) & 1  # (plane, K, N), the highest first
     # (plane, K, N) -> (columns, groups, planes, rows, pe, simd)
     words = planes.reshape(bits, groups, rows, simd, columns, pe).transpose(4, 1, 0, 2, 5, 3)
     memories = {

@@ -12,6 +12,9 @@ from qcompile.codegen.fixed.stream import Stream
 from qcompile.codegen.verilog.netlist import Channel, Netlist
 from qcompile.formats.fixed import IntType, Requantize
 
+BLOCK_BITS = 18
+"""Bits of a signed operand that one multiplier of every family takes."""
+
 ROUNDED_AT_ONCE = 5
 """Bits shifted out whose rounding is decided and added in one cycle."""
 
@@ -43,23 +46,38 @@ def signed_bits(kind: IntType) -> int:
     return kind.bits + (not kind.signed)
 
 
+def multiply_cycles(a_bits: int, b_bits: int) -> int:
+    """Cycles of ``rtl/multiply.v`` with signed operands of so many bits."""
+    return 4 if max(a_bits, b_bits) > BLOCK_BITS else 3
+
+
 def requantize_parameters(
-    step: Requantize | None, bounds: tuple[np.ndarray, np.ndarray], out: IntType
+    step: Requantize | None, bounds: tuple[np.ndarray, np.ndarray], out: IntType, a_bits: int = 1
 ) -> tuple[dict[str, int], int]:
-    """Parameters of ``rtl/requantize.v``, and the cycles it takes."""
+    """Parameters of ``rtl/requantize.v``, and the cycles it takes (``SCALED`` among the parameters).
+
+    Args:
+        step: None where nothing is to be done.
+        bounds: exact range per channel of what is requantized.
+        out: type of the result.
+        a_bits: of what is requantized, signed.
+    """
     if step is None:
-        return dict(MULTIPLY=0, M_BITS=1, Q_BITS=signed_bits(out), SHIFT=0, ROUND=0, Y_BITS=out.bits, CLAMP_LOW=0, CLAMP_HIGH=0,
+        return dict(MULTIPLY=0, SCALED=0, M_BITS=1, Q_BITS=signed_bits(out), SHIFT=0, ROUND=0, Y_BITS=out.bits, CLAMP_LOW=0, CLAMP_HIGH=0,
                     LOW=0, HIGH=0), 0  # fmt: skip
     least, most = step.unclamped(*bounds)
     low, high = int(least.min() < step.low), int(most.max() > step.high)
     multiply = 0 if step.is_shift else 2 if is_powers(step) else 1
     rounding = 0 if not step.shift else 1 if step.shift <= ROUNDED_AT_ONCE else 2
     codes = scale_codes(step)
+    m_bits = max(1, int(codes.max()).bit_length()) if multiply == 2 else signed_bits(step.multiplier_type)
+    cycles = (0, multiply_cycles(a_bits, m_bits), 2)[multiply] + rounding + (low or high)
     # The product, and room for what the shift leaves.
     product = max(signed_bits(step.product_type(*bounds)), step.shift + 2)
     parameters = dict(
         MULTIPLY=multiply,
-        M_BITS=max(1, int(codes.max()).bit_length()) if multiply == 2 else signed_bits(step.multiplier_type),
+        SCALED=cycles,
+        M_BITS=m_bits,
         Q_BITS=product,
         SHIFT=step.shift,
         ROUND=rounding,
@@ -69,7 +87,7 @@ def requantize_parameters(
         LOW=step.low,
         HIGH=step.high,
     )
-    return parameters, (0, 3, 2)[multiply] + rounding + (low or high)
+    return parameters, cycles
 
 
 def is_powers(step: Requantize) -> bool:

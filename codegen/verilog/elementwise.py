@@ -9,6 +9,7 @@ import numpy as np
 from qcompile.codegen.fixed.nodes import Add, Affine, Lookup, Multiply, Node
 from qcompile.codegen.verilog import build
 from qcompile.codegen.verilog.netlist import Channel, Memory, Netlist, Process, Unit
+from qcompile.formats.fixed import IntType
 
 
 @build.input_lanes.register(Affine)
@@ -58,17 +59,21 @@ def _affine(node: Affine, netlist: Netlist, inputs: Sequence[Channel]) -> Channe
         )
     if add:
         memories["OFFSET"] = Memory(f"{node.name}_offset", node.offset.reshape(-1, pe), rounding["Q_BITS"])
+    m_bits = build.signed_bits(node.step.multiplier_type)
+    multiplied = build.multiply_cycles(node.inputs[0].type.bits + 1, m_bits)
     parameters = dict(
         PE=pe,
         **build.type_parameters("X", node.inputs[0].type),
         SCALE=scale,
+        MULTIPLIED=multiplied,
         SCALES=node.inputs[0].channels // pe,
-        M_BITS=build.signed_bits(node.step.multiplier_type),
+        M_BITS=m_bits,
         ADD=add,
         OFFSETS=node.offset.size // pe,
         **rounding,
     )
-    return _put(node, netlist, "affine", parameters, {"s": inputs[0]}, 1 + scale + add + cycles + 1, memories)
+    latency = 1 + scale * multiplied + add + cycles + 1
+    return _put(node, netlist, "affine", parameters, {"s": inputs[0]}, latency, memories)
 
 
 @build.elaborate.register
@@ -87,6 +92,9 @@ def _add(node: Add, netlist: Netlist, inputs: Sequence[Channel]) -> Channel:
     rounding, cycles = build.rounding_parameters(node.rounding, node.total_bounds, node.output.type)
     ends = [np.stack([s.low * m, s.high * m]) for s, m in zip(node.inputs, node.multipliers)]
     rounding["Q_BITS"] = max(rounding["Q_BITS"], *(build.signed_bits(_covering(e)) for e in ends))
+    scales = _scales(*node.multipliers)
+    widest = max(x.type.bits for x in node.inputs) + 1
+    first = 1 + (build.multiply_cycles(widest, scales["M_BITS"]) if scales["MULTIPLY"] else 1) + 1
     parameters = dict(
         PE=node.folding.pe,
         PRODUCT=0,
@@ -94,9 +102,11 @@ def _add(node: Add, netlist: Netlist, inputs: Sequence[Channel]) -> Channel:
         **build.type_parameters("B", node.inputs[1].type),
         A_SCALE=node.multipliers[0],
         B_SCALE=node.multipliers[1],
+        **scales,
+        FIRST=first,
         **rounding,
     )
-    return _put(node, netlist, "combine", parameters, {"a": inputs[0], "b": inputs[1]}, 3 + cycles + 1)
+    return _put(node, netlist, "combine", parameters, {"a": inputs[0], "b": inputs[1]}, first + cycles + 1)
 
 
 @build.elaborate.register
@@ -105,18 +115,28 @@ def _multiply(node: Multiply, netlist: Netlist, inputs: Sequence[Channel]) -> Ch
     ordered = np.minimum(*bounds), np.maximum(*bounds)
     shift = type(node.step)(np.ones(1, np.int64), node.step.shift, node.step.low, node.step.high)
     rounding, cycles = build.rounding_parameters(shift, ordered, node.output.type)
+    scales = _scales(int(node.step.multiplier[0]))
+    a, b = (x.type.bits for x in node.inputs)
+    scaled = build.multiply_cycles(a + b + 2, scales["M_BITS"]) if scales["MULTIPLY"] else 1
+    first = 1 + build.multiply_cycles(a + 1, b + 1) + scaled
     parameters = dict(
         PE=node.folding.pe,
         PRODUCT=1,
         **build.type_parameters("A", node.inputs[0].type),
         **build.type_parameters("B", node.inputs[1].type),
         A_SCALE=int(node.step.multiplier[0]),
+        **scales,
+        FIRST=first,
         **rounding,
     )
-    return _put(node, netlist, "combine", parameters, {"a": inputs[0], "b": inputs[1]}, 3 + cycles + 1)
+    return _put(node, netlist, "combine", parameters, {"a": inputs[0], "b": inputs[1]}, first + cycles + 1)
 
 
-def _covering(values: np.ndarray):  # type: ignore[no-untyped-def]
-    from qcompile.formats.fixed import IntType
+def _scales(*scales: int) -> dict[str, int]:
+    """Parameters of ``rtl/scale_by.v`` for constants; powers of two need no multiplier."""
+    powers = all(s > 0 and s & (s - 1) == 0 for s in scales)
+    return dict(MULTIPLY=int(not powers), M_BITS=build.signed_bits(IntType.covering(min(scales), max(scales))))
 
+
+def _covering(values: np.ndarray) -> IntType:
     return IntType.covering(int(values.min()), int(values.max()))

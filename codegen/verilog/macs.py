@@ -45,14 +45,15 @@ def mac_array(
         bounds: exact range of the accumulator per channel.
         search: parameters of ``rtl/thresholds.v``, where it takes the place of a multiplication.
     """
-    parameters, cycles = scale_array(pe, rows, requantize, bounds, output, search)
+    a_bits = build.signed_bits(accumulator)
+    parameters, cycles = scale_array(pe, rows, requantize, bounds, output, a_bits, search)
     triple = style == STYLES["lut"] and weight.bits > (2 if weight.signed else 1)
     multiplied = (weight.bits + 1) // 2 if style == STYLES["lut"] else 1
     summed = 1 + triple + multiplied + (simd - 1).bit_length() + 1
     values = dict(
         STYLE=style,
         P_BITS=build.signed_bits(product),
-        A_BITS=build.signed_bits(accumulator),
+        A_BITS=a_bits,
         **parameters,
     )
     return values, summed + cycles + 1
@@ -64,10 +65,11 @@ def scale_array(
     requantize: Requantize | None,
     bounds: tuple[np.ndarray, np.ndarray],
     output: IntType,
+    a_bits: int,
     search: dict[str, int] | None = None,
 ) -> tuple[dict[str, int], int]:
-    """Parameters of ``rtl/scale_array.v`` and the cycles it takes; arguments as in `mac_array`."""
-    parameters, cycles = build.requantize_parameters(requantize, bounds, output)
+    """Parameters of ``rtl/scale_array.v`` and the cycles it takes; arguments as in `mac_array`, `a_bits` of the sums."""
+    parameters, cycles = build.requantize_parameters(requantize, bounds, output, a_bits)
     if search is not None:
         parameters |= dict(MULTIPLY=0, SHIFT=0, ROUND=0, CLAMP_LOW=0, CLAMP_HIGH=0, **search)
         cycles = search["THRESHOLDS"]

@@ -131,7 +131,8 @@ def back(steps: int, other: int) -> np.ndarray:
 def _token_sum(node: TokenSum, netlist: Netlist, inputs: Sequence[Channel]) -> Channel:
     pe, x = node.folding.pe, node.inputs[0]
     groups = x.channels // pe
-    parameters, cycles = build.requantize_parameters(node.requantize, node.accumulator_bounds, node.output.type)
+    a_bits = build.signed_bits(node.accumulator)
+    parameters, cycles = build.requantize_parameters(node.requantize, node.accumulator_bounds, node.output.type, a_bits)
     out = build.stream_channel(netlist, node.output, pe)
     steps = inputs[0].beats
     process = Process(steps, {0: build.every(steps)}, {0: np.arange(steps) >= steps - groups}, 1 + cycles + 1)
@@ -140,7 +141,7 @@ def _token_sum(node: TokenSum, netlist: Netlist, inputs: Sequence[Channel]) -> C
         TOKENS=x.tokens,
         GROUPS=groups,
         **build.type_parameters("X", x.type),
-        A_BITS=build.signed_bits(node.accumulator),
+        A_BITS=a_bits,
         **parameters,
         MULTIPLIER=int(build.scale_codes(node.requantize)[0]),
     )

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 from qcompile.codegen.verilog import tools
@@ -60,12 +62,44 @@ def synthesize(
     Raises:
         TargetError: Yosys is missing or rejects the design.
     """
-    command = f"{target.synthesis} {options} -top {top}".replace("  ", " ")
-    files = [str(p) if (p := RTL / target.family / Path(f).name).is_file() else f for f in sources]
-    chosen = " ".join(f"-chparam {name} {value}" for name, value in (parameters or {}).items())
-    script = f"read_verilog -defer {' '.join(files)}; hierarchy -top {top} {chosen}; {command}; write_json {top}.json; tee -o {top}.stat stat"
-    tools.call([*tools.require("yosys"), "-q", "-p", script], folder, timeout)
+    _run(folder, top, sources, target, f"{target.synthesis} {options}", parameters, timeout)
     return read_cells((folder / f"{top}.stat").read_text(encoding="utf-8"))
+
+
+def by_unit(
+    folder: Path, top: str, sources: Sequence[str], target: FpgaTarget, *, timeout: float | None = None
+) -> dict[str, Synthesis]:
+    """What each instance in ``top`` takes, by its name, when units are not mixed with each other; as `synthesize`."""
+    _run(folder, top, sources, target, target.hierarchical, None, timeout)
+    modules = json.loads((folder / f"{top}.json").read_text(encoding="utf-8"))["modules"]
+
+    def is_unit(kind: str) -> bool:  # cells of the device are modules without cells
+        return kind in modules and bool(modules[kind]["cells"])
+
+    @cache
+    def count(module: str) -> Counter[str]:
+        total: Counter[str] = Counter()
+        for cell in modules[module]["cells"].values():
+            total += count(cell["type"]) if is_unit(cell["type"]) else Counter([cell["type"]])
+        return total
+
+    return {name: _summary(count(c["type"])) for name, c in modules[top]["cells"].items() if is_unit(c["type"])}
+
+
+def _run(
+    folder: Path,
+    top: str,
+    sources: Sequence[str],
+    target: FpgaTarget,
+    command: str,
+    parameters: Mapping[str, int] | None,
+    timeout: float | None,
+) -> None:
+    """Leaves ``TOP.json`` and ``TOP.stat`` in ``folder``."""
+    files = [f'"{p if (p := RTL / target.family / Path(f).name).is_file() else f}"' for f in sources]
+    chosen = " ".join(f"-chparam {name} {value}" for name, value in (parameters or {}).items())
+    script = f"read_verilog -defer {' '.join(files)}; hierarchy -top {top} {chosen}; {command} -top {top}; write_json {top}.json; tee -o {top}.stat stat"
+    tools.call([*tools.require("yosys"), "-q", "-p", script], folder, timeout)
 
 
 def read_cells(text: str) -> Synthesis:
@@ -77,6 +111,10 @@ def read_cells(text: str) -> Synthesis:
             number = match[1] or match[3]
             if number is not None and match[2] not in ("Number",):
                 cells[match[2]] = int(number)
+    return _summary(cells)
+
+
+def _summary(cells: Mapping[str, int]) -> Synthesis:
     luts = sum(n for name, n in cells.items() if re.fullmatch(r"LUT[1-6](_2)?", name))
     luts += sum(n * _MEMORY_LUTS[name] for name, n in cells.items() if name in _MEMORY_LUTS)
     luts += 2 * cells.get("CCU2C", 0)

@@ -103,7 +103,7 @@ class Requantize:
 
     @classmethod
     def from_scale(
-        cls, scale: np.ndarray, low: int, high: int, *, error: float = 2.0**-6, bits: int = 18
+        cls, scale: np.ndarray, low: int, high: int, *, error: float = 2.0**-6, bits: int = 17
     ) -> Requantize:
         """The one with the narrowest multipliers whose result differs from ``a * scale`` by at most ``error`` before rounding.
 
@@ -111,7 +111,8 @@ class Requantize:
             scale: positive or negative float64 ``(N,)``, the ratio of the scales.
             low, high: range of the result.
             error: largest difference, in steps of the result, anywhere in its range.
-            bits: width that no multiplier exceeds; where it binds, the error is what it allows.
+            bits: of the largest magnitude of a multiplier, 17 so that multipliers of 18 bits take it with a sign; where
+                it binds, the error is what it allows.
 
         Raises:
             FormatError: a ratio is not finite, or is so large that the multiplier would be wider than ``bits``.

@@ -120,3 +120,26 @@ def test_a_recipe_with_dynamic_scales_is_refused_by_name(files):
     )
     assert done.exit_code != 0
     assert "error:" in done.output and not (files / "out").exists()
+
+
+def test_scales_of_groups_that_vanish_are_reported(files):
+    model = onnx.load(files / "model.onnx")
+    w1 = numpy_helper.to_array(model.graph.initializer[0]).copy()
+    w1[:6] *= 1e-4
+    model.graph.initializer[0].CopyFrom(numpy_helper.from_array(w1, "w1"))
+    onnx.save(model, files / "model.onnx")
+    done = run("compile", files / "model.onnx", "--target", "fpga", "--recipe", "fixed-w4a8", "--weight", "int4/g6",
+               "--calibration", files / "data.npz", "-o", files / "out", "--json")  # fmt: skip
+    assert done.exit_code == 0, done.output
+    (refusal,) = [r for r in json.loads(done.stdout)["refusals"] if r["what"] == "scales of groups"]
+    assert "w1" in refusal["where"] and "18 of 36 are below 1/510" in refusal["reason"]
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")
+def test_groups_need_not_divide_the_channels(files):
+    out, data = files / "out", files / "data.npz"
+    done = run("compile", files / "model.onnx", "--target", "fpga", "--recipe", "fixed-w4a8", "--weight", "int4/g8",
+               "--calibration", data, "--option", "products=serial", "-o", out, "--json")  # fmt: skip
+    assert done.exit_code == 0, done.output
+    done = run("simulate", out, data, "--with", "c", "--json")
+    assert json.loads(done.stdout) == {"frames": 40, "differences": 0}, done.output

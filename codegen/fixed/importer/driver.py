@@ -44,12 +44,22 @@ class Port:
 
 
 @dataclass(frozen=True)
+class Note:
+    """Something a user should know of the import: what, of which tensor, and why."""
+
+    what: str
+    where: str
+    reason: str
+
+
+@dataclass(frozen=True)
 class Imported:
-    """A program and how the model's tensors map to its streams."""
+    """A program, how the model's tensors map to its streams, and what was lost on the way."""
 
     program: Program
     inputs: tuple[Port, ...]
     outputs: tuple[Port, ...]
+    notes: tuple[Note, ...] = ()
 
 
 class Context:
@@ -61,6 +71,7 @@ class Context:
         self.values: dict[ir.Value, Value] = {}
         self.inputs: list[Port] = []
         self.streams: list[Stream] = []
+        self.notes: list[Note] = []
 
     def get(self, value: ir.Value | None, node: ir.Node) -> Value:
         """What is known of an input.
@@ -146,7 +157,7 @@ def import_model(model: ir.Model, name: str) -> Imported:
             context.values[out] = value
     outputs = [_output(context, value) for value in model.graph.outputs]
     program = Program(name, tuple(context.streams), tuple(context.builder.nodes), tuple(p.stream for p in outputs))
-    return Imported(_prune(program), tuple(context.inputs), tuple(outputs))
+    return Imported(_prune(program), tuple(context.inputs), tuple(outputs), tuple(context.notes))
 
 
 def _output(context: Context, value: ir.Value) -> Port:

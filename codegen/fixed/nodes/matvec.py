@@ -31,7 +31,8 @@ class MatVec(Node):
         scale: of the output stream.
         products: how hardware forms them: ``lut`` by adders, ``dsp`` by multipliers, ``constant`` all in one cycle by adders
             made for this matrix; then there is one folding only; ``serial`` a bit of the weights per cycle.
-        group_scale: int64 ``(G, N)`` where ``weight`` is integers times the scale of their group of ``K / G`` consecutive k.
+        group_scale: int64 ``(G, N)`` where ``weight`` is integers times the scale of their group.
+        group_length: consecutive k of a group; the last group may be shorter. 0 where there are no groups.
         scaling: how hardware requantizes: ``multiply``, or ``thresholds``, a search that needs no multiplier.
     """
 
@@ -42,6 +43,7 @@ class MatVec(Node):
     products: str = "lut"
     scaling: str = "multiply"
     group_scale: np.ndarray | None = None
+    group_length: int = 0
 
     kind = "matvec"
 
@@ -50,7 +52,7 @@ class MatVec(Node):
         if self.inputs[0].channels != k or self.bias.shape != (n,):
             raise FormatError(f"{self.name}: {self.inputs[0].channels} channels meet a weight of shape {(k, n)}")
         if self.group_scale is not None and (
-            k % len(self.group_scale) or (self.codes * self._spread != self.weight).any()
+            -(-k // max(self.group_length, 1)) != self.groups or (self.codes * self._spread != self.weight).any()
         ):
             raise FormatError(f"{self.name}: its weights are no multiples of the scales of their groups")
 
@@ -72,7 +74,12 @@ class MatVec(Node):
     @property
     def _spread(self) -> np.ndarray:
         assert self.group_scale is not None
-        return np.repeat(self.group_scale, self.k // self.groups, axis=0)
+        return np.repeat(self.group_scale, self.group_length, axis=0)[: self.k]
+
+    @property
+    def group_rows(self) -> int:
+        """Steps of ``simd`` channels per group; those past the last channel multiply by zero."""
+        return (self.group_length or self.k) // self.folding.simd
 
     @cached_property
     def codes(self) -> np.ndarray:
@@ -159,10 +166,11 @@ class MatVec(Node):
         if self.products != "serial":
             return divisors(self.k)
         # The sum of a group takes at least as long as its multiplication, a cycle per bit of the scale.
-        length, needed = self.k // self.groups, 1
+        length, needed = self.group_length or self.k, 1
         if self.group_scale is not None:
             needed = IntType.covering(min(-1, int(self.group_scale.min())), int(self.group_scale.max())).bits
-        found = tuple(d for d in divisors(length) if self.code_type.bits * length // d >= needed)
+        lanes = divisors(int(np.gcd(length, self.k)))
+        found = tuple(d for d in lanes if self.code_type.bits * length // d >= needed)
         if not found:
             raise FormatError(
                 f"{self.name}: groups of {length} weights are too short to multiply their sums bit by bit; "
@@ -172,8 +180,10 @@ class MatVec(Node):
 
     @property
     def interval(self) -> int:
-        planes = self.code_type.bits if self.products == "serial" else 1
-        return self.inputs[0].tokens * planes * (self.k // self.folding.simd) * (self.n // self.folding.pe)
+        rows = self.k // self.folding.simd
+        if self.products == "serial":
+            rows = self.code_type.bits * self.groups * self.group_rows
+        return self.inputs[0].tokens * rows * (self.n // self.folding.pe)
 
 
 def dot_bounds(low: np.ndarray, high: np.ndarray, weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

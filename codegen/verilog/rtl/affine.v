@@ -3,13 +3,15 @@ module affine #(
     parameter PE = 1,
     parameter X_BITS = 8,
     parameter X_SIGNED = 1,
-    parameter SCALE = 1,       // multiply; 1 cycle
+    parameter SCALE = 1,       // multiply; MULTIPLIED cycles
+    parameter MULTIPLIED = 3,  // of multiply.v
     parameter SCALES = 1,      // words of multipliers, repeated
     parameter M_BITS = 16,     // signed
     parameter ADD = 1,         // add; 1 cycle
     parameter OFFSETS = 1,     // words of offsets, repeated
     parameter Q_BITS = 24,     // the sum, signed
     parameter SHIFT = 0,
+    parameter SCALED = 2,      // cycles of requantize.v
     parameter ROUND = 1,
     parameter Y_BITS = 8,
     parameter CLAMP_LOW = 1,
@@ -29,7 +31,8 @@ module affine #(
     input m_ready,
     output [PE*Y_BITS-1:0] m_data
 );
-  localparam OUT = 1 + SCALE + ADD + ROUND + (CLAMP_LOW || CLAMP_HIGH ? 1 : 0);
+  localparam LATE = SCALE ? MULTIPLIED : 1;  // cycles from a step to the fetch of its offset
+  localparam OUT = 1 + (SCALE ? MULTIPLIED : 0) + ADD + SCALED;
   localparam MB = SCALES > 1 ? $clog2(SCALES) : 1;
   localparam OB = OFFSETS > 1 ? $clog2(OFFSETS) : 1;
 
@@ -39,10 +42,11 @@ module affine #(
   reg [OB-1:0] offset_index;
   reg [PE*X_BITS-1:0] x;
   reg [PE*M_BITS-1:0] m;
-  reg [PE*Q_BITS-1:0] o, o_late;
+  reg [PE*Q_BITS-1:0] o;
   reg [OUT:1] valid;
   wire room;
   wire go = s_valid & s_ready;
+  wire adds = SCALE ? valid[LATE] : go;
   assign s_ready = room;
   initial if (SCALE) $readmemh(MULTIPLIERS, multipliers);
   initial if (ADD) $readmemh(OFFSET, offsets);
@@ -52,11 +56,8 @@ module affine #(
     x <= s_data;
     m <= multipliers[scale_index];
     o <= offsets[offset_index];
-    o_late <= o;
-    if (go) begin
-      scale_index <= scale_index == SCALES - 1 ? {MB{1'b0}} : scale_index + 1'b1;
-      offset_index <= offset_index == OFFSETS - 1 ? {OB{1'b0}} : offset_index + 1'b1;
-    end
+    if (go) scale_index <= scale_index == SCALES - 1 ? {MB{1'b0}} : scale_index + 1'b1;
+    if (adds) offset_index <= offset_index == OFFSETS - 1 ? {OB{1'b0}} : offset_index + 1'b1;
     if (rst) begin
       valid <= 0;
       scale_index <= 0;
@@ -70,12 +71,19 @@ module affine #(
     for (p = 0; p < PE; p = p + 1) begin : pe
       wire signed [X_BITS:0] xs = {X_SIGNED ? x[p*X_BITS+X_BITS-1] : 1'b0, x[p*X_BITS+:X_BITS]};
       wire signed [M_BITS-1:0] ms = m[p*M_BITS+:M_BITS];
-      wire signed [Q_BITS-1:0] os = SCALE ? o_late[p*Q_BITS+:Q_BITS] : o[p*Q_BITS+:Q_BITS];
+      wire signed [Q_BITS-1:0] os = o[p*Q_BITS+:Q_BITS];
       wire signed [Q_BITS-1:0] scaled, total;
       if (SCALE) begin : scale
-        reg signed [Q_BITS-1:0] r;
-        always @(posedge clk) r <= xs * ms;
-        assign scaled = r;
+        multiply #(
+            .A_BITS(X_BITS + 1),
+            .B_BITS(M_BITS),
+            .P_BITS(Q_BITS)
+        ) unit (
+            .clk(clk),
+            .a(xs),
+            .b(ms),
+            .p(scaled)
+        );
       end else begin : keep
         assign scaled = xs;
       end

@@ -10,6 +10,7 @@ module bitserial #(
     parameter ROWS = 1,    // of a group
     parameter PLANES = 4,  // bits of weights
     parameter GROUPS = 1,
+    parameter WORDS = 1,   // of SIMD channels; the last group may have fewer than ROWS, and weights of zero there
     parameter COLUMNS = 1,  // N / PE
     parameter SIMD = 1,
     parameter PE = 1,
@@ -21,6 +22,7 @@ module bitserial #(
     parameter S_BITS = 9,   // scales of groups, signed
     parameter A_BITS = 24,  // sum of all
     parameter MULTIPLY = 1,
+    parameter SCALED = 5,  // cycles of requantize.v
     parameter M_BITS = 16,
     parameter Q_BITS = 32,
     parameter SHIFT = 16,
@@ -50,14 +52,14 @@ module bitserial #(
     output [PE*Y_BITS-1:0] m_data
 );
   localparam STEPS = COLUMNS * GROUPS * PLANES * ROWS;
-  localparam WORDS = COLUMNS * TURNS;
+  localparam SCALE_WORDS = COLUMNS * TURNS;
   localparam SB = STEPS > 1 ? $clog2(STEPS) : 1;
   localparam RB = ROWS > 1 ? $clog2(ROWS) : 1;
   localparam PB = PLANES > 1 ? $clog2(PLANES) : 1;
   localparam GB = GROUPS > 1 ? $clog2(GROUPS) : 1;
   localparam CB = COLUMNS > 1 ? $clog2(COLUMNS) : 1;
   localparam KB = GROUPS * ROWS > 1 ? $clog2(GROUPS * ROWS) : 1;
-  localparam MB = WORDS > 1 ? $clog2(WORDS) : 1;
+  localparam MB = SCALE_WORDS > 1 ? $clog2(SCALE_WORDS) : 1;
   localparam LB = GROUPS * COLUMNS > 1 ? $clog2(GROUPS * COLUMNS) : 1;
   localparam XS = X_BITS + (X_SIGNED ? 0 : 1);
   localparam PAIRS = (SIMD + 1) / 2;
@@ -66,7 +68,6 @@ module bitserial #(
   localparam TREE = 2 + $clog2(PAIRS);
   localparam GROUPED = TREE + 1;
   localparam STORED = GROUPED + 1 + (SCALES ? S_BITS : 0);
-  localparam SCALED = (MULTIPLY == 1 ? 3 : MULTIPLY) + ROUND + (CLAMP_LOW || CLAMP_HIGH ? 1 : 0);
   localparam CAPTURE = TURNS > 1 && THRESHOLDS ? 1 : 0;
   localparam OUT = STORED + CAPTURE + TURNS - 1 + (THRESHOLDS ? THRESHOLDS : SCALED);
 
@@ -77,14 +78,14 @@ module bitserial #(
   reg [GB-1:0] group;
   reg [CB-1:0] column;
   reg [KB-1:0] start;  // first row of the group
+  wire [KB-1:0] place = start + row;
   wire room;
   wire last_row = row == ROWS - 1;
   wire last_plane = last_row & plane == PLANES - 1;
   wire last_group = last_plane & group == GROUPS - 1;
-  wire takes = column == 0 && plane == 0;
+  wire takes = column == 0 && plane == 0 && (WORDS == GROUPS * ROWS || place < WORDS);
   wire ready = room | ~last_group;
   wire go = ready & (s_valid | ~takes);
-  wire [KB-1:0] place = start + row;
   assign s_ready = ready & takes;
 
   // [i]: what the step that began i cycles ago was.
@@ -141,7 +142,7 @@ module bitserial #(
 
   // Scales of the group that was summed up, bias of the column that begins, multipliers of the sums that are scaled.
   reg [PE*A_BITS-1:0] biases[0:COLUMNS-1];
-  reg [MW-1:0] multipliers[0:WORDS-1];
+  reg [MW-1:0] multipliers[0:SCALE_WORDS-1];
   reg [PE*A_BITS-1:0] bias;
   reg [MW-1:0] multiplier;
   reg [CB-1:0] bias_column;
@@ -156,7 +157,7 @@ module bitserial #(
     multiplier <= multipliers[word];
     if (ended) begins <= last[GROUPED];
     if (last[TREE]) bias_column <= bias_column == COLUMNS - 1 ? {CB{1'b0}} : bias_column + 1'b1;
-    if (turn) word <= word == WORDS - 1 ? {MB{1'b0}} : word + 1'b1;
+    if (turn) word <= word == SCALE_WORDS - 1 ? {MB{1'b0}} : word + 1'b1;
     if (rst) begin
       bias_column <= 0;
       word <= 0;

@@ -10,7 +10,11 @@ module combine #(
     parameter B_SIGNED = 1,
     parameter signed [31:0] A_SCALE = 1,
     parameter signed [31:0] B_SCALE = 1,
+    parameter MULTIPLY = 1,  // 0: scales are powers of two, and the first products of sums take 1 cycle
+    parameter M_BITS = 18,   // of scales, signed
+    parameter FIRST = 5,     // cycles to what is shifted
     parameter Q_BITS = 24,  // what is shifted, signed
+    parameter SCALED = 2,   // cycles of requantize.v
     parameter SHIFT = 0,
     parameter ROUND = 1,
     parameter Y_BITS = 8,
@@ -32,7 +36,8 @@ module combine #(
     input m_ready,
     output [PE*Y_BITS-1:0] m_data
 );
-  localparam OUT = 3 + ROUND + (CLAMP_LOW || CLAMP_HIGH ? 1 : 0);
+  localparam OUT = FIRST + SCALED;
+  localparam X_BITS = (A_BITS > B_BITS ? A_BITS : B_BITS) + 1;
   wire room;
   wire go = a_valid & b_valid & room;
   assign a_ready = b_valid & room;
@@ -54,11 +59,58 @@ module combine #(
     for (p = 0; p < PE; p = p + 1) begin : pe
       wire signed [A_BITS:0] as = {A_SIGNED ? a[p*A_BITS+A_BITS-1] : 1'b0, a[p*A_BITS+:A_BITS]};
       wire signed [B_BITS:0] bs = {B_SIGNED ? b[p*B_BITS+B_BITS-1] : 1'b0, b[p*B_BITS+:B_BITS]};
-      reg signed [Q_BITS-1:0] first, second, total;
-      always @(posedge clk) begin
-        first <= PRODUCT ? as * bs : as * A_SCALE;
-        second <= PRODUCT ? 0 : bs * B_SCALE;
-        total <= PRODUCT ? first * A_SCALE : first + second;
+      wire signed [Q_BITS-1:0] total;
+      if (PRODUCT) begin : product
+        localparam P_BITS = A_BITS + B_BITS + 2;
+        wire signed [P_BITS-1:0] both;
+        multiply #(
+            .A_BITS(A_BITS + 1),
+            .B_BITS(B_BITS + 1),
+            .P_BITS(P_BITS)
+        ) multiply_both (
+            .clk(clk),
+            .a(as),
+            .b(bs),
+            .p(both)
+        );
+        scale_by #(
+            .MULTIPLY(MULTIPLY),
+            .X_BITS(P_BITS),
+            .M_BITS(M_BITS),
+            .SCALE(A_SCALE),
+            .Y_BITS(Q_BITS)
+        ) scale (
+            .clk(clk),
+            .x(both),
+            .y(total)
+        );
+      end else begin : sum
+        wire signed [Q_BITS-1:0] first, second;
+        reg signed [Q_BITS-1:0] r;
+        scale_by #(
+            .MULTIPLY(MULTIPLY),
+            .X_BITS(X_BITS),
+            .M_BITS(M_BITS),
+            .SCALE(A_SCALE),
+            .Y_BITS(Q_BITS)
+        ) scale_a (
+            .clk(clk),
+            .x(as),
+            .y(first)
+        );
+        scale_by #(
+            .MULTIPLY(MULTIPLY),
+            .X_BITS(X_BITS),
+            .M_BITS(M_BITS),
+            .SCALE(B_SCALE),
+            .Y_BITS(Q_BITS)
+        ) scale_b (
+            .clk(clk),
+            .x(bs),
+            .y(second)
+        );
+        always @(posedge clk) r <= first + second;
+        assign total = r;
       end
       requantize #(
           .A_BITS(Q_BITS),

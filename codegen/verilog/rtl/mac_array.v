@@ -15,6 +15,7 @@ module mac_array #(
     parameter P_BITS = 12,  // products
     parameter A_BITS = 16,  // accumulator, signed
     parameter MULTIPLY = 1,
+    parameter SCALED = 5,  // cycles of requantize.v
     parameter M_BITS = 16,
     parameter Q_BITS = 32,  // accumulator times multiplier
     parameter SHIFT = 16,
@@ -50,7 +51,6 @@ module mac_array #(
   // Cycles from a step to the registers: 1 fetch, then perhaps 3x, the product, the tree, the accumulator.
   localparam SUMMED = 1 + TRIPLE + PRODUCT + $clog2(SIMD);
   localparam STORED = SUMMED + 1;
-  localparam SCALED = (MULTIPLY == 1 ? 3 : MULTIPLY) + ROUND + (CLAMP_LOW || CLAMP_HIGH ? 1 : 0);
   localparam CAPTURE = TURNS > 1 && THRESHOLDS ? 1 : 0;
   localparam OUT = STORED + CAPTURE + TURNS - 1 + (THRESHOLDS ? THRESHOLDS : SCALED);
 

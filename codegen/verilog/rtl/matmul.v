@@ -21,6 +21,7 @@ module matmul #(
     parameter P_BITS = 16,
     parameter A_BITS = 24,
     parameter MULTIPLY = 1,
+    parameter SCALED = 5,  // cycles of requantize.v
     parameter M_BITS = 16,
     parameter signed [31:0] MULTIPLIER = 1,
     parameter Q_BITS = 32,
@@ -182,6 +183,7 @@ module matmul #(
       .P_BITS(P_BITS),
       .A_BITS(A_BITS),
       .MULTIPLY(MULTIPLY),
+      .SCALED(SCALED),
       .M_BITS(M_BITS),
       .Q_BITS(Q_BITS),
       .SHIFT(SHIFT),

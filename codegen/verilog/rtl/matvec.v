@@ -18,6 +18,7 @@ module matvec #(
     parameter P_BITS = 12,  // products
     parameter A_BITS = 16,  // accumulator, signed
     parameter MULTIPLY = 1,
+    parameter SCALED = 5,  // cycles of requantize.v
     parameter M_BITS = 16,
     parameter Q_BITS = 32,  // accumulator times multiplier
     parameter SHIFT = 16,
@@ -135,6 +136,7 @@ module matvec #(
       .P_BITS(P_BITS),
       .A_BITS(A_BITS),
       .MULTIPLY(MULTIPLY),
+      .SCALED(SCALED),
       .M_BITS(M_BITS),
       .Q_BITS(Q_BITS),
       .SHIFT(SHIFT),

@@ -1,5 +1,5 @@
 // y = clamp(round_half_even(a * m / 2^SHIFT), LOW, HIGH). Parts that do nothing take no cycle and no logic:
-// 3 cycles to multiply (MULTIPLY 1) or 2 to shift left by m (MULTIPLY 2), ROUND to round (0 if SHIFT is 0, else 1, or 2 for a shorter path), 1 to clamp (CLAMP_LOW or CLAMP_HIGH).
+// the cycles of multiply.v to multiply (MULTIPLY 1) or 2 to shift left by m (MULTIPLY 2), ROUND to round (0 if SHIFT is 0, else 1, or 2 for a shorter path), 1 to clamp (CLAMP_LOW or CLAMP_HIGH).
 module requantize #(
     parameter A_BITS = 16,
     parameter MULTIPLY = 1,

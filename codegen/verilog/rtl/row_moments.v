@@ -15,6 +15,7 @@ module row_moments #(
     parameter F = 8,
     parameter R_BITS = 15,   // an entry of the table
     parameter EPSILON = 1,
+    parameter MULTIPLIED = 4,  // cycles of multiply.v for the sum of squares
     parameter DEPTH = 2,
     parameter ROOTS = "roots.hex"  // 3 * 2^F words
 ) (
@@ -27,8 +28,8 @@ module row_moments #(
     input m_ready,
     output [K_BITS+R_BITS+S_BITS-1:0] m_data
 );
-  localparam TREE = 2 + $clog2(PE);  // a cycle to fetch, one to square
-  localparam OUT = TREE + 6;
+  localparam TREE = 3 + $clog2(PE);  // three to square
+  localparam OUT = TREE + MULTIPLIED + 6;
   localparam XS = X_BITS + 1;
   localparam B = BEATS > 1 ? $clog2(BEATS) : 1;
   reg [B-1:0] beat;
@@ -51,19 +52,26 @@ module row_moments #(
     end
   end
 
-  reg [PE*XS-1:0] x, x_late;
-  reg [PE*2*XS-1:0] square;
+  wire [PE*XS-1:0] x;
+  reg [3*PE*XS-1:0] x_late;
+  wire [PE*2*XS-1:0] square;
   wire signed [S_BITS-1:0] part;
   wire signed [Q_BITS-1:0] part_square;
-  always @(posedge clk) x_late <= x;
+  always @(posedge clk) x_late <= {x_late, x};
   genvar p;
   generate
     for (p = 0; p < PE; p = p + 1) begin : pe
-      wire signed [XS-1:0] xs = x[p*XS+:XS];
-      always @(posedge clk) begin
-        x[p*XS+:XS] <= {X_SIGNED ? s_data[p*X_BITS+X_BITS-1] : 1'b0, s_data[p*X_BITS+:X_BITS]};
-        square[p*2*XS+:2*XS] <= xs * xs;
-      end
+      assign x[p*XS+:XS] = {X_SIGNED ? s_data[p*X_BITS+X_BITS-1] : 1'b0, s_data[p*X_BITS+:X_BITS]};
+      multiply #(
+          .A_BITS(XS),
+          .B_BITS(XS),
+          .P_BITS(2 * XS)
+      ) unit (
+          .clk(clk),
+          .a(x[p*XS+:XS]),
+          .b(x[p*XS+:XS]),
+          .p(square[p*2*XS+:2*XS])
+      );
     end
   endgenerate
   adder_tree #(
@@ -72,7 +80,7 @@ module row_moments #(
       .LIMIT(S_BITS)
   ) sum_tree (
       .clk(clk),
-      .x(x_late),
+      .x(x_late[2*PE*XS+:PE*XS]),
       .sum(part)
   );
   adder_tree #(
@@ -85,9 +93,45 @@ module row_moments #(
       .sum(part_square)
   );
 
-  // The accumulators hold the sums of a row when last[TREE + 1]; five cycles turn them into a beat.
-  reg signed [S_BITS-1:0] s1, s1_1, s1_2, s1_3, s1_4, s1_5;
+  // The accumulators hold the sums of a row when last[TREE + 1]; their products, then five cycles turn them into a beat.
+  reg signed [S_BITS-1:0] s1;
+  reg [(MULTIPLIED+5)*S_BITS-1:0] s1_late;
   reg signed [Q_BITS-1:0] s2;
+  wire signed [V_BITS:0] sum_product, square_of_sum;
+  generate
+    if (C & (C - 1)) begin : times
+      scale_by #(
+          .X_BITS(Q_BITS),
+          .M_BITS($clog2(C + 1) + 1),
+          .SCALE(C),
+          .Y_BITS(V_BITS + 1)
+      ) unit (
+          .clk(clk),
+          .x(s2),
+          .y(sum_product)
+      );
+    end else begin : shift
+      reg [MULTIPLIED*Q_BITS-1:0] s2_late;
+      always @(posedge clk) s2_late <= {s2_late, s2};
+      assign sum_product = $signed(s2_late[(MULTIPLIED-1)*Q_BITS+:Q_BITS]) * C;
+    end
+    if (CENTRED) begin : mean_square
+      localparam W_BITS = Q_BITS > S_BITS ? Q_BITS : S_BITS;  // as many cycles as the other product
+      wire signed [W_BITS-1:0] s1_wide = s1;
+      multiply #(
+          .A_BITS(W_BITS),
+          .B_BITS(S_BITS),
+          .P_BITS(V_BITS + 1)
+      ) unit (
+          .clk(clk),
+          .a(s1_wide),
+          .b(s1),
+          .p(square_of_sum)
+      );
+    end else begin : no_mean
+      assign square_of_sum = 0;
+    end
+  endgenerate
   reg [V_BITS-1:0] scaled, mean, v, v_late;
   reg [K_BITS-1:0] k, k_late, k_out;
   reg [F+1:0] index;
@@ -108,20 +152,16 @@ module row_moments #(
       s1 <= CENTRED ? part + (first ? $signed({S_BITS{1'b0}}) : s1) : 0;
       s2 <= part_square + (first ? $signed({Q_BITS{1'b0}}) : s2);
     end
-    scaled <= s2 * C + EPSILON;
-    mean <= s1 * s1;
-    s1_1 <= s1;
+    s1_late <= {s1_late, s1};
+    scaled <= sum_product + EPSILON;
+    mean <= square_of_sum;
     v <= scaled - mean;
-    s1_2 <= s1_1;
     k <= found;
     v_late <= v;
-    s1_3 <= s1_2;
     index <= shifted - (1 << F);
     k_late <= k;
-    s1_4 <= s1_3;
     root <= roots[index];
     k_out <= k_late;
-    s1_5 <= s1_4;
   end
 
   credit_fifo #(
@@ -133,7 +173,7 @@ module row_moments #(
       .room(room),
       .reserve(go & end_row),
       .push(last[OUT]),
-      .push_data({k_out, root, s1_5}),
+      .push_data({k_out, root, s1_late[(MULTIPLIED+4)*S_BITS+:S_BITS]}),
       .m_valid(m_valid),
       .m_ready(m_ready),
       .m_data(m_data)

@@ -26,7 +26,8 @@ module row_normalize #(
     input m_ready,
     output [PE*Y_BITS-1:0] m_data
 );
-  localparam OUT = 6;
+  localparam WIDE = D_BITS > 18 || R_BITS > 17 ? 1 : 0;  // multiply.v takes a cycle more
+  localparam OUT = 6 + WIDE;
   localparam P = D_BITS + R_BITS + 1;
   localparam G = SHIFT + LAST_K;  // bits that may be shifted out
   localparam B = BEATS > 1 ? $clog2(BEATS) : 1;
@@ -42,20 +43,22 @@ module row_normalize #(
 
   reg [PE*X_BITS-1:0] x;
   reg signed [S_BITS-1:0] s1;
-  reg [R_BITS-1:0] root1, root2;
-  reg [K_BITS-1:0] k1, k2, k3, k4;
-  reg [G-1:0] below4;  // ones where bits are lost below the highest lost one
+  reg [R_BITS-1:0] root1;
+  reg [K_BITS-1:0] k1, k2, k3, k4, k5;
+  wire [K_BITS-1:0] earlier = WIDE ? k4 : k3;  // of the product, and a cycle earlier
+  wire [K_BITS-1:0] places = WIDE ? k5 : k4;
+  reg [G-1:0] below;  // ones where bits are lost below the highest lost one
   always @(posedge clk) begin
     valid <= {valid, go};
     x <= a_data;
     s1 <= row[S_BITS-1:0];
     root1 <= row[S_BITS+:R_BITS];
-    root2 <= root1;
     k1 <= row[S_BITS+R_BITS+:K_BITS];
     k2 <= k1;
     k3 <= k2;
     k4 <= k3;
-    below4 <= ({{G - 1{1'b0}}, 1'b1} << (k3 + SHIFT - 1)) - 1'b1;
+    k5 <= k4;
+    below <= ({{G - 1{1'b0}}, 1'b1} << (earlier + SHIFT - 1)) - 1'b1;
     if (go) begin
       beat <= beat == BEATS - 1 ? {B{1'b0}} : beat + 1'b1;
       if (first) held <= b_data;
@@ -71,19 +74,26 @@ module row_normalize #(
   generate
     for (p = 0; p < PE; p = p + 1) begin : pe
       wire signed [X_BITS:0] xs = {X_SIGNED ? x[p*X_BITS+X_BITS-1] : 1'b0, x[p*X_BITS+:X_BITS]};
-      reg signed [D_BITS-1:0] d;
-      reg signed [P-1:0] p3, p4;
+      wire signed [D_BITS-1:0] d = xs * $signed(C) - s1;
+      wire signed [P-1:0] product;
       reg signed [Y_BITS:0] kept;
       reg half, sticky;
       reg [Y_BITS-1:0] z;
-      wire signed [P-1:0] shifted = p4 >>> (k4 + SHIFT - 1);
+      wire signed [P-1:0] shifted = product >>> (places + SHIFT - 1);
+      multiply #(
+          .A_BITS(D_BITS),
+          .B_BITS(R_BITS + 1),
+          .P_BITS(P)
+      ) unit (
+          .clk(clk),
+          .a(d),
+          .b({1'b0, root1}),
+          .p(product)
+      );
       always @(posedge clk) begin
-        d <= xs * $signed(C) - s1;
-        p3 <= d * $signed({1'b0, root2});
-        p4 <= p3;
         kept <= shifted[P-1:1];
         half <= shifted[0];
-        sticky <= |(p4[G-1:0] & below4);
+        sticky <= |(product[G-1:0] & below);
         z <= kept + $signed({1'b0, half & (sticky | kept[0])});
       end
       assign y[p*Y_BITS+:Y_BITS] = z;

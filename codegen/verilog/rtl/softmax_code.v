@@ -20,7 +20,7 @@ module softmax_code #(
     input m_ready,
     output [PE*BITS-1:0] m_data
 );
-  localparam OUT = 2 + BITS;
+  localparam OUT = 3 + BITS;
   localparam B = BEATS > 1 ? $clog2(BEATS) : 1;
   localparam W = S_BITS + 15;                // of the sum with 15 more bits
   localparam G = E_BITS + 16 + (1 << BITS);  // of e * sqrt(2), doubled
@@ -34,12 +34,11 @@ module softmax_code #(
   assign a_ready = room & (b_valid | ~first);
   assign b_ready = room & a_valid & first;
 
-  reg [PE*E_BITS-1:0] e;
-  reg [W-1:0] whole;  // of the step before
+  reg [W-1:0] whole, whole_late;  // of the step before, and the one before that
   always @(posedge clk) begin
     valid <= {valid, go};
-    e <= a_data;
     whole <= {first ? b_data : held, 15'd0};
+    whole_late <= whole;
     if (go) begin
       beat <= beat == BEATS - 1 ? {B{1'b0}} : beat + 1'b1;
       if (first) held <= b_data;
@@ -56,26 +55,39 @@ module softmax_code #(
     for (i = 0; i <= BITS; i = i + 1) begin : sum
       reg [W-1:0] r;
       if (i == 0) begin : start
-        always @(posedge clk) r <= whole;
+        always @(posedge clk) r <= whole_late;
       end else begin : later
         always @(posedge clk) r <= sum[i-1].r;
       end
     end
     for (p = 0; p < PE; p = p + 1) begin : pe
+      wire signed [E_BITS+17:0] scaled;  // e * sqrt(2)
+      multiply #(
+          .A_BITS(E_BITS + 1),
+          .B_BITS(17),
+          .P_BITS(E_BITS + 18)
+      ) unit (
+          .clk(clk),
+          .a({1'b0, a_data[p*E_BITS+:E_BITS]}),
+          .b(17'sd46341),
+          .p(scaled)
+      );
       for (i = 0; i <= BITS; i = i + 1) begin : bit_
-        reg [C-1:0] grown;
-        reg [BITS-1:0] code;
+        wire [C-1:0] grown;
+        wire [BITS-1:0] code;
         if (i == 0) begin : start
-          always @(posedge clk) begin
-            grown <= e[p*E_BITS+:E_BITS] * 16'd46341;
-            code <= 0;
-          end
+          assign grown = scaled[E_BITS+15:0];
+          assign code = 0;
         end else begin : later
+          reg [C-1:0] grown_r;
+          reg [BITS-1:0] code_r;
+          assign grown = grown_r;
+          assign code = code_r;
           localparam D = 1 << (BITS - i);  // doublings this bit stands for
           wire below = (bit_[i-1].grown << (D - 1)) < {{C - W{1'b0}}, sum[i-1].r};
           always @(posedge clk) begin
-            grown <= below ? bit_[i-1].grown << D : bit_[i-1].grown;
-            code <= {bit_[i-1].code, below};
+            grown_r <= below ? bit_[i-1].grown << D : bit_[i-1].grown;
+            code_r <= {bit_[i-1].code, below};
           end
         end
       end

@@ -7,6 +7,7 @@ module token_sum #(
     parameter X_SIGNED = 1,
     parameter A_BITS = 16,  // signed
     parameter MULTIPLY = 1,
+    parameter SCALED = 5,  // cycles of requantize.v
     parameter M_BITS = 16,
     parameter signed [31:0] MULTIPLIER = 1,
     parameter Q_BITS = 32,
@@ -28,7 +29,7 @@ module token_sum #(
     input m_ready,
     output [PE*Y_BITS-1:0] m_data
 );
-  localparam OUT = 1 + (MULTIPLY == 1 ? 3 : MULTIPLY) + ROUND + (CLAMP_LOW || CLAMP_HIGH ? 1 : 0);
+  localparam OUT = 1 + SCALED;
   localparam TB = TOKENS > 1 ? $clog2(TOKENS) : 1;
   localparam GB = GROUPS > 1 ? $clog2(GROUPS) : 1;
   reg [TB-1:0] token;

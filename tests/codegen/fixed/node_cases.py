@@ -63,15 +63,24 @@ def half_up(rng, name):
     return MatVec(name, node.inputs, weight, bias, step, products="constant")
 
 
-def grouped(rng, name="fc_serial_groups", groups=3, length=8, n=6, bits=4):
-    """Groups of weights with scales of either sign, dequantized after their sums."""
+def grouped(rng, name="fc_serial_groups", groups=3, length=8, last=8, n=6, bits=4):
+    """Groups of weights with scales of either sign, dequantized after their sums; ``last`` is the length of the last one."""
     kind = IntType(bits, True)
-    codes = rng.integers(kind.low, kind.high + 1, (groups * length, n))
+    codes = rng.integers(kind.low, kind.high + 1, ((groups - 1) * length + last, n))
     scale = rng.integers(-99, 128, (groups, n))
-    weight = codes * np.repeat(scale, length, axis=0)
+    weight = codes * np.repeat(scale, length, axis=0)[: len(codes)]
     x = Stream.of(f"{name}_x", 3, len(codes), INT8)
     step = requantize(rng, n, reach=0.0005)
-    return MatVec(name, (x,), weight, rng.integers(-9999, 9999, n), step, products="serial", group_scale=scale)
+    return MatVec(
+        name,
+        (x,),
+        weight,
+        rng.integers(-9999, 9999, n),
+        step,
+        products="serial",
+        group_scale=scale,
+        group_length=length,
+    )
 
 
 def nodes(rng):
@@ -114,6 +123,7 @@ def nodes(rng):
             scaling="thresholds",
         ),
         grouped(rng),
+        grouped(rng, "fc_serial_groups_odd", 4, 12, 6),
         Window("window", (image,), pixels),
         Window("window_strided", (image,), strided),
         Window("window_dilated", (image,), dilated),
@@ -146,6 +156,7 @@ def nodes(rng):
         MatMul("values", (codes, two_heads_k), 2, False, Requantize.from_scale(one(1) * 2e-5, -128, 127), 15),
         Softmax("softmax", (logits,), exp_table(0.05, INT8), 2),
         Normalize("layer_norm", (tokens,), 3),
+        Normalize("layer_norm_power", (Stream.of("eight", 3, 8, INT8),), 3),
         Normalize("rms_norm", (Stream.of("odd", 4, 9, UINT8),), 1, centred=False),
     ]
     return {node.name: node for node in found}

@@ -7,7 +7,7 @@ import onnx_ir as ir
 
 from qcompile.codegen.fixed.importer.driver import Context, Value, label, operator
 from qcompile.codegen.fixed.importer.operators.common import attribute, bare
-from qcompile.codegen.fixed.importer.operators.linear import integer_matrix, weight
+from qcompile.codegen.fixed.importer.operators.linear import integer_matrix, report_vanished, weight
 from qcompile.codegen.fixed.importer.values import Linear, Real, image_order, matrix_view
 from qcompile.codegen.fixed.nodes import Depthwise, Geometry, MatVec, MaxPool, TokenSum, Window
 from qcompile.errors import UnsupportedOperatorError
@@ -51,6 +51,7 @@ def _conv(context: Context, node: ir.Node) -> Value:
     # (O, C / groups, kh, kw) -> (kh kw C / groups, O)
     matrix = codes.map(lambda a: a.transpose(2, 3, 1, 0).reshape(-1, out))
     found = integer_matrix(matrix)
+    report_vanished(context, node, found)
     scale = value.scale * found.scale
     bias = np.zeros(out)
     if len(node.inputs) > 2 and node.inputs[2] is not None:

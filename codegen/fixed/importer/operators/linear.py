@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from qcompile.codegen.fixed.importer.driver import Context, Value, label, operator
+from qcompile.codegen.fixed.importer.driver import Context, Note, Value, label, operator
 from qcompile.codegen.fixed.importer.operators.common import attribute, bare
 from qcompile.codegen.fixed.importer.values import Codes, Linear, Real, matrix_view
 from qcompile.codegen.fixed.nodes import MatMul, MatVec
@@ -38,11 +38,15 @@ class IntegerMatrix:
         weight: int64 ``(K, N)``, the scales of groups multiplied in.
         scale: float64 ``(N,)``.
         group_scale: int64 ``(G, N)``, not negative; None if there is one scale per column.
+        group_length: consecutive k of a group, fewer in the last one; 0 without groups.
+        vanished: groups whose scale is too small for a step, so that their weights are zero.
     """
 
     weight: np.ndarray
     scale: np.ndarray
     group_scale: np.ndarray | None = None
+    group_length: int = 0
+    vanished: int = 0
 
 
 def integer_matrix(codes: Codes) -> IntegerMatrix:
@@ -54,7 +58,7 @@ def integer_matrix(codes: Codes) -> IntegerMatrix:
     if (codes.scale == codes.scale[:1]).all():
         return IntegerMatrix(codes.codes, codes.scale[0])
     changes = np.flatnonzero((codes.scale[1:] != codes.scale[:-1]).any(1)) + 1
-    length = int(np.gcd.reduce([len(codes.scale), *changes.tolist()]))
+    length = int(np.gcd.reduce(changes))
     scale, signs = np.abs(codes.scale[::length]), np.sign(codes.scale)
     top = np.where(scale.any(0), scale.max(0), 1)
     steps = np.arange(1, SCALE_STEPS + 1)[:, None]
@@ -62,8 +66,22 @@ def integer_matrix(codes: Codes) -> IntegerMatrix:
     whole = np.stack([(np.abs((r := scale / top * n) - np.rint(r)) < 1e-4).all(0) for n in steps[:, 0]])
     count = np.where(whole.any(0), whole.argmax(0) + 1, SCALE_STEPS)
     groups = np.rint(scale / top * count).astype(np.int64)
-    weight = (codes.codes * signs).astype(np.int64) * np.repeat(groups, length, axis=0)
-    return IntegerMatrix(weight, top / count, groups)
+    weight = (codes.codes * signs).astype(np.int64) * np.repeat(groups, length, axis=0)[: len(signs)]
+    return IntegerMatrix(weight, top / count, groups, length, int(((groups == 0) & (scale > 0)).sum()))
+
+
+def report_vanished(context: Context, node: ir.Node, found: IntegerMatrix) -> None:
+    """Leave a note where scales of groups became zero."""
+    if found.vanished and found.group_scale is not None:
+        name = node.inputs[1].name if node.inputs[1] is not None else ""
+        context.notes.append(
+            Note(
+                "scales of groups",
+                name or label(node),
+                f"{found.vanished} of {found.group_scale.size} are below 1/{2 * SCALE_STEPS} of the largest of their column and "
+                "became zero, and with them their weights; use longer groups or one scale per channel",
+            )
+        )
 
 
 @operator("MatMul")
@@ -94,13 +112,16 @@ def _dense(context: Context, node: ir.Node, codes: Codes) -> Linear:
     stream, order = matrix_view(context.builder, value, label(node))
     n = codes.codes.shape[1]
     found = integer_matrix(codes)
+    report_vanished(context, node, found)
     matrix = np.empty_like(found.weight)
     matrix[order] = found.weight
-    groups = found.group_scale if (np.diff(order) == 1).all() else None  # elsewhere channels of a group are apart
+    groups, length = found.group_scale, found.group_length
+    if (np.diff(order) != 1).any():  # channels of a group are apart
+        groups, length = None, 0
     index = np.arange(stream.tokens * n).reshape(*value.index.shape[:-1], n)
     return Linear(
         bare(node), index, (stream.tokens, n), value.scale * found.scale, np.zeros(n),
-        lambda name, bias, step: MatVec(name, (stream,), matrix, bias, step, group_scale=groups),
+        lambda name, bias, step: MatVec(name, (stream,), matrix, bias, step, group_scale=groups, group_length=length),
     )  # fmt: skip
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from qcompile.errors import UnsupportedOperatorError
 from qcompile.passes.graph import attribute
 
 OPERATORS: dict[str, Callable[..., Any]] = {}
@@ -416,17 +417,30 @@ def _reduce(node, ft, x, axes=None):
 # -- quantization ----------------------------------------------------------------------------------------------------
 
 
+@op("QuantizeLinear")
+def _quantize(node, ft, x, scale, zero=None):
+    scale, zero = _spread(node, x, scale), 0 if zero is None else _spread(node, x, zero).to(x.dtype)
+    out = node.outputs[0].dtype
+    if out is None or not out.is_integer():
+        raise UnsupportedOperatorError(f"node {node.name!r}: {out} codes cannot be computed in float64")
+    bits = int(out.bitwidth)
+    least, most = (-(1 << (bits - 1)), (1 << (bits - 1)) - 1) if out.is_signed() else (0, (1 << bits) - 1)
+    return torch.clamp(torch.round(x / scale) + zero, least, most)
+
+
 @op("DequantizeLinear")
 def _dequantize(node, ft, codes, scale, zero=None):
+    scale, codes = _spread(node, codes, scale), codes.to(ft)
+    return (codes if zero is None else codes - _spread(node, codes, zero).to(ft)) * scale
+
+
+def _spread(node, x, parameter):
+    """Scales or zero points, given per tensor, per channel or per block, as they meet ``x``."""
     axis, block = attribute(node, "axis", 1), attribute(node, "block_size", 0)
-    if scale.dim() and not block:
-        shape = [-1 if k == axis % codes.dim() else 1 for k in range(codes.dim())]
-        scale, zero = scale.reshape(shape), None if zero is None else zero.reshape(shape)
-    elif block:
-        spread = lambda t: t.repeat_interleave(block, axis).narrow(axis, 0, codes.shape[axis])  # noqa: E731
-        scale, zero = spread(scale), None if zero is None else spread(zero)
-    codes = codes.to(ft)
-    return (codes if zero is None else codes - zero.to(ft)) * scale
+    if block:
+        return parameter.repeat_interleave(block, axis).narrow(axis, 0, x.shape[axis])
+    shape = [-1 if k == axis % max(1, x.dim()) else 1 for k in range(x.dim())]
+    return parameter.reshape(shape) if parameter.dim() else parameter
 
 
 # -- layers ----------------------------------------------------------------------------------------------------------

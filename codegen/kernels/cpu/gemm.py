@@ -218,16 +218,18 @@ class TiledGemm(LinearKernel):
         panels = self.panels(problem, config)
         unit = self.unit(panels)
         packed = {"weight": panels.pack_codes(weight)}
-        offset = -self.activation_offset(problem) * unit * panels.integers(weight)
+        stored: np.ndarray | float = 1
         if not panels.fmt.group:
-            column, total = np.broadcast_to(weight.scale[0].astype(np.float32), problem.n), offset.sum(0)
+            column = np.broadcast_to(weight.scale[0].astype(np.float32), problem.n)
         else:
             stored, column = self.levels(problem, config, weight)
             packed["group_scale"] = panels.by_panel(stored)
-            total = (offset * panels.fmt.expand(stored.astype(np.float64), problem.k)).sum(0)
+            stored = stored.astype(np.float64)
         if not panels.fmt.symmetric:
             packed["zero"] = panels.by_panel(panels.zeros(weight))
-        if self.activation_offset(problem):
+        if offset := self.activation_offset(problem):
+            starts = range(0, problem.k, panels.group)
+            total = -offset * unit * (np.add.reduceat(panels.integers(weight), starts, axis=0) * stored).sum(0)
             packed["start"] = panels.columns(total).astype(np.float32 if self.tile_is_float(panels) else np.int32)
         packed["scale"] = panels.columns(column / np.float32(unit))
         return packed

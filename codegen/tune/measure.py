@@ -201,6 +201,9 @@ class RpcRunner(Runner):
             try:
                 socket.create_connection((self.host, self.port), timeout=5).close()  # TVM would try for a minute
                 tracker = rpc.connect_tracker(self.host, self.port)
+                servers = {info["key"].removeprefix("server:") for info in tracker.summary()["server_info"]}
+                if self.key not in servers:  # TVM would wait until one registers
+                    raise OSError(f"it knows {', '.join(sorted(servers)) or 'no board'}")
                 self._session = tracker.request(self.key, priority=1, session_timeout=600, max_retry=1)
             except (RuntimeError, OSError) as error:
                 reason = str(error).splitlines()[0]

@@ -10,7 +10,8 @@ from qcompile.formats.hadamard import factors
 from qcompile.passes.spaces.groups import Limit
 
 if TYPE_CHECKING:
-    from qcompile.passes.spaces.analysis import Reader, Space, Spaces
+    from qcompile.passes.spaces.analysis import Spaces
+    from qcompile.passes.spaces.space import Reader, Space
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,10 @@ from __future__ import annotations
 import numpy as np
 
 from qcompile.errors import RecipeError
-from qcompile.passes.spaces.analysis import Space, Spaces
+from qcompile.passes.spaces.analysis import Spaces
 from qcompile.passes.spaces.element import Element
 from qcompile.passes.spaces.groups import BlockGroup, Limit
+from qcompile.passes.spaces.space import Space
 
 
 def admits_diagonal(space: Space) -> bool:

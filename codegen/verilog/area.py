@@ -98,6 +98,13 @@ def _fifo(family: Family, width: int, depth: int) -> Area:
     return Area(family.ports(width, depth) + 4 * count, 4.0 * count)
 
 
+def _blocks(a_bits: int, b_bits: int, family: Family) -> int:
+    """Multipliers of the device that one ``rtl/multiply.v`` takes: 25 x 18 bits on 7 series, parts of 18 x 18 on ECP5."""
+    if family.inputs == 6 and max(a_bits, b_bits) <= 25 and min(a_bits, b_bits) <= 18:
+        return 1
+    return int(np.prod([1 if bits <= 18 else (bits + 15) // 17 for bits in (a_bits, b_bits)]))
+
+
 def _requantize(p: Mapping[str, int], family: Family) -> Area:
     """One ``rtl/requantize.v``."""
     multiply = p.get("MULTIPLY", 0)
@@ -110,7 +117,7 @@ def _requantize(p: Mapping[str, int], family: Family) -> Area:
     if multiply == 2:  # a barrel shifter
         luts += p["Q_BITS"] * family.select(1 << p["M_BITS"])
         registers += p["A_BITS"] + p["M_BITS"] + p["Q_BITS"]
-    return Area(luts, registers, multiply == 1)
+    return Area(luts, registers, _blocks(p["A_BITS"], p["M_BITS"], family) if multiply == 1 else 0)
 
 
 def _scale_array(p: Mapping[str, int], family: Family) -> Area:
@@ -220,6 +227,24 @@ def _unrolled(unit: Unit, family: Family) -> Area:
     return Area(luts if family.inputs == 6 else 1.05 * luts, flipflops)
 
 
+def _affine(unit: Unit, family: Family) -> Area:
+    """``rtl/affine.v``."""
+    p = unit.parameters
+    blocks = _blocks(p["X_BITS"] + 1, p["M_BITS"], family) if p["SCALE"] else 0
+    return _other(unit, family) + Area(multipliers=p["PE"] * blocks)
+
+
+def _combine(unit: Unit, family: Family) -> Area:
+    """``rtl/combine.v``: two scales, or a product and one."""
+    p = unit.parameters
+    a, b, m = p["A_BITS"] + 1, p["B_BITS"] + 1, p["M_BITS"]
+    if p["PRODUCT"]:
+        blocks = _blocks(a, b, family) + (_blocks(a + b, m, family) if p["SCALING"] else 0)
+    else:
+        blocks = 2 * _blocks(max(a, b), m, family) if p["SCALING"] else 0
+    return _other(unit, family) + Area(multipliers=p["PE"] * blocks)
+
+
 def _other(unit: Unit, family: Family) -> Area:
     """Units that move, compare or look up: a few tables per bit of their ports."""
     width = sum(c.width for c in (*unit.inputs.values(), *unit.outputs.values()))
@@ -240,4 +265,6 @@ _BODIES: dict[str, Callable[[Unit, Family], Area]] = {
     "matmul": _macs,
     "bitserial": _bitserial,
     "unrolled": _unrolled,
+    "affine": _affine,
+    "combine": _combine,
 }

@@ -94,7 +94,7 @@ def _add(node: Add, netlist: Netlist, inputs: Sequence[Channel]) -> Channel:
     rounding["Q_BITS"] = max(rounding["Q_BITS"], *(build.signed_bits(_covering(e)) for e in ends))
     scales = _scales(*node.multipliers)
     widest = max(x.type.bits for x in node.inputs) + 1
-    first = 1 + (build.multiply_cycles(widest, scales["M_BITS"]) if scales["MULTIPLY"] else 1) + 1
+    first = 1 + (build.multiply_cycles(widest, scales["M_BITS"]) if scales["SCALING"] else 1) + 1
     parameters = dict(
         PE=node.folding.pe,
         PRODUCT=0,
@@ -117,7 +117,7 @@ def _multiply(node: Multiply, netlist: Netlist, inputs: Sequence[Channel]) -> Ch
     rounding, cycles = build.rounding_parameters(shift, ordered, node.output.type)
     scales = _scales(int(node.step.multiplier[0]))
     a, b = (x.type.bits for x in node.inputs)
-    scaled = build.multiply_cycles(a + b + 2, scales["M_BITS"]) if scales["MULTIPLY"] else 1
+    scaled = build.multiply_cycles(a + b + 2, scales["M_BITS"]) if scales["SCALING"] else 1
     first = 1 + build.multiply_cycles(a + 1, b + 1) + scaled
     parameters = dict(
         PE=node.folding.pe,
@@ -135,7 +135,7 @@ def _multiply(node: Multiply, netlist: Netlist, inputs: Sequence[Channel]) -> Ch
 def _scales(*scales: int) -> dict[str, int]:
     """Parameters of ``rtl/scale_by.v`` for constants; powers of two need no multiplier."""
     powers = all(s > 0 and s & (s - 1) == 0 for s in scales)
-    return dict(MULTIPLY=int(not powers), M_BITS=build.signed_bits(IntType.covering(min(scales), max(scales))))
+    return dict(SCALING=int(not powers), M_BITS=build.signed_bits(IntType.covering(min(scales), max(scales))))
 
 
 def _covering(values: np.ndarray) -> IntType:

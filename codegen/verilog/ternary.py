@@ -70,7 +70,8 @@ def join(words: list[Word], j: int, u: int) -> Word:
 
 
 def _renumber(flow: Dataflow, gone: set[int]) -> None:
-    index, words = {}, []
+    index: dict[int, int] = {}
+    words: list[Word] = []
     for i, word in enumerate(flow.words):
         if i not in gone:
             index[i] = len(words)

@@ -25,8 +25,9 @@ def example():
 @pytest.mark.parametrize(
     ("name", "simulator", "products"),
     [
-        ("mlp", "c", "lut"),
+        ("mlp", "verilator", "lut"),
         ("cnn", "c", "lut"),
+        ("vit", "c", "lut"),
         ("mixer", "c", "lut"),
         ("jet", "c", "constant"),
     ],

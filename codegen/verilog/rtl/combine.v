@@ -10,7 +10,7 @@ module combine #(
     parameter B_SIGNED = 1,
     parameter signed [31:0] A_SCALE = 1,
     parameter signed [31:0] B_SCALE = 1,
-    parameter MULTIPLY = 1,  // 0: scales are powers of two, and the first products of sums take 1 cycle
+    parameter SCALING = 1,   // 0: scales are powers of two, and the first products of sums take 1 cycle
     parameter M_BITS = 18,   // of scales, signed
     parameter FIRST = 5,     // cycles to what is shifted
     parameter Q_BITS = 24,  // what is shifted, signed
@@ -74,7 +74,7 @@ module combine #(
             .p(both)
         );
         scale_by #(
-            .MULTIPLY(MULTIPLY),
+            .MULTIPLY(SCALING),
             .X_BITS(P_BITS),
             .M_BITS(M_BITS),
             .SCALE(A_SCALE),
@@ -88,7 +88,7 @@ module combine #(
         wire signed [Q_BITS-1:0] first, second;
         reg signed [Q_BITS-1:0] r;
         scale_by #(
-            .MULTIPLY(MULTIPLY),
+            .MULTIPLY(SCALING),
             .X_BITS(X_BITS),
             .M_BITS(M_BITS),
             .SCALE(A_SCALE),
@@ -99,7 +99,7 @@ module combine #(
             .y(first)
         );
         scale_by #(
-            .MULTIPLY(MULTIPLY),
+            .MULTIPLY(SCALING),
             .X_BITS(X_BITS),
             .M_BITS(M_BITS),
             .SCALE(B_SCALE),

@@ -30,46 +30,91 @@ GROUPS = {
 pytestmark = pytest.mark.skipif(shutil.which("verilator") is None, reason="needs verilator")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("group", GROUPS)
-def test_units_are_exact_in_values_and_cycles(group, tmp_path):
-    rng = np.random.default_rng(3)
-    whole, units, feeds = Netlist("dut"), [], {}
-    for name, node in cases.nodes(rng).items():
+LONG = cases.VECTORS >= 10_000
+"""Whether the tests that take an hour and more run."""
+
+
+def choices(group, corners):
+    """The nodes of a group in some foldings, given as positions in the lists of possible PE and SIMD."""
+    for name, node in cases.nodes(np.random.default_rng(3)).items():
         if not name.startswith(GROUPS[group]):
             continue
-        frames = cases.vectors(node, rng, cases.VECTORS)
-        expected = node.reference(*frames)
-        corners = {(0, 0), (-1, -1)} if group in ("elements", "windows") else {(len(node.pe_choices) // 2,) * 2}
-        if name in ("fc", "fc_dsp"):  # one, two and all
-            corners = set(itertools.product((0, 1, -1), repeat=2))
-        elif name in ("fc_serial", "fc_serial_groups"):
-            corners = {(0, -1), (-1, 0), (1, 1), (-1, -1)}
-        for p, s in sorted(corners):
-            p, s = min(p, len(node.pe_choices) - 1), min(s, len(node.simd_choices) - 1)
-            folded = replace(node, name=f"{name}_{p % 99}_{s % 99}").folded(node.pe_choices[p], node.simd_choices[s])
-            inputs = []
-            for i, (stream, lanes) in enumerate(zip(folded.inputs, build.input_lanes(folded))):
-                beats = stream.tokens * stream.channels // lanes
-                inputs.append(whole.input(f"{folded.name}_in{i}", lanes, stream.type, beats))
-                feeds[inputs[-1].name] = frames[i]
-            first = len(whole.units)
-            out = build.elaborate(folded, whole, inputs)
-            whole.output(out)
-            alone = Netlist("alone")
-            alone.units, alone.inputs, alone.outputs = whole.units[first:], inputs, [out]
-            timing.size_fifos(alone)
-            units.append((inputs, out, expected, timing.evaluate(alone, FRAMES).cycles(alone)))
-    files = top.write(whole, tmp_path)
-    simulator = simulate.build(tmp_path, "dut", files, whole.inputs, whole.outputs)
+        seen = set()
+        for p, s in sorted(corners(name, node)):
+            pe = node.pe_choices[min(p, len(node.pe_choices) - 1)]
+            simd = node.simd_choices[min(s, len(node.simd_choices) - 1)]
+            if (pe, simd) not in seen:
+                seen.add((pe, simd))
+                yield replace(node, name=f"{name}_{pe}_{simd}").folded(pe, simd)
+
+
+def check(nodes, folder, count, simulator="verilator"):
+    """All units side by side in one design give numpy's integers with and without stalls, and take the cycles computed."""
+    rng = np.random.default_rng(3)
+    whole, units, feeds = Netlist("dut"), [], {}
+    for node in nodes:
+        frames = cases.vectors(node, rng, count)
+        inputs = []
+        for i, (stream, lanes) in enumerate(zip(node.inputs, build.input_lanes(node))):
+            beats = stream.tokens * stream.channels // lanes
+            inputs.append(whole.input(f"{node.name}_in{i}", lanes, stream.type, beats))
+            feeds[inputs[-1].name] = frames[i]
+        first = len(whole.units)
+        out = build.elaborate(node, whole, inputs)
+        whole.output(out)
+        alone = Netlist("alone")
+        alone.units, alone.inputs, alone.outputs = whole.units[first:], inputs, [out]
+        timing.size_fifos(alone)
+        units.append((inputs, out, node.reference(*frames), timing.evaluate(alone, FRAMES).cycles(alone)))
+    files = top.write(whole, folder)
+    compiled = simulate.build(folder, "dut", files, whole.inputs, whole.outputs, simulator)
     for stalls in (0, 1, 2):
-        results, _ = simulator.run(feeds, stalls)
+        results, _ = compiled.run(feeds, stalls)
         for _, out, expected, _ in units:
             np.testing.assert_array_equal(results[out.name], expected.ravel(), f"{out.name}, stalls {stalls}")
-    _, traffic = simulator.run({name: x[:FRAMES] for name, x in feeds.items()})
+    _, traffic = compiled.run({name: x[:FRAMES] for name, x in feeds.items()})
     for inputs, out, _, cycles in units:
         took = traffic[out.name].last - min(traffic[c.name].first for c in inputs) + 1
         assert took == cycles, out.name
+
+
+def middle(name, node):
+    return {(len(node.pe_choices) // 2, len(node.simd_choices) // 2)}
+
+
+def one_two_all(name, node):
+    return set(itertools.product((0, 1, 99), repeat=2))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("group", GROUPS)
+def test_units_are_exact_in_values_and_cycles(group, tmp_path):
+    def corners(name, node):
+        if name in ("fc", "fc_dsp"):
+            return one_two_all(name, node)
+        if name in ("fc_serial", "fc_serial_groups"):
+            return {(0, 99), (99, 0), (1, 1), (99, 99)}
+        return {(0, 0), (99, 99)} if group in ("elements", "windows") else middle(name, node)
+
+    check(choices(group, corners), tmp_path, cases.VECTORS)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not LONG, reason="takes long; with QCOMPILE_FPGA_VECTORS=10000")
+@pytest.mark.parametrize("group", GROUPS)
+def test_every_unit_is_exact_with_one_two_and_all_lanes(group, tmp_path):
+    check(choices(group, one_two_all), tmp_path, 100)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not LONG, reason="takes long; with QCOMPILE_FPGA_VECTORS=10000")
+@pytest.mark.parametrize("group", GROUPS)
+def test_cxxrtl_agrees(group, tmp_path):
+    try:
+        tools.cxxrtl()
+    except TargetError as error:
+        pytest.skip(str(error))
+    check(choices(group, middle), tmp_path, cases.VECTORS, "cxxrtl")
 
 
 def chain(rng):

@@ -312,13 +312,18 @@ def _attention_function(kernel: CudaQuantizedAttention, target: str) -> Any:
 def _token_codes(x: torch.Tensor, scores: str, centred: bool, chip: CudaTarget) -> tuple[torch.Tensor, torch.Tensor]:
     """Codes of all tokens and their scales."""
     if scores == "binary":
-        weights = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=x.device)
-        bits = ((x >= 0).view(*x.shape[:-1], -1, 8) * weights).sum(-1, dtype=torch.uint8)
+        bits = ((x >= 0).view(*x.shape[:-1], -1, 8) * _bit_weights(x.device)).sum(-1, dtype=torch.uint8)
         return bits.view(torch.int8), x.float().abs().mean(-1)
     if centred:
         x = (x.float() - x.float().mean(2, keepdim=True)).to(x.dtype)
     codes, scale = torch.ops.qcompile.quantize_rows(x.reshape(-1, x.shape[-1]), int(scores[3:]), chip.cpu)
     return codes.view(x.shape), scale.view(x.shape[:-1])
+
+
+@functools.cache
+def _bit_weights(device: torch.device) -> torch.Tensor:
+    """On the device before a CUDA graph is captured that uses them."""
+    return torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=device)
 
 
 @functools.lru_cache(64)

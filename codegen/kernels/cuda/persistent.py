@@ -4,7 +4,7 @@
     per stage of 128 K:  packed codes and scales           cp.async to shared memory, ``stages - 1`` ahead; the pipeline of a
                                                            warp goes on from one group of tiles to the next without draining
                          codes -> operands -> mma.sync     as in `stream`
-    per group            sums of the warps meet in shared memory, in two buffers: one barrier per group
+    at the end           sums over the warps of all groups, kept in shared memory: no barrier before
 
 Copies of weights start before the kernels that make x have ended. x is read once per block, and so are the sums of x that
 zero points are multiplied by, and the table of pairs of levels. Blocks hold no more than one row of x: more rows are for
@@ -32,7 +32,8 @@ class PersistentShape(StreamShape):
         grid: blocks, at most.
     """
 
-    grid: int
+    grid: int = 1
+    overlap: bool = True
 
     @property
     def x_bytes(self) -> int:
@@ -71,13 +72,13 @@ class PersistentShape(StreamShape):
 
     @property
     def totals_place(self) -> int:
-        """Where the sums of all warps lie, twice."""
+        """Where the sums of all warps lie, for all groups of tiles."""
         return self.sums_place + (4 * self.blocks * (BLOCK // self.chunk) if self.raw else 0)
 
     @property
     def table_place(self) -> int:
         """Where the table of pairs lies."""
-        return -(-(self.totals_place + 2 * 4 * self.kw * self.tn * TILE) // 128) * 128
+        return -(-(self.totals_place + 4 * self.turns * self.kw * self.tn * TILE) // 128) * 128
 
     @property
     def shared_bytes(self) -> int:
@@ -114,7 +115,7 @@ class PersistentLinear(StreamLinear):
             raw = dtype == "float16" and isinstance(problem.weight, IntFormat) and problem.weight.bits in (2, 4)
             for kw in sorted(v for v in even if 4 <= v <= 32 or v == max(even)):
                 for resident in (1, 2, 3, 4):
-                    for tn in (1, 2):
+                    for tn in (1, 2, 4):
                         for stages in (3, 4, 6, 8):
                             config = {
                                 "tn": tn, "kw": kw, "grid": resident * target.multiprocessors, "stages": stages, "raw": raw,
@@ -137,7 +138,7 @@ class PersistentLinear(StreamLinear):
         )
 
     def cost(self, problem: LinearProblem, config: dict[str, Any], target: Any, m: int) -> float:
-        """The slower of memory and issue slots over the turns of a block, plus start and the sums of a turn."""
+        """The slower of memory and issue slots over the turns of a block, plus start."""
         s = self.shape(problem, config)
         sms = target.multiprocessors
         resident = -(-s.launched // sms)
@@ -149,7 +150,7 @@ class PersistentLinear(StreamLinear):
         slots = warp_stages * (s.tn * steps * (17 if s.levels else 12) + 40) / 4
         warps = resident * s.kw
         issue = slots * max(1.0, 24 / warps) / 1.3 / 1.7e9
-        return 2.5e-6 + max(memory, issue) + s.turns * 0.15e-6 / resident
+        return 2.5e-6 + max(memory, issue) + s.turns * 0.02e-6
 
     def build(self, problem: LinearProblem, config: dict[str, Any], target: Target, name: str) -> Any:
         from qcompile.codegen.kernels.cuda.persistent_code import emit

@@ -35,7 +35,8 @@ class PersistentKernel(Kernel):
         T.device_entry()
         self.bx, self.bz = T.cta_id([s.launched, self.m])
         self.tx = T.thread_id([s.threads])
-        e.share_device()
+        if s.overlap:
+            e.share_device()
         self.arena = e.shared(s.shared_bytes)
         self.lane = e.let(self.tx % 32)
         self.warp = e.let(self.tx // 32)
@@ -43,15 +44,17 @@ class PersistentKernel(Kernel):
         self._divide()
         self._first_copies()
         self._registers()
-        e.await_previous()
+        if self.s.overlap:
+            e.await_previous()
         self._load_x()
         with T.serial(self.turns) as turn:
             self._clear()
             with T.serial(self.count) as i:
                 self.block = e.let(self.start + i)
                 self._stage()
-            self._end_turn(turn)
+            self._keep(turn)
         e.wait(0)
+        self._finish()
 
     def _divide(self) -> None:
         """What this block and this warp take."""
@@ -163,44 +166,33 @@ class PersistentKernel(Kernel):
 
     # Sums
 
-    def _end_turn(self, turn: Any) -> None:
-        """Sums of all warps: every warp stores its own, one adds them, in turn. All columns of a product are the same row, so
-        the first lane of four has what there is."""
+    def _keep(self, turn: Any) -> None:
+        """The sums of this warp to shared memory. All columns of a product are the same row, so the first lane of four has what
+        there is."""
         s = self.s
         width = s.tn * TILE
-        buffer = e.let(s.totals_place // 4 + turn % 2 * (s.kw * width))
+        place = e.let(s.totals_place // 4 + (turn * s.kw + self.warp) * width + self.lane // 4)
         with T.If(self.lane % 4 == 0), T.Then():
             for j in range(s.tn):
                 for a in range(2):
                     value = self.total[j, 0, 2 * a]
                     if self.sum_type == "float32":
                         value = T.reinterpret("uint32", value)
-                    at = buffer + self.warp * width + j * TILE + a * 8 + self.lane // 4
-                    B.buffer_store(self.arena, value, [at])
-        T.evaluate(T.cuda.cta_sync())
-        with T.If(self.warp == turn % s.kw), T.Then():
-            self._add_warps(buffer, turn)
+                    B.buffer_store(self.arena, value, [place + j * TILE + a * 8])
 
-    def _add_warps(self, buffer: Any, turn: Any) -> None:
+    def _finish(self) -> None:
+        """Add the warps up, in order."""
         s = self.s
         width = s.tn * TILE
-        parts = 32 // width
-        channel, part = e.let(self.lane % width), e.let(self.lane // width)
-        total = e.Registers((1,), self.sum_type)
-        zero = T.uint32(0) if self.sum_type == "uint32" else T.float32(0)
-        total[0] = zero
-        for i in range(-(-s.kw // parts)):
-            wk = part + i * parts
-            inside = (i + 1) * parts <= s.kw
-            word = self.arena[buffer + (wk if inside else T.min(wk, s.kw - 1)) * width + channel]
-            value = word if self.sum_type == "uint32" else T.reinterpret("float32", word)
-            total[0] = total[0] + (value if inside else T.Select(wk < s.kw, value, zero))
-        if parts > 1:
-            other, mine = e.Registers((1,), "uint32"), e.Registers((1,), "uint32")
-            mine[0] = total[0] if self.sum_type == "uint32" else T.reinterpret("uint32", total[0])
-            e.ptx("shfl_sync.bfly.b32", other[0], mine[0], e.u32(16), e.u32(31), e.u32(ALL))
-            value = other[0] if self.sum_type == "uint32" else T.reinterpret("float32", other[0])
-            total[0] = total[0] + value
-        n = e.let((self.bx + turn * s.launched) * width + channel)
-        with T.If(T.And(part == 0, n < s.n)), T.Then():
-            self._store(self.first_row, n, total[0])
+        T.evaluate(T.cuda.cta_sync())
+        with T.serial(-(-s.turns * width // s.threads)) as p:
+            index = e.let(p * s.threads + self.tx)
+            turn, channel = e.let(index // width), e.let(index % width)
+            n = e.let((self.bx + turn * s.launched) * width + channel)
+            with T.If(T.And(turn < self.turns, n < s.n)), T.Then():
+                total = e.Registers((1,), self.sum_type)
+                for warp in range(s.kw):
+                    word = self.arena[s.totals_place // 4 + (turn * s.kw + warp) * width + channel]
+                    value = word if self.sum_type == "uint32" else T.reinterpret("float32", word)
+                    total[0] = value if warp == 0 else total[0] + value
+                self._store(self.first_row, n, total[0])

@@ -72,9 +72,14 @@ class Plan:
         names = {prefix + e.symbol: e for e in self.entries}
         return {n: family(e.family).build(self.problem, e.config, self.target, n) for n, e in names.items()}
 
+    def clusters(self, prefix: str = "") -> dict[str, int]:
+        """Blocks of the clusters of those that are launched in clusters, by name."""
+        found = {prefix + e.symbol: self.shape(i) for i, e in enumerate(self.entries) if e.config.get("cluster")}
+        return {name: shape.split for name, shape in found.items() if shape.cluster}
+
     def source(self) -> Path:
         """The CUDA source; generated with TVM unless it is in the cache."""
-        return build.source(self.describe(), self.functions, self.target)
+        return build.source(self.describe(), self.functions, self.target, clusters=self.clusters())
 
     def library_path(self) -> Path:
         """Where `library` puts its result."""

@@ -49,7 +49,7 @@ class PlaneShape(StreamShape):
         planes: of x.
     """
 
-    planes: int
+    planes: int = 1
 
     @property
     def blocks(self) -> int:

@@ -126,8 +126,12 @@ class CudaRowwise:
 
     @property
     def persistent(self) -> bool:
-        """Whether a block takes several rows, loading one while it computes the one before."""
-        return self.rotation is not None and self.direct and self.quantize == "token"
+        """Whether a block takes several rows, loading one while it computes the one before: where nothing else does, because
+        one block fills a multiprocessor or there is no barrier between."""
+        w = self.rotation
+        if w is None or not self.direct or self.quantize != "token":
+            return False
+        return w.radix == 1 or self.resident == 1
 
     @property
     def resident(self) -> int:

@@ -58,7 +58,7 @@ class _Kernel(WarpRotate, Butterflies):
             self.rotation = k.rotation
             self.lane, self.warp = e.let(self.tx % 32), e.let(self.tx // 32)
             self._prepare_signs(k.direct)
-            if k.persistent:
+            if k.direct:
                 self._rotate_rows(m, launched)
                 return
         self._load()
@@ -221,6 +221,9 @@ class _Kernel(WarpRotate, Butterflies):
 
         first = self.following = self.row
         self._each(load, zero)
+        if not k.persistent:
+            self._rotate_warps(words)
+            return
         count = e.let((m - first + (launched - 1)) // launched)
         with T.serial(count) as turn:
             self.row = e.let(first + turn * launched)

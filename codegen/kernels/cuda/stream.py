@@ -46,6 +46,8 @@ class StreamShape(LinearShape):
         tn: channel tiles of a warp.
         nw, kw: warps of a block along N and K. split: blocks along K. stages: of the pipeline.
         raw: whether codes are multiplied as subnormal numbers.
+        overlap: whether the kernel starts while the one before in the stream ends, where the chip can: launches cost less,
+            but blocks that start early may share multiprocessors unevenly.
     """
 
     rows: int
@@ -55,6 +57,7 @@ class StreamShape(LinearShape):
     split: int
     stages: int
     raw: bool
+    overlap: bool = False
 
     @property
     def mt(self) -> int:
@@ -127,7 +130,8 @@ class StreamLinear(CudaLinear):
 
     def shape(self, problem: LinearProblem, config: dict[str, Any]) -> StreamShape:
         keys = ("rows", "tn", "nw", "kw", "split", "stages", "raw", "dtype", "out")
-        return StreamShape(k=problem.k, n=problem.n, weight=problem.weight, **{key: config[key] for key in keys})
+        given = {key: config[key] for key in keys} | {"overlap": bool(config.get("overlap"))}
+        return StreamShape(k=problem.k, n=problem.n, weight=problem.weight, **given)
 
     def configs(self, problem: LinearProblem, target: Target) -> list[dict[str, Any]]:
         """Configs that fit the chip, for ``problem.m`` rows (1 if unknown), best first by `cost`; blocks of up to 16 rows."""

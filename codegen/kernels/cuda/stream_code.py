@@ -59,7 +59,8 @@ class Kernel(Tail):
         rows = s.rows
         self.bx, self.by, self.bz = T.cta_id([s.grid_n, s.split, (self.m + (rows - 1)) // rows])
         self.tx = T.thread_id([s.threads])
-        e.share_device()
+        if s.overlap:
+            e.share_device()
         self.arena = e.shared(s.shared_bytes)
         self.lane = e.let(self.tx % 32)
         self.warp = e.let(self.tx // 32)
@@ -218,7 +219,8 @@ class Kernel(Tail):
         for stage in range(s.stages - 1):
             with T.If(self.count > stage), T.Then():
                 self._issue_weights(T.int32(stage), self.start + stage)
-        e.await_previous()
+        if self.s.overlap:
+            e.await_previous()
         for stage in range(s.stages - 1):
             with T.If(self.count > stage), T.Then():
                 self._issue_x(T.int32(stage), self.start + stage)

@@ -7,8 +7,9 @@
                          wgmma m64nNk16 (Hopper)           weights from registers, x from shared memory; runs while the
                                                            next operand is dequantized
                          or mma.sync m16n8 with ldmatrix   (from Ampere on)
-    at the end           the tile is transposed through shared memory and stored in 16-byte pieces; with ``split`` the last
-                         block to arrive adds the partial sums in order
+    at the end           the tile is transposed through shared memory and stored in 16-byte pieces; with ``split`` the blocks
+                         along K add up their sums in order: a cluster by reading each other's shared memory, otherwise the
+                         last one to arrive
 
 The product is ``y^T = W^T x^T``: the operand that may come from registers is the first one, hence the weights. Rows of x
 lie in shared memory as `wgmma` wants them with 128-byte swizzling: panels of 128 bytes of K, chunk c of row r at c ^ (r % 8).
@@ -28,6 +29,9 @@ from qcompile.codegen.kernels.cuda.linear import FLOAT8, CudaLinear, LinearShape
 from qcompile.codegen.kernels.cuda.stream import FLOATS, needs_float8
 from qcompile.targets.target import Target
 
+LARGEST_CLUSTER = 8
+"""Blocks of a cluster that every chip with clusters can place."""
+
 RASTER = 8
 """Row blocks that share their channels' weights in the second-level cache."""
 
@@ -41,6 +45,8 @@ class TiledShape(LinearShape):
         wg: groups of four warps. mt: channel tiles of a warp.
         split: blocks along K. stages: of the pipeline, at least 3.
         wgmma: whether products are by warpgroups.
+        overlap: as in `stream`.
+        cluster: whether blocks along K are a cluster and add up what they find in each other's shared memory.
     """
 
     rows: int
@@ -49,6 +55,8 @@ class TiledShape(LinearShape):
     split: int
     stages: int
     wgmma: bool
+    cluster: bool = False
+    overlap: bool = False
 
     @property
     def threads(self) -> int:
@@ -116,9 +124,15 @@ class TiledShape(LinearShape):
         return 2 * self.columns + 16
 
     @property
+    def sum_pitch(self) -> int:
+        """Words of a row of sums; with the padding lanes that hold different rows store to different banks."""
+        return self.columns + 4
+
+    @property
     def barrier_place(self) -> int:
         """Where the barriers lie, behind the pipeline and the tile that is stored from the same memory."""
-        return max(self.stages * self.stage_bytes, self.rows * self.pitch)
+        tile = 4 * self.rows * self.sum_pitch if self.cluster else self.rows * self.pitch
+        return max(self.stages * self.stage_bytes, tile)
 
     @property
     def shared_bytes(self) -> int:
@@ -151,7 +165,9 @@ class TiledLinear(CudaLinear):
 
     def shape(self, problem: LinearProblem, config: dict[str, Any]) -> TiledShape:
         keys = ("rows", "wg", "mt", "split", "stages", "wgmma", "dtype", "out")
-        return TiledShape(k=problem.k, n=problem.n, weight=problem.weight, **{key: config[key] for key in keys})
+        given = {key: config[key] for key in keys} | {"overlap": bool(config.get("overlap"))}
+        cluster = bool(config.get("cluster")) and config["split"] > 1
+        return TiledShape(k=problem.k, n=problem.n, weight=problem.weight, cluster=cluster, **given)
 
     def configs(self, problem: LinearProblem, target: Target) -> list[dict[str, Any]]:
         """Configs that fit the chip, for ``problem.m`` rows (64 if unknown), best first by `cost`."""
@@ -169,6 +185,8 @@ class TiledLinear(CudaLinear):
                                 "wgmma": target.has("wgmma"), "dtype": dtype,
                                 "out": dtype if dtype in FLOATS else "float16",
                             }  # fmt: skip
+                            if target.has("wgmma") and 1 < split <= LARGEST_CLUSTER:
+                                config["cluster"] = True
                             if self.fits(self.shape(problem, config), target):
                                 found.append(config)
         order = {dtype: i for i, dtype in enumerate(self.dtypes)}
@@ -206,11 +224,13 @@ class TiledLinear(CudaLinear):
         stage = max(stage, 1300 / ((s.stages - 1) * resident))
         tail = s.rows * s.columns * 4 / 40 + 1500
         reduction = s.rows * s.columns * 8 * resident / 24 + 2500 if s.split > 1 else 0
+        if s.cluster:
+            reduction = s.rows * s.columns * 4 * resident / 24 + 1200
         return (waves * (resident * (s.per_split * stage + tail) + reduction) + 3000) / clock
 
     def scratch(self, problem: LinearProblem, config: dict[str, Any], m: int) -> tuple[int, int]:
         s = self.shape(problem, config)
-        if s.split == 1:
+        if s.split == 1 or s.cluster:
             return 1, 1
         blocks = s.grid_n * -(-m // s.rows)
         return blocks * s.split * s.rows * s.columns, blocks

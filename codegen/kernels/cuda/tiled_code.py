@@ -45,7 +45,8 @@ class _Kernel(Tail):
         row_blocks = (self.m + (s.rows - 1)) // s.rows
         self.bx, self.by = T.cta_id([row_blocks * s.grid_n, s.split])
         self.tx = T.thread_id([s.threads])
-        e.share_device()
+        if s.overlap:
+            e.share_device()
         self.arena = e.shared(s.shared_bytes)
         self.lane = e.let(self.tx % 32)
         self.warp = e.let(self.tx // 32)
@@ -54,7 +55,9 @@ class _Kernel(Tail):
         self._place_block(row_blocks)
         self._registers()
         self._loop()
-        if s.split > 1:
+        if s.cluster:
+            self._reduce_cluster()
+        elif s.split > 1:
             self._reduce()
         else:
             self._store()
@@ -144,7 +147,8 @@ class _Kernel(Tail):
         for stage in range(ahead):
             with T.If(self.count > stage), T.Then():
                 self._issue_weights(T.int32(stage), self.start + stage)
-        e.await_previous()
+        if self.s.overlap:
+            e.await_previous()
         for stage in range(ahead):
             with T.If(self.count > stage), T.Then():
                 self._issue_x(T.int32(stage), self.start + stage)

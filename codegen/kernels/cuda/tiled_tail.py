@@ -76,6 +76,66 @@ class Tail:
                         self.total[j, c] = self.total[j, c] + value
             self._store()
 
+    def _reduce_cluster(self) -> None:
+        """Sums to shared memory; every block of the cluster adds up and stores its share of the tile."""
+        s = self.s
+        T.evaluate(T.cuda.cta_sync())
+        self.first_channel = e.let(self.first_tile * 16)
+        for j in range(s.mt):
+            for c in range(s.rows // 2):
+                i, octet, a, h = c // 8, c // 4 % 2, c // 2 % 2, c % 2
+                value = self.total[j, c]
+                if self.sum_type == "float32":
+                    value = T.reinterpret("uint32", value)
+                channel = self._channel(j, a) - self.first_channel
+                B.buffer_store(self.arena, value, [self.base + self._row(i, octet, h) * s.sum_pitch + channel])
+        self._meet()
+        mine = T.cuda.cvta_generic_to_shared(self.arena.ptr_to([self.base]))
+        places = e.Registers((s.split,), "uint32")
+        for part in range(s.split):
+            e.ptx("mapa.shared::cluster.u32", places[part], mine, e.u32(part))
+        across = s.columns // 4
+        share = -(-s.rows * across // s.split)
+        with T.serial(-(-share // s.threads)) as p:
+            within = e.let(p * s.threads + self.tx)
+            index = e.let(self.by * share + within)
+            row, channel = e.let(index // across), e.let(index % across * 4)
+            n = e.let(self.first_channel + channel)
+            with T.If(T.And(within < share, T.And(row < self.rows, n < s.n))), T.Then():
+                self._add_up(places, row, channel, n)
+        self._meet()  # the others may still be reading
+
+    def _meet(self) -> None:
+        """Of all threads of the cluster."""
+        e.ptx("barrier.cluster.arrive.release.aligned")
+        e.ptx("barrier.cluster.wait.acquire.aligned")
+
+    def _add_up(self, places: Any, row: Any, channel: Any, n: Any) -> None:
+        """Four neighbouring channels of one row of the tile."""
+        s = self.s
+        sums, words = e.Registers((4,), self.sum_type), e.Registers((4,), "uint32")
+        at = e.let(T.cast((row * s.sum_pitch + channel) * 4, "uint32"))
+        for part in range(s.split):
+            e.ptx("ld.shared::cluster.v4.b32", *[words[c] for c in range(4)], places[part] + at)
+            for c in range(4):
+                value = words[c] if self.sum_type == "uint32" else T.reinterpret("float32", words[c])
+                sums[c] = value if part == 0 else sums[c] + value
+        here = e.let(self.first_row + row)
+        values = []
+        for c in range(4):
+            own = e.let(T.min(n + c, s.n - 1))
+            bias = self.bias[own] if self.bias is not None else None
+            values.append(self._finished(sums[c], here, own, self._factor(own), bias))
+        if s.n % 4:
+            for c in range(4):
+                with T.If(n + c < s.n), T.Then():
+                    B.buffer_store(self.out, T.cast(values[c], s.out), [here, n + c])
+        elif s.out == "float32":
+            e.ptx("st.global.v4.b32", self.out.ptr_to([here, n]), *[T.reinterpret("uint32", v) for v in values])
+        else:
+            pairs = [e.pair(values[c], values[c + 1], s.out) for c in (0, 2)]
+            e.ptx("st.global.v2.b32", self.out.ptr_to([here, n]), *pairs)
+
     def _store(self) -> None:
         """Scale, add, round; transpose 16-bit results through shared memory; store."""
         s = self.s
@@ -86,7 +146,7 @@ class Tail:
             bias = e.Registers((2,), "float32")
             for a in range(2):
                 n = T.min(self._channel(j, a), s.n - 1)
-                column[a] = self.column[n] * T.float32(1 if s.narrow else 2.0 ** self.dequantizers[j].exponent)
+                column[a] = self._factor(n)
                 if self.bias is not None:
                     bias[a] = self.bias[n]
             for i in range(s.rows // 16):
@@ -124,20 +184,28 @@ class Tail:
         """One finished element, float32."""
         s = self.s
         value = self.total[j, (2 * i + octet) * 4 + 2 * a + h]
+        row = T.min(self.first_row + self._row(i, octet, h), self.m - 1)
+        return self._finished(value, row, T.min(self._channel(j, a), s.n - 1), column[a], bias[a])
+
+    def _finished(self, value: Any, row: Any, n: Any, column: Any, bias: Any) -> Any:
+        """A sum of channel ``n`` scaled, with its epilogue."""
         if self.sum_type == "uint32":
             value = T.cast(T.reinterpret("int32", value), "float32")
-        value = value * column[a]
-        row = T.min(self.first_row + self._row(i, octet, h), self.m - 1)
+        value = value * column
         if self.x_scale is not None:
             value = value * self.x_scale[row]
         if self.bias is not None:
-            value = value + bias[a]
+            value = value + bias
         y = e.Registers((1,), "float32")
         y[0] = value
         y[0] = e.activate(y[0], self.epilogue)
         if self.residual is not None:
-            y[0] = y[0] + T.cast(self.residual[row, T.min(self._channel(j, a), s.n - 1)], "float32")
+            y[0] = y[0] + T.cast(self.residual[row, n], "float32")
         return y[0]
+
+    def _factor(self, n: Any) -> Any:
+        """Of the sums of a channel."""
+        return self.column[n] * T.float32(1 if self.s.narrow else 2.0 ** self.dequantizers[0].exponent)
 
     def _transpose(self, j: int, i: int, words: Any) -> None:
         """16 channels x 16 rows into rows of the tile in shared memory."""

@@ -24,7 +24,8 @@ class Case:
     Attributes:
         split: blocks along K of every kernel.
         variant: ``mma`` for tiled kernels without wgmma, ``wide`` for unusual tiles, ``exact`` for codes around zero,
-            ``planes`` for bit planes, ``persistent`` for kernels of one row, which take others one by one.
+            ``planes`` for bit planes, ``persistent`` for kernels of one row, which take others one by one,
+            ``cluster`` for splits that add up in clusters.
     """
 
     weight: str
@@ -67,6 +68,11 @@ class Case:
                     "stages": 3,
                 },
             }
+        elif self.variant == "cluster":
+            most = {16: (16, 4, 1), 32: (32, 2, 2), 64: (64, 2, 1), 128: (128, 1, 2), 256: (128, 2, 1), 512: (96, 3, 1)}
+            for bucket, (height, wg, mt) in most.items():
+                tiles[bucket] = {"rows": height, "wg": wg, "mt": mt, "stages": 3, "cluster": True}
+            tiled["wgmma"] = True  # type: ignore[assignment]
         for rows, tile in tiles.items():
             forced[rows] = {"split": 1, **forced[rows], **tiled, **tile}
         if self.variant == "exact":
@@ -182,6 +188,11 @@ CASES = [
     Case("int5/asym", 600, 72, "int4", dtype="bfloat16"),
     Case("int2", 1031, 96, "int8", variant="planes"),
     Case("int1", 2048, 64, "int2", split=2),
+    Case("int4/g128", 2048, 320, split=3, variant="cluster"),
+    Case("int4/g64/asym", 1100, 262, dtype="bfloat16", bias=True, split=2, variant="cluster"),
+    Case("int4", 1031, 259, "int8", bias=True, split=4, variant="cluster"),
+    Case("int8", 2048, 512, "int8", split=8, variant="cluster"),
+    Case("int4/g128", 1536, 200, "e4m3", split=2, variant="cluster"),
     Case("int4/g128", 1100, 328, bias=True, variant="persistent"),
     Case("int4/g32/asym", 515, 77, variant="persistent"),
     Case("int3/g64", 1031, 136, variant="persistent"),

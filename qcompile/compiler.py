@@ -130,6 +130,7 @@ def compile(
     backend = get_backend(machine.kind)
     options, forms = dict(options or {}), tuple(form for form in emit if form != "mlir")
     backend.check_options(options, forms)
+    backend.check_tools(machine)
     temporary = None
     if output is None:
         temporary = tempfile.mkdtemp(prefix="qcompile-")

@@ -110,6 +110,13 @@ class Backend(ABC):
             ArtifactError: something is missing.
         """
 
+    def check_tools(self, target: Target) -> None:
+        """Fail before anything is computed if a tool that compiling for ``target`` takes is missing here.
+
+        Raises:
+            TargetError: naming it, and how to install it.
+        """
+
     def check_options(self, options: Mapping[str, Any], emit: tuple[str, ...]) -> None:
         """Refuse what this backend does not know.
 

@@ -20,13 +20,17 @@ class Arm(Cpu):
     """Compiles programs for ARM anywhere, and loads them on ARM machines."""
 
     def linker(self, target: Target) -> Callable[[str, list[str]], None] | None:
-        """A compiler for the target; looked for before anything is generated.
+        """A compiler for the target.
 
         Raises:
             TargetError: there is none.
         """
         compiler = arm.compiler(target)
         return lambda output, objects: compiler.shared(output, objects, apple="apple" in target.triple)
+
+    def check_tools(self, target: Target) -> None:
+        """Fail if there is no compiler for the target."""
+        self.linker(target)
 
     def check(self, target: Mapping[str, Any]) -> None:
         """Fail if this machine is no ARM machine, or lacks an instruction the program uses.

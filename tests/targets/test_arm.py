@@ -70,6 +70,17 @@ def test_compilers_are_chosen_by_what_is_installed(monkeypatch):
     assert arm.emulator(get_target("neoverse-v1"))[-1] == "max"
 
 
+def test_a_missing_compiler_is_found_before_the_model_is_read(monkeypatch):
+    import qcompile
+
+    def none(target):
+        raise TargetError(f"no compiler for {target}")
+
+    monkeypatch.setattr(arm, "compiler", none)
+    with pytest.raises(TargetError, match="no compiler for arm/apple-m2"):
+        qcompile.compile("there/is/no/model.onnx", target="apple-m2", recipe="w8a8-rtn")
+
+
 def test_a_failing_compiler_shows_what_it_said(tmp_path):
     cc = shutil.which("cc")
     if cc is None:

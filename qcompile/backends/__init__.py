@@ -116,6 +116,7 @@ class Backend(ABC):
         Raises:
             TargetError: naming it, and how to install it.
         """
+        return  # most need none
 
     def check_options(self, options: Mapping[str, Any], emit: tuple[str, ...]) -> None:
         """Refuse what this backend does not know.

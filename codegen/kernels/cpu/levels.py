@@ -42,7 +42,7 @@ def entries(fmt: Format) -> int:
 
 def zero_code(fmt: Format) -> int | None:
     """The code whose level is 0 in every matrix; None if there need not be one."""
-    zeros = np.flatnonzero(fmt.table == 0) if isinstance(fmt, LevelFormat) else ()
+    zeros = np.flatnonzero(fmt.table == 0) if isinstance(fmt, LevelFormat) else np.empty(0, np.int64)
     return int(zeros[0]) if len(zeros) else None
 
 

@@ -292,12 +292,17 @@ class _Writer:
         word, name = self.words[term.value], self.names[term.value]
         if word.kind == "constant":
             return _literal((word.low >> drop) << shift, width)
-        bits, low = word.type.bits, f"{shift}'b0" if shift else ""
-        kept = min(bits - drop, width - shift)
-        parts = [name if kept == bits else f"{name}[{drop + kept - 1}:{drop}]"] if kept > 0 else []
-        if (more := width - shift - max(kept, 0)) > 0:
-            parts.insert(0, f"{{{more}{{{f'{name}[{bits - 1}]' if word.type.signed else chr(49) + chr(39) + 'b0'}}}}}")
-        return "{" + ", ".join([*parts, *([low] if low else [])]) + "}"
+        bits = word.type.bits
+        kept = max(min(bits - drop, width - shift), 0)
+        parts = []
+        if (copies := width - shift - kept) > 0:
+            top = f"{name}[{bits - 1}]" if word.type.signed else "1'b0"
+            parts.append(f"{{{copies}{{{top}}}}}")
+        if kept:
+            parts.append(name if kept == bits else f"{name}[{drop + kept - 1}:{drop}]")
+        if shift:
+            parts.append(f"{shift}'b0")
+        return "{" + ", ".join(parts) + "}"
 
     def _add(self, word: Word, width: int) -> Iterator[tuple[str, str, str]]:
         if len(word.operands) == 3:

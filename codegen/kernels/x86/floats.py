@@ -27,7 +27,7 @@ class FloatGemm(floats.FloatGemm):
     """FMA on 256- or 512-bit registers."""
 
     name = "x86-float"
-    streams = (4, 2, 1)
+    streams = (2, 4, 1)
 
     def lanes(self, target: Target) -> int:
         return 16 if target.has("avx512") else 8

@@ -94,7 +94,7 @@ class LutGemm(LookUpGemm):
         per_vector = size // planes.bits if planes.uniform and planes.bits in (2, 4) else size
         widths = sorted({per_vector * count for count in (1, 2, 4, 8) if 16 <= per_vector * count <= 128})
         padded = {width: -(-problem.n // width) * width for width in widths}
-        likely = 32  # a single row shares loads of tables among several panels
+        likely = 32 if planes.bits < 4 else 64  # a single row shares loads of tables among several panels
         order = sorted(widths, key=lambda w: (padded[w] > 1.1 * min(padded.values()), abs(w - likely), w))
         table = -(-problem.k // PAIR) * BYTES
         block = max(4, min(16, CACHE // table // 4 * 4))
@@ -109,7 +109,7 @@ class LutGemm(LookUpGemm):
 
     def streams(self, problem: LinearProblem, width: int) -> list[int]:
         """Numbers of panels a single row takes at once."""
-        several = (2, 4, 1) if self.planes(problem).bits == 3 else (4, 2, 1)
+        several = (2, 4, 1) if self.planes(problem).bits > 2 else (4, 2, 1)
         return usable(several, problem, -(-problem.n // width))
 
     def cost(self, problem: LinearProblem, config: dict[str, Any], target: Target, m: int) -> float:

@@ -11,7 +11,7 @@ class MinifloatGemm(minifloats.MinifloatGemm):
     """FMA on 256- or 512-bit registers."""
 
     name = "x86-minifloat"
-    streams = (4, 2, 1)
+    streams = (2, 4, 1)
 
     def lanes(self, target: Target) -> int:
         return 16 if target.has("avx512") else 8

@@ -80,6 +80,7 @@ class WordTableGemm(ByteTableGemm):
     """Any levels, in 16 bits."""
 
     name = "x86-table16"
+    streams = (2, 4, 1)  # sums of four do not fit in registers
     level_bytes = 2
 
     def refuse_codes(self, problem: LinearProblem) -> str:

@@ -2,7 +2,7 @@
 tables of levels, small floats, and weight-only GEMM."""
 
 from qcompile.codegen.kernels.arm.floats import FloatGemm, FloatTableGemm, MinifloatGemm
-from qcompile.codegen.kernels.arm.gemm import DotGemm, NeonGemm
+from qcompile.codegen.kernels.arm.integers import DotGemm, NeonGemm
 from qcompile.codegen.kernels.arm.lut import TableLookupGemm
 from qcompile.codegen.kernels.arm.mmla import MmlaGemm
 from qcompile.codegen.kernels.arm.planes import PlaneDotGemm, PlaneNeonGemm

@@ -38,7 +38,7 @@ def partial_sums(panels: Panels, rows: int, wide: bool) -> list[Part]:
     """The accumulators of one column vector; ``wide`` if they have room for codes multiplied by powers of two."""
     if panels.bits == 1:
         return [Part(0, -1, True)]
-    if panels.planes and rows == 1:
+    if panels.bits == 3 and rows == 1:  # more planes leave too few registers for their sums
         return [Part(0, -(1 << bit), True) for bit in range(panels.bits)]
     if panels.bits == 2 and rows == 1 and wide:
         return [PLAIN, Part(2), Part(4)]
@@ -65,11 +65,12 @@ def _unpack(panels: Panels, raw: list[Any], index: int, parts: list[Part]) -> It
         for bit in range(bits):
             yield bit, _mask(raw[bit], index)
     elif panels.planes:
-        value = None
-        for bit in range(bits):
-            one = T.bitwise_and(_shift(raw[bit], bit - index), v.const(1 << bit, BYTES, "uint8"))
-            value = one if value is None else T.bitwise_or(value, one)
-        yield 0, value
+        # From the top of a byte downwards: SRI puts the next plane below the bits that are there already.
+        value = _shift(raw[bits - 1], 7 - index)
+        for below, plane in enumerate(reversed(raw[: bits - 1]), 1):
+            moved = v.let(_shift(plane, 7 - index))
+            value = T.call_llvm_pure_intrin("uint8x16", "llvm.aarch64.neon.vsri", value, moved, T.int32(below))
+        yield 0, _shift(value, bits - 8)
     elif bits == 2 and len(parts) > 1:
         if index == 3:
             yield 0, _shift(raw[0], -6)

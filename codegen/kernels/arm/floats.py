@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 from tvm.script import tirx as T
 
-from qcompile.codegen.kernels.arm.gemm import integer_format
 from qcompile.codegen.kernels.arm.products import BYTES
 from qcompile.codegen.kernels.base import LinearProblem
 from qcompile.codegen.kernels.cpu import float_tables, floats, minifloats
@@ -15,7 +14,7 @@ from qcompile.codegen.kernels.cpu import vector as v
 from qcompile.codegen.kernels.cpu.gemm import Emission
 from qcompile.codegen.kernels.cpu.levels import ENTRIES
 from qcompile.codegen.kernels.cpu.lut import group_scales
-from qcompile.codegen.kernels.cpu.panels import Panels
+from qcompile.codegen.kernels.cpu.panels import Panels, integer_format
 from qcompile.formats import Format, IntFormat, Quantized
 from qcompile.targets.target import Target
 

@@ -3,20 +3,18 @@
     sum_k (u[k, n] - z[g, n]) a[k]  =  sum_k u[k, n] a[k]  -  z[g, n] sum_{k in g} a[k]
 
 An unsigned field of a byte needs no sign extension: one AND or one shift unpacks 16 codes. The sums of activations per group
-are taken once per item, which covers several panels, and cost next to nothing. Codes of 8 bits are taken less 128, so that
-all factors are signed bytes. The integers of a group are those of the x86 kernels, and so are the float operations on them.
+are taken once per item, which covers several panels. Codes of 8 bits are taken less 128, so that all factors are signed bytes;
+symmetric codes of 4 bits keep their signs (`ArmGemm.keeps_signs`). The integers of a group are those of the x86 kernels, and
+so are the float operations on them.
 
 A register of weights holds 4 columns x 4 consecutive k; the activations of 16 consecutive k fill one register, and an
-instruction takes 4 of them by index. `DotGemm` is the family for processors with SDOT; `NeonGemm` has the same loops in
-16-bit multiply-adds.
+instruction takes 4 of them by index. `integers` has the families: SDOT, or 16-bit multiply-adds; `mmla` the one for SMMLA.
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -25,16 +23,12 @@ from tvm.script import tirx as T
 from tvm.tirx.script.builder import ir as B
 
 from qcompile.codegen.kernels.arm import bits
+from qcompile.codegen.kernels.arm.panels import UnsignedPanels
 from qcompile.codegen.kernels.arm.products import (
     BYTES,
     LANES,
     Accumulator,
-    DotSum,
-    MaskedSum,
-    ProductSum,
     Word,
-    dot,
-    pairs,
     repeated,
     schedule_barrier,
     signed,
@@ -53,39 +47,6 @@ STACK_BYTES = 16 << 10
 
 HELD_BYTES = 8 * BYTES
 """Activations of a tile that stay in registers beside its sums."""
-
-
-PLANES = 4.5
-"""Cycles to gather a register of codes whose bits lie in planes."""
-
-
-@dataclass(frozen=True)
-class UnsignedPanels(Panels):
-    """Panels of unsigned codes (signed ones if they are symmetric and of 8 bits, or ``twos_complement``); positions beyond
-    a group count 0."""
-
-    @property
-    def centre(self) -> int:
-        """What a micro-kernel takes off the codes it loads."""
-        return 128 if self.bits == 8 and not self.fmt.symmetric else 0
-
-    @property
-    def bias(self) -> int:
-        """What is added to a symmetric code to store it."""
-        return 0 if self.bits == 8 or self.twos_complement else -self.fmt.qmin
-
-    def pack_codes(self, weight: Quantized) -> np.ndarray:
-        """The panels, uint8 ``(count, groups * rows_per_group, row_bytes)``."""
-        source = self.source()
-        codes = weight.codes.astype(np.int16) + (self.bias if self.fmt.symmetric else 0)
-        padded = np.where(source[:, None] >= 0, codes[np.maximum(source, 0)], self.centre) & ((1 << self.bits) - 1)
-        rows = self.groups * self.rows_per_group
-        return self.layout.pack(padded.astype(np.uint8)).reshape(self.count, rows, self.row_bytes)
-
-    @cached_property
-    def row_vectors(self) -> int:
-        """Registers of one vector of columns in a panel row."""
-        return self.row_bytes // (self.vectors * BYTES)
 
 
 class ArmGemm(TiledGemm):
@@ -450,59 +411,3 @@ class ArmGemm(TiledGemm):
             byte = T.shift_left(T.cast(code, kind), tirx.const(8 * i, kind))
             word = T.bitwise_or(word, byte)
         return v.let(word)
-
-
-class DotGemm(ArmGemm):
-    """SDOT, 16 products per instruction."""
-
-    name = "arm-sdot"
-    needs = ("neon", "dotprod")
-
-    def tiles(self, problem: LinearProblem, target: Target) -> list[tuple[int, int]]:
-        return [(4, 4), (6, 2), (8, 2), (2, 4)]
-
-    def speed(self, problem: LinearProblem, target: Target) -> tuple[float, float]:
-        return 32.0, PLANES if 8 % problem.weight.bits else 0.0 if problem.weight.bits == 8 else 0.5
-
-    def add_bytes(self, total: Any, x: Any) -> Any:
-        return dot(total, x, v.const(1, BYTES, "int8"))
-
-    def accumulator(self, panels: UnsignedPanels, part: bits.Part, start: Any) -> DotSum:
-        return DotSum(start)
-
-    def chunks_between_flushes(self, panels: UnsignedPanels) -> int:
-        return 0
-
-
-class NeonGemm(ArmGemm):
-    """8-bit multiply-adds into 16-bit lanes, for processors without SDOT."""
-
-    name = "arm-smlal"
-    needs = ("neon",)
-    wide = False
-
-    def tiles(self, problem: LinearProblem, target: Target) -> list[tuple[int, int]]:
-        return [(2, 2), (4, 1), (1, 4)]
-
-    def speed(self, problem: LinearProblem, target: Target) -> tuple[float, float]:
-        rate = 4.0 if problem.weight.bits == 8 else 7.0
-        return rate, PLANES if 8 % problem.weight.bits else 0.0 if problem.weight.bits == 8 else 0.5
-
-    def add_bytes(self, total: Any, x: Any) -> Any:
-        return total + pairs(T.call_llvm_pure_intrin("int16x8", "llvm.aarch64.neon.saddlp", x))
-
-    def accumulator(self, panels: UnsignedPanels, part: bits.Part, start: Any) -> ProductSum | MaskedSum:
-        return MaskedSum() if part.mask else ProductSum(narrow(panels), start)
-
-    def chunks_between_flushes(self, panels: UnsignedPanels) -> int:
-        if panels.bits == 8:
-            return 0
-        steps = max(BYTES, panels.step) // LANES  # products of a lane in one chunk
-        # A masked pair of activations, or a product; codes of 6 and 7 bits are widened at once (`narrow`).
-        largest_sum = 128 * ((1 << panels.bits) - 1) if narrow(panels) and panels.bits > 1 else 2 * 128
-        return 32767 // largest_sum // steps
-
-
-def narrow(panels: UnsignedPanels) -> bool:
-    """Whether the products of a chunk with such codes fit in 16 bits."""
-    return panels.bits < 6

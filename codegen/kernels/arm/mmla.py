@@ -13,7 +13,7 @@ from typing import Any
 from tvm.script import tirx as T
 
 from qcompile.codegen.kernels.arm import bits
-from qcompile.codegen.kernels.arm.gemm import PLANES, DotGemm
+from qcompile.codegen.kernels.arm.integers import PLANES, DotGemm
 from qcompile.codegen.kernels.arm.products import BYTES, LANES, Word, dot
 from qcompile.codegen.kernels.base import LinearProblem
 from qcompile.codegen.kernels.cpu import vector as v

@@ -14,7 +14,8 @@ import numpy as np
 from tvm.script import tirx as T
 
 from qcompile.codegen.kernels.arm import bits
-from qcompile.codegen.kernels.arm.gemm import DotGemm, NeonGemm, UnsignedPanels
+from qcompile.codegen.kernels.arm.integers import DotGemm, NeonGemm
+from qcompile.codegen.kernels.arm.panels import UnsignedPanels
 from qcompile.codegen.kernels.arm.products import LANES, Word, repeated
 from qcompile.codegen.kernels.base import LinearProblem
 from qcompile.codegen.kernels.cpu import vector as v

@@ -261,16 +261,41 @@ class ArmGemm(TiledGemm):
         begin = [[first if part == bits.PLAIN else zero for part in parts] for first in start]
         tile = [[[self.accumulator(p, part, at) for part, at in zip(parts, line)] for _ in quads] for line in begin]
 
+        self.multiply(e, panel, first, rows, group, quads, parts, tile, held)
+        rest = [zero if bits.PLAIN in parts else first for first in start]
+        return [
+            [v.let(bits.combine(parts, [part.total() for part in split], rest[r])) for split in line]
+            for r, line in enumerate(tile)
+        ]
+
+    def multiply(
+        self,
+        e: Emission,
+        panel: Any,
+        first: Any,
+        rows: int,
+        group: Any,
+        vectors: range,
+        parts: list[bits.Part],
+        tile: list[list[list[Accumulator]]],
+        held: list[list[Any]] | None,
+    ) -> None:
+        """Emit the products of one group into ``tile``, ``[operand][vector of columns][part]``."""
+        p = e.panels
+
         def body(line: Any, count: int, operands: Callable[[int], list[Any]]) -> None:
             for i in range(count):
-                raw = self.load_weights(e, panel, line + i, quads)
+                raw = self.load_weights(e, panel, line + i, vectors)
                 for index in range(p.per_byte):
                     a = operands(i * p.per_byte + index)
                     for vec, registers in enumerate(raw):
                         for part, codes in self.unpack(e, registers, index, parts):
                             codes = v.let(codes)
-                            for r in range(rows):
-                                tile[r][vec][part].add(codes, a[r])
+                            for accumulators, operand in zip(tile, a, strict=True):
+                                accumulators[vec][part].add(codes, operand)
+
+        def chunk(line: Any, count: int, activations: Callable[[int, int], Word]) -> None:
+            body(line, count, lambda at: self.operands(rows, activations, at))
 
         def flush() -> None:
             for line in tile:
@@ -278,32 +303,10 @@ class ArmGemm(TiledGemm):
                     for accumulator in accumulators:
                         accumulator.flush()
 
-        self.over_group(e, first, rows, group, body, flush, held)
-        rest = [zero if bits.PLAIN in parts else first for first in start]
-        return [
-            [v.let(bits.combine(parts, [part.total() for part in split], rest[r])) for split in line]
-            for r, line in enumerate(tile)
-        ]
-
-    def over_group(
-        self,
-        e: Emission,
-        first: Any,
-        rows: int,
-        group: Any,
-        body: Callable[[Any, int, Callable[[int], list[Any]]], None],
-        flush: Callable[[], None],
-        held: list[list[Any]] | None,
-    ) -> None:
-        """Emit ``body(line, count, operands)`` as `over_rows` does, with `operands`; once for the group if they are ``held``."""
         if held is not None:
-            body(v.let(group * e.panels.rows_per_group), e.panels.rows_per_group, held.__getitem__)
-            return
-
-        def part(line: Any, count: int, activations: Callable[[int, int], Word]) -> None:
-            body(line, count, lambda at: self.operands(rows, activations, at))
-
-        self.over_rows(e, first, rows, group, part, flush, self.chunks_between_flushes(e.panels))
+            body(v.let(group * p.rows_per_group), p.rows_per_group, held.__getitem__)
+        else:
+            self.over_rows(e, first, rows, group, chunk, flush, self.chunks_between_flushes(p))
 
     def zero_codes(self, e: Emission, panel: Any, group: Any, quads: range | None = None) -> list[Any]:
         return self._by_quad(e, "zero", panel, group, "int32", quads)

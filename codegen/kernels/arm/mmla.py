@@ -14,10 +14,10 @@ from tvm.script import tirx as T
 
 from qcompile.codegen.kernels.arm import bits
 from qcompile.codegen.kernels.arm.integers import PLANES, DotGemm
-from qcompile.codegen.kernels.arm.products import BYTES, LANES, Word, dot
+from qcompile.codegen.kernels.arm.products import BYTES, LANES, DotSum, Word
 from qcompile.codegen.kernels.base import LinearProblem
 from qcompile.codegen.kernels.cpu import vector as v
-from qcompile.codegen.kernels.cpu.gemm import Emission, Register
+from qcompile.codegen.kernels.cpu.gemm import Emission
 from qcompile.targets.target import Target
 
 
@@ -65,29 +65,12 @@ class MmlaGemm(DotGemm):
         parts = bits.partial_sums(p, rows, self.wide)
         pairs = _pairs(rows)
         zero = v.const(0, LANES, "int32")
-        tile = [[[Register("int32", LANES) for _ in parts] for _ in vectors] for _ in pairs]
-        for line in tile:
-            for registers in line:
-                for register in registers:
-                    register.set(zero)
-
-        def body(line: Any, count: int, operands: Callable[[int], list[Any]]) -> None:
-            for i in range(count):
-                raw = self.load_weights(e, panel, line + i, vectors)
-                for index in range(p.per_byte):
-                    a = operands(i * p.per_byte + index)
-                    for vec, registers in enumerate(raw):
-                        for part, codes in bits.unpack(p, registers, index, parts):
-                            codes = v.let(codes)
-                            for pair, activation in enumerate(a):
-                                register = tile[pair][vec][part]
-                                multiply = dot if rows == 1 else matrix
-                                register.set(multiply(register.get(), *self._order(codes, activation, rows)))
-
-        self.over_group(e, first, rows, group, body, lambda: None, held)
+        kind = DotSum if rows == 1 else MatrixSum
+        tile = [[[kind(zero) for _ in parts] for _ in vectors] for _ in pairs]
+        self.multiply(e, panel, first, rows, group, vectors, parts, tile, held)
         sums: list[list[Any]] = [[] for _ in start]
         for pair, line in zip(pairs, tile):
-            whole = [v.let(bits.combine(parts, [register.get() for register in part], zero)) for part in line]
+            whole = [v.let(bits.combine(parts, [accumulator.total() for accumulator in part], zero)) for part in line]
             for a, b in zip(whole[::2], whole[1::2]):
                 if rows == 1:
                     both = T.call_llvm_pure_intrin("int32x4", "llvm.aarch64.neon.addp", a, b)
@@ -99,10 +82,12 @@ class MmlaGemm(DotGemm):
                     sums[row].append(v.let(start[row] + quad))
         return sums
 
-    @staticmethod
-    def _order(codes: Any, activation: Any, rows: int) -> tuple[Any, Any]:
-        """SMMLA takes rows first."""
-        return (codes, activation) if rows == 1 else (activation, codes)
+
+class MatrixSum(DotSum):
+    """SMMLA into one register, a 2 x 2 block: rows by columns."""
+
+    def add(self, codes: Any, activations: Any) -> None:
+        self.sum.set(matrix(self.sum.get(), activations, codes))
 
 
 def _pairs(rows: int) -> list[tuple[int, int]]:

@@ -30,7 +30,7 @@ class Stacks:
     """All stacks of a model: coordinates ``start .. start + height * stride - 1``, one row for every matrix.
 
     Attributes:
-        start, stride, height: by stack.
+        start, stride, height: by stack, in ascending order of ``start``.
         tied: by stack ``(stride,)``, whether all matrices share this basis direction.
     """
 
@@ -43,9 +43,10 @@ class Stacks:
         start, height = int(table.flat[0]), len(table)
         if height == 1 or start in self.start:
             return
-        self.start = np.append(self.start, start)
-        self.stride, self.height = np.append(self.stride, table.size // height), np.append(self.height, height)
-        self.tied.append(np.zeros(table.size // height, bool))
+        stride, place = table.size // height, int(np.searchsorted(self.start, start))
+        self.start = np.insert(self.start, place, start)
+        self.stride, self.height = np.insert(self.stride, place, stride), np.insert(self.height, place, height)
+        self.tied.insert(place, np.zeros(stride, bool))
 
     def of(self, coordinates: np.ndarray) -> np.ndarray:
         """The stack for all of whose matrices each of the flat ``coordinates`` stands; -1 if for none."""

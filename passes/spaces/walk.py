@@ -189,8 +189,7 @@ class NodeView:
         count = int(np.prod(sizes))  # type: ignore[arg-type]
         coordinates = self.c.fresh(count, value.name or self.name, wanted, reader=reader)
         rows = np.arange(count) // max(1, int(shape[wanted[-1]])) if len(wanted) > 1 else None  # type: ignore[arg-type]
-        keys = {"unit": rows} if movable else {"color": rows}
-        self.c.use(self.name, "constant", "axis", coordinates, GL, mix=rows, **keys)
+        self.c.use(self.name, "constant", "axis", coordinates, GL, mix=rows, unit=rows if movable else None)
         index_map = IndexMap(coordinates.reshape(sizes))
         if not varying:
             self.pin(coordinates, "constant", "a single channel")
@@ -212,6 +211,16 @@ class NodeView:
         for axis in range(1, len(shape)):
             reader = axis - len(shape) in summed
             if shape[axis] != 1 and (stack := self.claim(i, [0, axis], reader=reader, movable=False)) is not None:
+                if not np.array_equal(np.diff(stack.flat), np.ones(stack.size - 1)):
+                    self.pin(
+                        stack.table, "stack", "its matrices were laid out in another order before they are indexed"
+                    )
+                    continue
+                # The index names matrices by their places, so they keep them.
+                places = np.broadcast_to(
+                    np.arange(len(stack.table)).reshape(-1, *(1,) * (len(shape) - 1)), stack.table.shape
+                )
+                self.use(stack.table, "stack", mix=places, color=places)
                 self.c.stacks.add(stack.table)
                 maps.append(IndexMap(stack.table[0].reshape((1,) * len(positions) + stack.table.shape[1:])))
         self.walk.choices[self.node.outputs[0]] = choice_of(index, positions, len(shape) - 1)

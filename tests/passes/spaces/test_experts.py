@@ -7,7 +7,7 @@ import numpy as np
 import oracle
 import pytest
 
-from qcompile.passes.spaces import analyse, prove
+from qcompile.passes.spaces import analyse, prepare, prove
 
 E, K, N, TOKENS = 3, 5, 4, 6
 """Experts, hidden channels of each, channels of the stream, positions."""
@@ -52,6 +52,20 @@ def test_channels_of_two_experts_do_not_trade_places():
     orbit = spaces.solution.families[hidden.family].orbit[spaces.solution.row_of[hidden.classes]]
     place = spaces.index_in_space(spaces.constants["up"][1].table[:, 0, :], hidden)
     assert [len(set(orbit[row])) for row in place] == [1] * E and len(set(orbit)) == E
+
+
+def test_experts_keep_their_places_behind_a_transposition(monkeypatch):
+    """The whole stack has been claimed before it is indexed; its matrices could trade places but for the index."""
+    monkeypatch.setattr(prepare, "LARGEST_FOLDED", 0)
+    body = ROUTED.replace("Gather<axis=0>(up, i)", "Gather<axis=0>(turned, i)")
+    spaces = spaces_of(
+        "turned = Transpose<perm=[0, 2, 1]>(upt) " + body + "a = Relu(h)" + BACK,
+        upt=constants()["up"].swapaxes(1, 2).copy(),
+    )
+    hidden = of_weight(spaces, "upt", (0, 1))
+    assert hidden.group == f"R+^{E * K} x S" and not hidden.units
+    for seed in range(3):
+        assert prove(spaces, seed).holds
 
 
 def test_a_gated_expert_scales_up_and_down_and_keeps_the_gate():

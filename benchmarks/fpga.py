@@ -217,7 +217,7 @@ def estimate() -> None:
         "\nEstimates, 64x32 W4A8\n\n| device | PE | SIMD | products | estimated | Yosys | ratio |\n|---|---|---|---|---|---|---|"
     )
     for device in ("xc7", "ecp5-85k"):
-        for products in ("lut", "dsp"):
+        for products in ("lut", "dsp", "serial"):
             for pe, simd in GRID:
                 node = folded_layer(products, pe, simd)
                 with tempfile.TemporaryDirectory() as temporary:

@@ -204,7 +204,10 @@ def _bitserial(unit: Unit, family: Family) -> Area:
     counters = sum(max(n - 1, 1).bit_length() for n in (*steps, int(np.prod(steps))))
     total = Area(20 + counters * (2 if family.inputs == 6 else 4), 60)
     pairs = (simd + 1) // 2
-    gate = family.adder(x) + (x if family.inputs == 6 else 2 * x)  # one operand passes the tables of the adder ungated
+    if family.inputs == 6:  # one operand of an adder is gated in the adder's tables; the last one may have no partner
+        gates = simd // 2 * family.adder(x) + pairs * x
+    else:
+        gates = pairs * (family.adder(x) + 2 * x)
     tree = _tree(pairs, x + 1, p["P_BITS"], family)
     # The sum of a group selects among itself, twice itself and 0, and adds or subtracts.
     summed = family.adder(p["P_BITS"]) + (1 if family.inputs == 6 else 2) * p["P_BITS"]
@@ -213,7 +216,7 @@ def _bitserial(unit: Unit, family: Family) -> Area:
     if p["SCALES"]:
         registers += 2 * p["A_BITS"] + 2 * p["S_BITS"] + 1
         whole += p["S_BITS"]
-    total += Area(pe * (pairs * gate + tree.luts + summed + whole), pe * registers) + _scale_array(p, family)
+    total += Area(pe * (gates + tree.luts + summed + whole), pe * registers) + _scale_array(p, family)
     for memory in unit.memories.values():
         luts, bits = family.contents(memory)
         total += Area(luts, memory.words.shape[1] * memory.bits, memory_bits=bits)

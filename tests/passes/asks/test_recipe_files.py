@@ -11,6 +11,7 @@ import qcompile
 from qcompile.passes.asks import registered_asks
 from qcompile.passes.learn import Learned
 from qcompile.passes.spaces.prove import random_inputs
+from qcompile.recipes import list_recipes
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 logging.getLogger("onnx_ir").setLevel(logging.CRITICAL)
@@ -68,3 +69,22 @@ def test_a_stack_of_a_recipe_file_reaches_the_program(tmp_path, name):
     assert compiled.report.proof["transforms"] < 1e-4
     assert compiled.report.quality["program_to_onnx_error"] < 0.02
     assert compiled.report.quality["program_to_float_error"] < 0.2
+
+
+LEARNED = ("spinquant", "ostquant", "flatquant", "affinequant", "omniquant")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LEARNED)
+def test_a_learned_recipe_reaches_the_program(tmp_path, name):
+    """Formats and solver of the recipe (of quarot where a method has no recipe of its own), in groups of 8."""
+    base = name if name in {recipe.name for recipe in list_recipes()} else "quarot"
+    file = tmp_path / "recipe.toml"
+    step = f'{{ name = "{name}", steps = 2, batch = 1 }}'
+    file.write_text(f'base = "{base}"\nweight = "int4/g8/asym"\ntransforms = [{step}]\n')
+    model = miniatures.model("llama")
+    feeds = [random_inputs(model, np.random.default_rng(i)) for i in range(3)]
+    compiled = qcompile.compile(model, recipe=str(file), calibration=feeds, output=tmp_path / "out", progress=False)
+    assert len(compiled.report.transforms) == 1
+    assert compiled.report.proof["transforms"] < 1e-4
+    assert compiled.report.quality["program_to_float_error"] < 0.8

@@ -30,6 +30,18 @@ from qcompile.targets import Target, get_target
 from qcompile.transforms import TransformContext, apply_transforms
 
 MAX_CHECK_SAMPLES = 8
+"""Samples on which the result is compared with the float model."""
+
+MAX_CHECK_BYTES = 1 << 29
+"""Bytes of outputs that are kept for the comparison: fewer samples where one has many."""
+
+LARGE_MODEL, MAX_LARGE_SAMPLES = 1 << 30, 2
+"""Bytes of float weights from which ONNX Runtime brings packed weights back in every run, on few samples.
+
+When it folds them into constants it keeps every intermediate result until the end: 26 bytes per weight.
+"""
+
+Outputs = Mapping[str, np.ndarray]
 
 
 @dataclass
@@ -252,29 +264,38 @@ def _check(folder: Path, reference: ir.Model, samples: Sequence[Feed], report: R
     if not samples:
         report.refuse("compare with the float model", "whole model", "no calibration data and no example inputs")
         return
-    float_session = ort.session(reference)
-    onnx_session = ort.session(folder / "model.onnx")
-    try:
-        program = load_program(folder)
-    except TargetError as error:
-        report.refuse("run the program", "this machine", str(error))
-        program = None
+    large = ort.weight_bytes(reference) > LARGE_MODEL
     sums: dict[str, list[float]] = {}
 
-    def compare(key: str, have: Mapping[str, np.ndarray], want: Mapping[str, np.ndarray]) -> None:
-        a = np.concatenate([np.ravel(v) for v in have.values()]).astype(np.float64)
-        b = np.concatenate([np.ravel(v) for v in want.values()]).astype(np.float64)
-        sums.setdefault(f"{key}_cosine", []).append(float(a @ b / (np.linalg.norm(a) * np.linalg.norm(b) or 1)))
-        sums.setdefault(f"{key}_error", []).append(float(np.linalg.norm(a - b) / (np.linalg.norm(b) or 1)))
+    def compare(key: str, have: Sequence[Outputs], want: Sequence[Outputs]) -> None:
+        for mine, theirs in zip(have, want):
+            a, b = (
+                np.concatenate([np.ravel(v).astype(np.float64) for v in values.values()]) for values in (mine, theirs)
+            )
+            size, other = np.linalg.norm(a), np.linalg.norm(b)
+            sums.setdefault(f"{key}_cosine", []).append(float(a @ b / (size * other or 1)))
+            sums.setdefault(f"{key}_error", []).append(float(np.linalg.norm(a - b) / (other or 1)))
 
-    for feed in samples:
-        exact = ort.run(float_session, feed)
-        emitted = ort.run(onnx_session, feed)
-        compare("onnx_to_float", emitted, exact)
-        if program is not None:
-            got = program.run({s.name: feed[s.name] for s in program.inputs})
-            compare("program_to_float", got, exact)
-            compare("program_to_onnx", got, emitted)
+    # One after the other: a session of a large model and what it makes of the weights take many times their bytes.
+    session, exact = ort.session(reference), []
+    for feed in samples[:MAX_LARGE_SAMPLES] if large else samples:
+        exact.append(ort.run(session, feed))
+        if sum(v.nbytes for outputs in exact for v in outputs.values()) > MAX_CHECK_BYTES:
+            break
+    del session
+    samples = samples[: len(exact)]
+    got: list[Outputs] = []
+    try:
+        program = load_program(folder)
+        got = [program.run({s.name: feed[s.name] for s in program.inputs}) for feed in samples]
+        del program
+    except TargetError as error:
+        report.refuse("run the program", "this machine", str(error))
+    compare("program_to_float", got, exact)
+    session = ort.session(folder / "model.onnx", fold=not large)
+    emitted = [ort.run(session, feed) for feed in samples]
+    compare("onnx_to_float", emitted, exact)
+    compare("program_to_onnx", got, emitted)
     report.quality = {key: float(np.mean(values)) for key, values in sums.items()} | {"samples": float(len(samples))}
 
 

@@ -29,6 +29,7 @@ def session(
     threads: int = 0,
     settings: Mapping[str, str] | None = None,
     optimize: bool = True,
+    fold: bool = True,
 ) -> Any:
     """Create an ``onnxruntime.InferenceSession`` on the CPU.
 
@@ -38,6 +39,7 @@ def session(
         threads: intra-op threads, 0 for ONNX Runtime's choice.
         settings: session configuration entries; `EXACT` if None.
         optimize: False runs the graph node by node.
+        fold: False leaves constant expressions, such as packed weights, to every run.
 
     Raises:
         ModelError: ONNX Runtime refuses the model.
@@ -52,23 +54,27 @@ def session(
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     for key, value in (EXACT if settings is None else settings).items():
         options.add_session_config_entry(key, value)
+    how = {"providers": ["CPUExecutionProvider"], "disabled_optimizers": [] if fold else ["ConstantFolding"]}
     try:
         if not isinstance(model, ir.Model):
-            return ort.InferenceSession(os.fspath(model), options, providers=["CPUExecutionProvider"])
+            return ort.InferenceSession(os.fspath(model), options, **how)
         if outputs:
             model = with_outputs(model, outputs)
-        size = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
-        if size < _INLINE_LIMIT:
-            data = ir.serde.serialize_model(model).SerializeToString()
-            return ort.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+        if weight_bytes(model) < _INLINE_LIMIT:
+            return ort.InferenceSession(ir.serde.serialize_model(model).SerializeToString(), options, **how)
         with tempfile.TemporaryDirectory(prefix="qcompile-") as folder:
             path = Path(folder) / "model.onnx"
             ir.save(model, path, external_data="model.onnx.data")
-            return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+            return ort.InferenceSession(str(path), options, **how)
     except ModelError:
         raise
     except Exception as error:
         raise ModelError(f"ONNX Runtime refuses the model: {str(error).strip().splitlines()[0]}") from error
+
+
+def weight_bytes(model: ir.Model) -> int:
+    """Bytes of all initializers."""
+    return sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
 
 
 def with_outputs(model: ir.Model, names: Sequence[str]) -> ir.Model:

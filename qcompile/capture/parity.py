@@ -6,38 +6,16 @@ graph gives 1e-2 and more, so the limit of 1e-3 separates the two.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
+from qcompile import ort
 from qcompile.errors import ModelError
 
 TOLERANCE = 1e-3
-_INLINE_LIMIT = 1 << 30  # a protobuf message holds at most 2 GiB
-
-
-def run_onnx(model: ir.Model, feeds: Sequence[dict[str, np.ndarray]]) -> list[list[np.ndarray]]:
-    """Execute ``model`` in ONNX Runtime (CPU) once per set of inputs."""
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4
-    providers = ["CPUExecutionProvider"]
-    size = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
-    if size < _INLINE_LIMIT:
-        session = onnxruntime.InferenceSession(
-            ir.serde.serialize_model(model).SerializeToString(), options, providers=providers
-        )
-        return [session.run(None, feed) for feed in feeds]
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "model.onnx"
-        ir.save(model, path, external_data="model.data")
-        session = onnxruntime.InferenceSession(str(path), options, providers=providers)
-        return [session.run(None, feed) for feed in feeds]
 
 
 def check_parity(
@@ -67,7 +45,9 @@ def check_parity(
         arrays = [tensor.detach().cpu().numpy() for tensor in flatten(example)]
         feeds.append(dict(zip((v.name or "" for v in model.graph.inputs), arrays)))
     try:
-        results = run_onnx(model, feeds)
+        session = ort.session(model)
+        results = [session.run(None, feed) for feed in feeds]
+        del session
     except Exception as error:
         raise ModelError(
             f"{name}: ONNX Runtime does not run the exported graph: {' '.join(str(error).split())[:300]}"

@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from qcompile import ort
 from qcompile.capture import capture
 from qcompile.capture.huggingface import load, model_directory, weight_files
-from qcompile.capture.parity import run_onnx
 from qcompile.errors import ModelError
 from qcompile.passes.recognise import recognise
 
@@ -51,7 +51,7 @@ def test_decoder(tiny: Tiny, feeds) -> None:
     assert head.metadata_props["qcompile.transpose_of"] == "model.embed_tokens.weight" and not report.refused
     for batch in (1, 2, 5):  # rotary tables follow the batch
         inputs = feeds(captured.model, batch, 6)
-        before, after = run_onnx(captured.model, [inputs])[0], run_onnx(result, [inputs])[0]
+        before, after = ort.run(captured.model, inputs).values(), ort.run(result, inputs).values()
         np.testing.assert_allclose(after[0], before[0], atol=2e-5)
 
 
@@ -74,7 +74,7 @@ def test_decoding_step_continues_the_prefill(tiny: Tiny) -> None:
             "position_ids": np.tile(np.arange(length, total), (2, 1)),
             **dict(zip(names[3:], past)),
         }
-        return run_onnx(step, [feed])[0]
+        return ort.run(step, feed).values()
 
     empty = [np.zeros((2, 2, 0, 8), np.float32)] * 4
     whole, *_ = run(ids, empty)

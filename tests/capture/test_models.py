@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from qcompile import ort
 from qcompile.capture import capture
-from qcompile.capture.parity import run_onnx
 from qcompile.passes.recognise import recognise
 
 slow = pytest.mark.slow
@@ -44,7 +44,7 @@ def test_composites_are_found(
     assert not kinds & {"Softmax", "Erf", "Pow", "Sqrt", "BatchNormalization", "Gemm", "GatherND", "Where"}, kinds
     for batch, sequence in ((1, 1), (2, 7), (3, 12)):
         inputs = feeds(captured.model, batch, sequence)
-        (before,), (after,) = run_onnx(captured.model, [inputs])[0], run_onnx(result, [inputs])[0]
+        (before,), (after,) = ort.run(captured.model, inputs).values(), ort.run(result, inputs).values()
         if "attention_mask" in inputs:  # what attention gives where every key is masked is not defined
             before, after = (y[inputs["attention_mask"] != 0] for y in (before, after))
         np.testing.assert_allclose(after, before, rtol=1e-4, atol=2e-5 * max(1.0, float(np.abs(before).max())))
@@ -62,7 +62,7 @@ def test_mini_lm_at_every_opset(feeds, opset: int) -> None:
     names = set(result.graph.initializers)
     assert "encoder.layer.5.output.dense.weight" in names and "embeddings.word_embeddings.weight" in names
     inputs = feeds(captured.model, 3, 9)
-    (before,), (after,) = run_onnx(captured.model, [inputs])[0], run_onnx(result, [inputs])[0]
+    (before,), (after,) = ort.run(captured.model, inputs).values(), ort.run(result, inputs).values()
     np.testing.assert_allclose(after, before, atol=2e-5)
 
 
@@ -113,6 +113,6 @@ def test_exports_of_the_older_exporter(
         inputs = feeds(captured.model, batch, sequence)
         with torch.no_grad():
             wanted = prepared.module(*(torch.from_numpy(inputs[key]) for key in prepared.input_names)).numpy()
-        (got,) = run_onnx(result, [inputs])[0]
+        (got,) = ort.run(result, inputs).values()
         keep = inputs["attention_mask"] != 0
         np.testing.assert_allclose(got[keep], wanted[keep], rtol=1e-4, atol=2e-5)

@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from qcompile import ort
 from qcompile.capture import capture
-from qcompile.capture.parity import check_parity, run_onnx
+from qcompile.capture.parity import check_parity
 from qcompile.errors import ModelError, UnsupportedOperatorError
 
 torch = pytest.importorskip("torch")
@@ -60,7 +61,7 @@ def test_module_with_symbolic_batch() -> None:
     x, scale = x[0], np.ones((5, 3), np.float32)
     with torch.no_grad():
         expected = module(torch.from_numpy(x), torch.from_numpy(scale)).numpy()
-    (got,) = run_onnx(captured.model, [{"x": x, "scale": scale}])[0]
+    (got,) = ort.run(captured.model, {"x": x, "scale": scale}).values()
     np.testing.assert_allclose(got, expected, atol=1e-5)
 
 

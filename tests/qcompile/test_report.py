@@ -26,8 +26,14 @@ net (float[batch, 64] x, float[64] gamma, float[64] beta, float[64, 96] w1, floa
 """
 
 
+def compile_it(model, output):
+    random = np.random.default_rng(1)
+    samples = [{"x": random.standard_normal((4, 64)).astype(np.float32)} for _ in range(4)]
+    return qcompile.compile(model, recipe="w8a8", calibration=samples, output=output, progress=False)
+
+
 @pytest.fixture(scope="module")
-def compiled(tmp_path_factory):
+def model():
     random = np.random.default_rng(0)
     model = ir.serde.deserialize_model(onnx.shape_inference.infer_shapes(onnx.parser.parse_model(TEXT)))
     for value in [v for v in model.graph.inputs if v.name != "x"]:
@@ -35,10 +41,12 @@ def compiled(tmp_path_factory):
         value.const_value = ir.tensor(array, name=value.name)
         model.graph.inputs.remove(value)
         model.graph.register_initializer(value)
-    samples = [{"x": random.standard_normal((4, 64)).astype(np.float32)} for _ in range(4)]
-    return qcompile.compile(
-        model, recipe="w8a8", calibration=samples, output=tmp_path_factory.mktemp("r") / "a", progress=False
-    )
+    return model
+
+
+@pytest.fixture(scope="module")
+def compiled(model, tmp_path_factory):
+    return compile_it(model, tmp_path_factory.mktemp("r") / "a")
 
 
 def test_every_site_has_its_ranges_before_and_after(compiled):
@@ -55,6 +63,15 @@ def test_the_page_holds_all_of_it_and_loads_nothing(compiled):
     links = re.findall(r"""(?:src|href)=["']([^"']+)""", text)
     assert all(link.startswith("#") for link in links)
     assert "@import" not in text and "<script" not in text
+
+
+@pytest.mark.parametrize("limit, samples", [("LARGE_MODEL", 2), ("MAX_CHECK_BYTES", 1)])
+def test_large_models_are_compared_on_fewer_samples(model, compiled, tmp_path, monkeypatch, limit, samples):
+    monkeypatch.setattr(f"qcompile.compiler.{limit}", 0)
+    quality = compile_it(model, tmp_path / "a").report.quality
+    assert quality["samples"] == samples and compiled.report.quality["samples"] == 4
+    assert quality.keys() == compiled.report.quality.keys()
+    assert quality["program_to_onnx_error"] < 1e-3 and quality["onnx_to_float_cosine"] > 0.999
 
 
 def test_latency_and_names_that_need_escaping(tmp_path):

@@ -56,13 +56,24 @@ def test_integer_layers_use_integer_tensor_cores() -> None:
 def test_hopper_kernels_start_before_the_one_before_ends() -> None:
     """Weights are copied before `await_previous`, x after it; the launch allows it. Other chips have no such launches."""
     for rows in (8, 64):
-        text = small(plan(300, 70, "int4/g128"), rows).source().read_text()
+        early = {rows: {"overlap": True}}
+        text = small(plan(300, 70, "int4/g128", configs=early), rows).source().read_text()
         body = text[text.index("{", text.index(f" rows{rows}_kernel(", text.index(f" rows{rows}_kernel(") + 1)) :]
         before, after = body.split(WAIT)
         assert "programmaticStreamSerializationAllowed = 1" in after
         assert "codes0_ptr" in before and "x_ptr" not in before and "x_ptr" in after
-        ampere = small(plan(300, 70, "int4/g128", target="sm_80"), rows).source().read_text()
-        assert "griddepcontrol" not in ampere and "programmatic" not in ampere
+        for target, configs in (("sm_80", early), ("sm_90a", {})):
+            other = small(plan(300, 70, "int4/g128", target=target, configs=configs), rows).source().read_text()
+            assert "griddepcontrol" not in other and "programmatic" not in other
+
+
+def test_clusters_are_launched_where_splits_use_them() -> None:
+    config = {"family": "cuda-tiled", "rows": 32, "wg": 1, "mt": 1, "split": 2, "stages": 3, "wgmma": True}
+    for cluster in (True, False):
+        p = plan(300, 70, "int4/g128", rows=(64,), configs={64: {**config, "cluster": cluster}})
+        text = p.source().read_text()
+        assert text.count("__cluster_dims__(1, 2, 1)") == 2 * cluster and ("ld.shared::cluster" in text) == cluster
+        assert p.scratch() == ((1, 1) if cluster else (2 * 2 * 32 * 128, 4))
 
 
 @pytest.mark.parametrize(

@@ -51,11 +51,15 @@ LAYERS: dict[str, tuple[str, str, tuple[int, ...], tuple[str, ...]]] = {
 """Weight format, activation format, numbers of rows, peers."""
 
 
+def buckets(counts: Sequence[int]) -> list[int]:
+    """Those whose kernels these numbers of rows use."""
+    return sorted({next((r for r in ROWS if r >= m), ROWS[-1]) for m in counts})
+
+
 def layer_plan(layer: str, n: int, k: int, arch: str, rows: Sequence[int] = ()) -> Plan:
     """The kernels of a layer of `LAYERS`, by default those for its numbers of rows."""
     weight, activation, counts, _ = LAYERS[layer]
-    used = sorted({next((r for r in ROWS if r >= m), ROWS[-1]) for m in counts})
-    return plan(k, n, weight, activation, torch.float16, arch, rows=rows or used)
+    return plan(k, n, weight, activation, torch.float16, arch, rows=rows or buckets(counts))
 
 
 def peer(name: str, m: int, n: int, k: int) -> float | None:
@@ -81,11 +85,17 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true", help="only compile")
     parser.add_argument("--layers", default=",".join(LAYERS))
     parser.add_argument("--shapes", default=",".join(f"{n}x{k}" for n, k in SHAPES))
+    parser.add_argument("--rows", help="only these of a layer's numbers of rows")
     parser.add_argument("--peers", default=",".join(PEERS))
     parser.add_argument("--out")
     args = parser.parse_args()
     shapes = [tuple(int(v) for v in s.split("x")) for s in args.shapes.split(",")]
-    plans = {(layer, n, k): layer_plan(layer, n, k, args.arch) for layer in args.layers.split(",") for n, k in shapes}
+    layers = args.layers.split(",")
+    wanted = [int(m) for m in args.rows.split(",")] if args.rows else []
+    counts = {layer: [m for m in LAYERS[layer][2] if not wanted or m in wanted] for layer in layers}
+    plans = {
+        (layer, n, k): layer_plan(layer, n, k, args.arch, buckets(counts[layer])) for layer in layers for n, k in shapes
+    }
     if args.prepare:
         print(*make_all(Plan.source, list(plans.values())), sep="\n")
         return
@@ -99,7 +109,7 @@ def main() -> None:
     for (layer, n, k), p in plans.items():
         module = build.load(p.library())
         sets, size = weight_sets(p)
-        for m in LAYERS[layer][2]:
+        for m in counts[layer]:
             index = next((i for i, e in enumerate(p.entries) if e.rows >= m), len(p.entries) - 1)
             own = measure(calls(p, index, m, sets, module[p.entries[index].symbol]))
             row: dict[str, Any] = {"layer": layer, "n": n, "k": k, "m": m, "own": own, "bandwidth": size / own / peak}

@@ -33,7 +33,8 @@ def dequantize(n: NodeView) -> None:
             continue
         inside = np.arange(codes.size) // block if block and a == axis else np.zeros(codes.size, np.int64)
         n.use(codes.table, "codes", FIXED, single=True, color=inside.reshape(codes.table.shape))
-        own = 0 if len(scale) == 1 and a == axis else a
+        # A vector of scales belongs to `axis`, whatever the size of the others.
+        own = a if len(scale) > 1 else 0 if a == axis else len(scale)
         if own >= len(scale) or scale[own] != shape[a]:
             # One scale for all channels along this axis, or one per block of them.
             out.append(codes)

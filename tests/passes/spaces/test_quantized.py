@@ -62,6 +62,19 @@ def test_a_scale_per_channel_takes_the_factor_and_codes_move_with_it(dtype, zero
     assert float((before - after).abs().max() / before.abs().max()) < 1e-5
 
 
+def test_a_scale_per_channel_of_a_square_matrix_belongs_to_one_axis():
+    codes = RNG.integers(-7, 8, (N, N))
+    model = model_of(
+        "w = DequantizeLinear<axis=1>(a, sp) h = MatMul(x, w) r = Relu(h) y = MatMul(r, c)",
+        a=codes,
+        c=RNG.standard_normal((N, N)).astype(np.float32),
+    )
+    value = model.graph.initializers["a"]
+    value.const_value, value.dtype = ir.tensor(codes.astype(np.int8), name="a"), ir.DataType.INT8
+    _, hidden = hidden_of(model)
+    assert hidden.group == f"R+^{N} x S"
+
+
 @pytest.mark.parametrize("step", ["one", "sp"], ids=["one scale", "a scale per output"])
 def test_what_reads_codes_admits_no_scale(step):
     body = f"h = Gemm<transB=1>(x, v) r = Relu(h) w = DequantizeLinear<axis=1>(p, {step}) y = MatMul(r, w)"

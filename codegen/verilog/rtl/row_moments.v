@@ -136,7 +136,7 @@ module row_moments #(
   reg [K_BITS-1:0] k, k_late, k_out;
   reg [F+1:0] index;
   reg [R_BITS-1:0] root;
-  reg [R_BITS-1:0] roots[0:(3<<F)-1];
+  reg [R_BITS-1:0] roots[0:(4<<F)-1];  // of a row only the first three quarters are read
   initial $readmemh(ROOTS, roots);
 
   reg [K_BITS-1:0] found;

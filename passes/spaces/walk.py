@@ -103,6 +103,8 @@ class Walk:
                         if value is not None:
                             for index_map in self.layout(value):
                                 view.pin(index_map.table, "captured", reason)
+                            if value in self.constant_values and not self.layout(value):
+                                self.opaque.add(value)
 
 
 class NodeView:

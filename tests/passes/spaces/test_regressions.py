@@ -198,19 +198,30 @@ def test_an_unknown_operator_pins_and_names_itself():
 def test_a_value_captured_by_a_sub_graph_is_pinned():
     model = parse("a = MatMul(x, w) y = MatMul(a, v)", {"w": matrix(N, N), "v": matrix(N, N)})
     a = next(o for n in model.graph for o in n.outputs if o.name == "a")
-    inner = ir.node("Relu", [a], name="inner")
+    model.graph.insert_after(a.producer(), [branch_that_reads(model, a)])
+    assert analyse(model).of("a").pinned
+
+
+def test_a_weight_that_a_sub_graph_reads_first_stays():
+    model = parse("a = MatMul(x, w) y = MatMul(a, v)", {"w": matrix(N, N), "v": matrix(N, N)})
+    first = next(iter(model.graph))
+    model.graph.insert_before(first, [branch_that_reads(model, model.graph.initializers["w"])])
+    assert analyse(model).of("a").pinned
+
+
+def branch_that_reads(model, value):
+    """An If, on a new input of the model, whose branches capture ``value``."""
+    inner = ir.node("Relu", [value], name="inner")
     body = ir.Graph([], inner.outputs, nodes=[inner], opset_imports={"": 23}, name="body")
     condition = ir.Value(name="c", shape=ir.Shape([]), type=ir.TensorType(ir.DataType.BOOL))
     model.graph.inputs.append(condition)
-    branch = ir.node(
+    return ir.node(
         "If",
         [condition],
         attributes={"then_branch": body, "else_branch": body.clone(allow_outer_scope_values=True)},
         num_outputs=1,
         name="branch",
     )
-    model.graph.insert_after(a.producer(), [branch])
-    assert analyse(model).of("a").pinned
 
 
 def test_kv_cache_inputs_pin_what_they_are_joined_with():

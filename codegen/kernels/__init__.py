@@ -53,12 +53,16 @@ def register_kernel(kind: str) -> Callable[[Family], Family]:
     """Decorate a `LinearKernel` that is to be considered for targets of ``kind`` (``x86`` or ``arm``).
 
     Raises:
-        TargetError: programs for such targets are not put together from these kernels.
+        TargetError: programs for such targets are not put together from these kernels, or another family has its name.
     """
     if kind not in CPUS:
         raise TargetError(f"kernels can be added for {' and '.join(CPUS)}, not for {kind}")
 
     def register(family: Family) -> Family:
+        if any(known.name == family.name for known in families(kind)):
+            raise TargetError(
+                f"a kernel for {kind} is called {family.name!r} already; give {family.__name__} a name of its own"
+            )
         _REGISTERED.setdefault(kind, []).append(family)
         families.cache_clear()
         return family

@@ -67,10 +67,16 @@ def synthesize(
 
 
 def by_unit(
-    folder: Path, top: str, sources: Sequence[str], target: FpgaTarget, *, timeout: float | None = None
+    folder: Path,
+    top: str,
+    sources: Sequence[str],
+    target: FpgaTarget,
+    *,
+    options: str = "",
+    timeout: float | None = None,
 ) -> dict[str, Synthesis]:
     """What each instance in ``top`` takes, by its name, when units are not mixed with each other; as `synthesize`."""
-    _run(folder, top, sources, target, target.hierarchical, None, timeout)
+    _run(folder, top, sources, target, f"{target.hierarchical} {options}", None, timeout)
     modules = json.loads((folder / f"{top}.json").read_text(encoding="utf-8"))["modules"]
 
     def is_unit(kind: str) -> bool:  # cells of the device are modules without cells

@@ -41,7 +41,7 @@ def synth(artifact: str, device: str | None, place: bool, seeds: int, nodes: boo
         sources = copy_sources(Path(artifact) / "verilog", folder)
         by_node = {}
         if nodes:  # first: place and route reads what the last run left
-            units = synthesize.by_unit(folder, content["name"], sources, target)
+            units = synthesize.by_unit(folder, content["name"], sources, target, options=options)
             by_node = {
                 n["name"]: {
                     "kind": n["kind"],

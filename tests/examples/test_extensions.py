@@ -135,6 +135,17 @@ def test_kernels_are_added_for_cpus_only():
         register_kernel("fpga")
 
 
+def test_a_kernel_needs_a_name_of_its_own():
+    before = families("x86")
+
+    class Unnamed(type(before[0])):
+        pass
+
+    with pytest.raises(TargetError, match="give Unnamed a name of its own"):
+        register_kernel("x86")(Unnamed)
+    assert families("x86") == before
+
+
 def test_they_are_short():
     assert len(STUDENT.read_text().splitlines()) < 50
     assert len(LOGARITHM.read_text().splitlines()) < 65

@@ -49,6 +49,21 @@ class Fpga(Backend):
         "softmax-bits": "bits of attention's probabilities, as powers of two (4)",
     }
 
+    def check_options(self, options: Mapping[str, Any], emit: tuple[str, ...]) -> None:
+        """Refuse what this backend does not know, and measuring without the tool for it.
+
+        Raises:
+            TargetError: naming the option or the tool.
+        """
+        super().check_options(options, emit)
+        measure = str(options.get("measure", "no"))
+        if measure not in ("yes", "no"):
+            raise TargetError(f"hardware is measured or not, yes or no, not {measure!r}")
+        if measure == "yes":
+            from qcompile.codegen.verilog import tools
+
+            tools.require("yosys")
+
     def emit(self, job: Job) -> None:
         """Write sources, ``model.onnx`` and the descriptions."""
         from qcompile.codegen.fixed.importer import import_model

@@ -9,7 +9,9 @@ import pytest
 from click.testing import CliRunner
 from onnx import numpy_helper
 
+import qcompile
 from qcompile.cli import cli
+from qcompile.errors import TargetError
 
 TEXT = """
 <ir_version: 10, opset_import: ["" : 18]>
@@ -120,6 +122,15 @@ def test_a_recipe_with_dynamic_scales_is_refused_by_name(files):
     )
     assert done.exit_code != 0
     assert "error:" in done.output and not (files / "out").exists()
+
+
+@pytest.mark.parametrize("value, reason", [("true", "yes or no, not 'true'"), ("yes", "yosys is needed")])
+def test_measuring_is_refused_before_the_model_is_read(value, reason, monkeypatch):
+    from qcompile.codegen.verilog import tools
+
+    monkeypatch.setattr(tools, "find", lambda name, **_: None)
+    with pytest.raises(TargetError, match=reason):
+        qcompile.compile("no/model.onnx", target="fpga", recipe="fixed-w4a8", options={"measure": value})
 
 
 def test_scales_of_groups_that_vanish_are_reported(files):

@@ -149,7 +149,9 @@ def text_encoder(tokenizer: str | os.PathLike[str] | None, inputs: Sequence[Inpu
     Recognises token ids, masks and type ids by their dtype and the names the tokenizer itself uses.
     """
     if tokenizer is None:
-        raise CalibrationError("texts need the model's tokenizer.json: give `tokenizer` (`--tokenizer`), or arrays in a .npz file")
+        raise CalibrationError(
+            "texts need the model's tokenizer.json: give `tokenizer` (`--tokenizer`), or arrays in a .npz file"
+        )
     from tokenizers import Tokenizer
 
     try:

@@ -210,7 +210,7 @@ def test_a_board_behind_a_tracker_is_measured(tmp_path):
         assert done.exit_code == 0, done.output
         (entry,) = Database.load(tmp_path / "db.json").entries.values()
         assert (entry.machine, entry.trials, entry.rows) == ("board", 2, (2,)) and entry.microseconds[0] > 0
-        with pytest.raises(TargetError, match="no board 'other' at tracker .* it knows board"):
+        with pytest.raises(TargetError, match=r"no board 'other' at tracker .* it knows board"):
             RpcRunner("127.0.0.1", port, "other").session()
     finally:
         os.killpg(board.pid, signal.SIGKILL)

@@ -132,9 +132,10 @@ def source(
             bounds = rf"__launch_bounds__\((\d+)\)( {name}_kernel\()"
             text = re.sub(bounds, rf"__launch_bounds__(\1, {blocks})\2", text)
         for name, blocks in (clusters or {}).items():
-            text = re.sub(
+            text, places = re.subn(
                 rf"(?=__launch_bounds__\([^)]*\) {name}_kernel\()", f"__cluster_dims__(1, {blocks}, 1) ", text
             )
+            assert places, f"{name} adds up across a cluster it is not launched in"
         _write(path, text + tail)
     return path
 

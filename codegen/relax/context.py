@@ -220,10 +220,16 @@ class Context:
         """Computes dimensions and matches them with a pattern when the program runs.
 
         The values go through a tensor, which hides them from passes that would substitute the pattern's variables by their
-        definitions everywhere again, and whose simplifiers do not end on some of those.
+        definitions everywhere again, and whose simplifiers do not end on some of those. On a GPU reading a tensor would wait
+        for the device, which a call that is captured in a CUDA graph may not: there they stay shapes of the host, and go through
+        a function that passes do not look into.
         """
-        tensor = self.materialize(np.array(values, dtype=object), "int64")
-        self.bb.match_cast(self.bb.emit(relax.op.tensor_to_shape(tensor)), relax.ShapeType(pattern))
+        if self.target is not None and self.target.kind == "cuda":
+            shape = relax.ShapeExpr([as_expr(v) for v in values])
+            hidden = relax.call_pure_packed("vm.builtin.copy", shape, ty_args=relax.ShapeType(ndim=len(values)))
+        else:
+            hidden = relax.op.tensor_to_shape(self.materialize(np.array(values, dtype=object), "int64"))
+        self.bb.match_cast(self.bb.emit(hidden), relax.ShapeType(pattern))
 
     def require_equal(self, a: Dim, b: Dim) -> None:
         """Lets the program stop with an error unless the two dimensions are equal; nothing is emitted if they provably are."""

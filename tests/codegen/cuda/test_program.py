@@ -14,6 +14,8 @@ from qcompile import ort, tensors
 from qcompile.backends.cpu import save_onnx
 from qcompile.codegen.kernels.cuda.plan import Plan
 from qcompile.codegen.program_cuda import build_cuda_program
+from qcompile.codegen.relax import compile_relax, to_relax
+from qcompile.codegen.relax.testing import parse
 from qcompile.errors import TargetError
 from qcompile.passes.lower import lower
 from qcompile.passes.recognise import recognise
@@ -93,3 +95,31 @@ def test_target_without_a_device_asks_for_an_architecture() -> None:
     with pytest.raises(TargetError, match="sm_90a"):
         get_target("cuda")
     assert get_target("cuda", variant="sm_80").kind == "cuda"
+
+
+def test_shapes_are_checked_on_the_host() -> None:
+    """Positions of a table added to rows, as BERT does: that the sequence is no longer than the table is checked without reading
+    a tensor, for which a captured call may not wait. The module has no kernels of its own and runs on the CPU."""
+    import tvm
+    from tvm import relax
+
+    table = np.arange(24, dtype=np.float32).reshape(1, 6, 4)
+    values = ", ".join(map(str, table.reshape(-1)))
+    constants = f"float[1, 6, 4] table = {{{values}}}, int64[1] zero = {{0}}, int64[1] axis = {{1}}"
+    body = f"""
+    m (float[b, s, 4] x) => (float[b, s, 4] y) <{constants}> {{
+      end = Shape<start=1, end=2>(x)
+      positions = Slice(table, zero, end, axis)
+      y = Add(x, positions)
+    }}"""
+    program = to_relax(ir.from_proto(parse(body)), target=get_target("cuda", variant="sm_90a"))
+    assert "tensor_to_shape" not in program.mod.script()
+    machine = relax.VirtualMachine(compile_relax(program, None, schedule=False, opt_level=0), tvm.cpu())
+    for length in (1, 5, 6):
+        x = np.random.default_rng(length).standard_normal((2, length, 4)).astype(np.float32)
+        y = machine["main"](tvm.runtime.tensor(x), *map(tvm.runtime.tensor, program.params.values())).numpy()
+        assert np.array_equal(y, x + table[:, :length])
+    with pytest.raises(Exception, match="(?i)shape|match"):
+        machine["main"](
+            tvm.runtime.tensor(np.zeros((1, 7, 4), np.float32)), *map(tvm.runtime.tensor, program.params.values())
+        )

@@ -119,7 +119,7 @@ def test_shapes_are_checked_on_the_host() -> None:
         x = np.random.default_rng(length).standard_normal((2, length, 4)).astype(np.float32)
         y = machine["main"](tvm.runtime.tensor(x), *map(tvm.runtime.tensor, program.params.values())).numpy()
         assert np.array_equal(y, x + table[:, :length])
-    with pytest.raises(Exception, match="(?i)shape|match"):
+    with pytest.raises(Exception, match=r"(?i)shape|match"):
         machine["main"](
             tvm.runtime.tensor(np.zeros((1, 7, 4), np.float32)), *map(tvm.runtime.tensor, program.params.values())
         )

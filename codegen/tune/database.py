@@ -113,6 +113,8 @@ class Database:
         how = "fewest instructions" if best.instructions else "measured fastest"
         exact = (best.k, best.n) == (problem.k, problem.n)
         reason = f"{how} for {where}" if exact else f"{how} for {where}, the nearest shape measured"
+        if exact and config != best.config:
+            reason += " with a config that is no longer offered; the nearest one is taken"
         return best.family, config, reason
 
     # Files
@@ -177,25 +179,24 @@ def database_for(target: Target) -> Database | None:
     """
     if (path := databases.named_by_variable()) is not None:
         return _read(path, path.stat().st_mtime_ns) if path.is_file() else None
-    name = databases.name_of(target)
-    found = _merged([databases.of_user(name), databases.shipped(name)])
+    found = _merged(databases.name_of(target), str(target))
     if found is None and target.kind == "arm" and (alike := COUNTED.get(target.features)):
-        found = _merged([databases.of_user(alike), databases.shipped(alike)])
+        found = _merged(alike, f"{target.kind}/{alike}")
         return found and _counted(found, alike, str(target))
     return found
 
 
-def _merged(paths: Iterable[Path]) -> Database | None:
-    """What the files hold that are there; of several results for the same problem, the first."""
-    there = [_read(path, path.stat().st_mtime_ns) for path in paths if path.is_file()]
-    if len(there) < 2:
-        return there[0] if there else None
+def _merged(name: str, target: str) -> Database | None:
+    """What the user's file of a target and the one that ships hold; of several results for a problem, the user's."""
     entries: dict[tuple[Any, ...], Measured] = {}
-    for database in there:
-        if database.target == there[0].target:
-            for key, entry in database.entries.items():
-                entries.setdefault(key, entry)
-    return Database(there[0].target, entries.values())
+    there = [path for path in (databases.of_user(name), databases.shipped(name)) if path.is_file()]
+    for path in there:
+        database = _read(path, path.stat().st_mtime_ns)
+        if database.target != target:
+            raise ArtifactError(f"{path} holds results for {database.target}, not for {target}; rename or remove it")
+        for key, entry in database.entries.items():
+            entries.setdefault(key, entry)
+    return Database(target, entries.values()) if there else None
 
 
 def _counted(database: Database, name: str, target: str) -> Database:

@@ -121,7 +121,7 @@ def measure(summary: dict[str, Any], folder: Path, name: str, target: FpgaTarget
         units = synthesize.by_unit(Path(temporary), name, sources, target)
     summary["measured"] = measured([whole])
     for node in summary["nodes"]:
-        node["measured"] = measured([units[f"u_{unit}"] for unit in node["units"]])
+        node["measured"] = measured([units.get(f"u_{unit}", synthesize.NOTHING) for unit in node["units"]])
 
 
 def measured(found: Sequence[synthesize.Synthesis]) -> dict[str, int]:

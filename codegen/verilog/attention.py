@@ -11,6 +11,7 @@ from qcompile.codegen.fixed.nodes.normalize import F, R, Z, root_table
 from qcompile.codegen.verilog import build, macs, plumbing
 from qcompile.codegen.verilog.movement import back
 from qcompile.codegen.verilog.netlist import Channel, Memory, Netlist, Process, Unit, Wait
+from qcompile.errors import TargetError
 from qcompile.formats.fixed import IntType
 
 
@@ -166,6 +167,11 @@ def _softmax(node: Softmax, netlist: Netlist, inputs: Sequence[Channel]) -> Chan
 @build.elaborate.register
 def _normalize(node: Normalize, netlist: Netlist, inputs: Sequence[Channel]) -> Channel:
     pe, x, channels = node.folding.pe, node.inputs[0].type, node.inputs[0].channels
+    if x.bits + 1 > build.BLOCK_BITS:
+        raise TargetError(
+            f"{node.name}: its input has {x.bits} bits, and squares are taken of at most {build.BLOCK_BITS - 1}; "
+            "quantize what it normalises to fewer bits"
+        )
     beats = channels // pe
     table = root_table()
     root_bits = int(table.max()).bit_length()

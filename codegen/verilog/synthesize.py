@@ -34,6 +34,9 @@ class Synthesis:
     memories: int
 
 
+NOTHING = Synthesis({}, 0, 0, 0, 0, 0)
+"""What an instance takes that `by_unit` does not list: only wires are left of it."""
+
 _MEMORY_LUTS = {"RAM32M": 4, "RAM64M": 4, "RAM32X1D": 2, "RAM64X1D": 2, "RAM128X1D": 4, "SRL16E": 1, "SRLC32E": 1,
                 "SRLC16E": 1, "RAM64X1S": 1, "RAM32X1S": 1, "RAM256X1S": 4, "RAM128X1S": 2, "RAM16X1D": 2,
                 "TRELLIS_DPR16X4": 4}  # fmt: skip

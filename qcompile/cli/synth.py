@@ -46,7 +46,7 @@ def synth(artifact: str, device: str | None, place: bool, seeds: int, nodes: boo
                 n["name"]: {
                     "kind": n["kind"],
                     "estimated_luts": n["estimate"]["luts"],
-                    **measured([units[f"u_{u}"] for u in n["units"]]),
+                    **measured([units.get(f"u_{u}", synthesize.NOTHING) for u in n["units"]]),
                 }
                 for n in hardware["nodes"]
             }

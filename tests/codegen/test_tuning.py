@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -110,6 +111,7 @@ def test_a_config_of_another_shape_is_brought_into_the_own_space():
     )
     choice = select(PROBLEM, x86.AVX2, database)
     assert choice.config in choice.family.configs(PROBLEM, x86.AVX2)
+    assert "no longer offered" in choice.reason
 
 
 def test_files_are_replaced_whole(tmp_path):
@@ -149,6 +151,15 @@ def test_results_go_to_a_folder_of_the_user_and_are_used_before_those_shipped(tm
     assert CliRunner().invoke(cli, what).exit_code == 0
     assert list(Database.load(tmp_path / "other.json").entries) == list(Database.load(written).entries)
     assert "mine" in reason(64, 48) and "expected" in reason(1536, 384, "int2/g128")
+
+
+def test_a_file_of_another_target_is_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
+    path = tmp_path / "qcompile" / "tuned" / "x86-64-v3.json"
+    path.parent.mkdir(parents=True)
+    Database("arm/cortex-a76", [entry()]).save(path)
+    with pytest.raises(ArtifactError, match=f"{re.escape(str(path))} holds results for arm/cortex-a76"):
+        database_for(x86.AVX2)
 
 
 @pytest.mark.parametrize("named", [["--database", "{0}/file/db.json"], ["--database", "{0}"], []])

@@ -8,7 +8,7 @@ import node_cases as cases
 import numpy as np
 import pytest
 
-from qcompile.codegen.fixed.nodes import MatVec
+from qcompile.codegen.fixed.nodes import MatVec, Normalize
 from qcompile.codegen.fixed.program import Program
 from qcompile.codegen.fixed.stream import Stream
 from qcompile.codegen.verilog import build, hardware, simulate, timing, tools, top
@@ -115,6 +115,18 @@ def test_cxxrtl_agrees(group, tmp_path):
     except TargetError as error:
         pytest.skip(str(error))
     check(choices(group, middle), tmp_path, cases.VECTORS, "cxxrtl")
+
+
+@pytest.mark.parametrize("bits, fits", [(17, True), (18, False)])
+def test_inputs_too_wide_to_square_are_refused_by_name(bits, fits):
+    stream = Stream.of("wide", 2, 4, IntType(bits, True))
+    node, netlist = Normalize("norm", (stream,), 1, centred=False), Netlist("dut")
+    inputs = [netlist.input("x", build.input_lanes(node)[0], stream.type, 8)]
+    if fits:
+        assert build.elaborate(node, netlist, inputs)
+        return
+    with pytest.raises(TargetError, match="norm: its input has 18 bits"):
+        build.elaborate(node, netlist, inputs)
 
 
 def chain(rng):

@@ -7,6 +7,7 @@ f(d t) = d' f(t): which d are possible is the degree of homogeneity of f.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeAlias
 
 import numpy as np
@@ -18,6 +19,8 @@ from qcompile.passes.spaces.rules.registry import rule
 from qcompile.passes.spaces.rules.structure import claimed
 from qcompile.passes.spaces.walk import Layout, NodeView
 
+pointwise = partial(rule, pointwise=True)
+
 
 def per_channel(n: NodeView, limit: Limit, i: int = 0) -> None:
     """Input ``i`` and the output share their channels, which do not mix."""
@@ -26,7 +29,7 @@ def per_channel(n: NodeView, limit: Limit, i: int = 0) -> None:
     n.set(n.maps(i))
 
 
-@rule("Identity", "Neg", "Cast", "CastLike", "Dropout", always=True)
+@pointwise("Identity", "Neg", "Cast", "CastLike", "Dropout", always=True)
 def linear_per_tensor(n: NodeView) -> None:
     """f(x) = c x: B = A for every matrix. A cast to integers rounds: permutations only."""
     maps = claimed(n)
@@ -35,7 +38,7 @@ def linear_per_tensor(n: NodeView) -> None:
     n.set(maps)
 
 
-@rule("Relu", "LeakyRelu", "ThresholdedRelu")
+@pointwise("Relu", "LeakyRelu", "ThresholdedRelu")
 def homogeneous(n: NodeView) -> None:
     """f(d t) = d f(t) for d > 0: permutation x R+."""
     if n.op == "ThresholdedRelu":
@@ -44,13 +47,13 @@ def homogeneous(n: NodeView) -> None:
         per_channel(n, POSITIVE)
 
 
-@rule("Tanh", "Erf", "Asinh", "Atan", "Sin", "Asin", "Sinh", "Tan", "Sign", "Round", "Atanh")
+@pointwise("Tanh", "Erf", "Asinh", "Atan", "Sin", "Asin", "Sinh", "Tan", "Sign", "Round", "Atanh")
 def odd(n: NodeView) -> None:
     """f(-t) = -f(t): signed permutations."""
     per_channel(n, ORTHOGONAL)
 
 
-@rule(
+@pointwise(
     "Sigmoid",
     "Gelu",
     "Swish",
@@ -66,13 +69,13 @@ def odd(n: NodeView) -> None:
     "Celu",
     "Selu",
 )
-@rule("HardSigmoid", "HardSwish", "Mish", "Floor", "Ceil", "Acos", "Acosh", "Shrink", "Erfc")
+@pointwise("HardSigmoid", "HardSwish", "Mish", "Floor", "Ceil", "Acos", "Acosh", "Shrink", "Erfc")
 def nonlinear(n: NodeView) -> None:
     """No homogeneity: permutations only. (An operator f(s x) with per-channel s would admit scales.)"""
     per_channel(n, FIXED)
 
 
-@rule("Abs", "Reciprocal")
+@pointwise("Abs", "Reciprocal")
 def power_of_magnitude(n: NodeView) -> None:
     """|d t| = |d| |t|; 1 / (d t) = (1 / d)(1 / t)."""
     out = []
@@ -84,7 +87,7 @@ def power_of_magnitude(n: NodeView) -> None:
     n.set(out)
 
 
-@rule("Clip")
+@pointwise("Clip")
 def clip(n: NodeView) -> None:
     """min(max(t, a), b) with scalar bounds: permutations only, unless the bounds are 0 or absent (then as ReLU)."""
     bounds = [n.array(i) for i in (1, 2) if n.has(i)]
@@ -92,7 +95,7 @@ def clip(n: NodeView) -> None:
     per_channel(n, POSITIVE if one_sided else FIXED)
 
 
-@rule("Max", "Min")
+@pointwise("Max", "Min")
 def extremum(n: NodeView) -> None:
     """max(d a, d b) = d max(a, b) for d > 0: all operands share permutation x R+; constant bounds are members."""
     out = additive(n, list(range(len(n.node.inputs))))
@@ -101,7 +104,7 @@ def extremum(n: NodeView) -> None:
     n.set(out)
 
 
-@rule("PRelu")
+@pointwise("PRelu")
 def prelu(n: NodeView) -> None:
     """As ReLU; the slopes are permuted and not scaled."""
     per_channel(n, POSITIVE)
@@ -111,7 +114,7 @@ def prelu(n: NodeView) -> None:
             n.c.link(x.table, np.broadcast_to(slope.table, x.table.shape))
 
 
-@rule("Pow")
+@pointwise("Pow")
 def power(n: NodeView) -> None:
     """(d t)^k = d^k t^k for a constant exponent k; integer k keep track of the sign, others admit d > 0 only.
 
@@ -162,7 +165,7 @@ def _sum_of_squares(n: NodeView, m: IndexMap) -> list[IndexMap]:
     return [units]
 
 
-@rule("Add", "Sub", "Sum", "Mean")
+@pointwise("Add", "Sub", "Sum", "Mean")
 def addition(n: NodeView) -> None:
     """A (a + b) = A a + A b: one element on all operands (residual stream, bias, positional table).
 
@@ -172,7 +175,7 @@ def addition(n: NodeView) -> None:
     n.set(additive(n, list(range(len(n.node.inputs)))))
 
 
-@rule("Where")
+@pointwise("Where")
 def selection(n: NodeView) -> None:
     """A choice per position between two tensors is linear in both.
 
@@ -194,7 +197,7 @@ def selection(n: NodeView) -> None:
     n.set(out)
 
 
-@rule("Mul")
+@pointwise("Mul")
 def multiplication(n: NodeView) -> None:
     """(D a)(D' b) = (D D')(a b): one permutation, log d_out = log d_a + log d_b; x * x has d_out = d^2.
 
@@ -214,7 +217,7 @@ def multiplication(n: NodeView) -> None:
     n.set(_with_leftovers(n, x, y, [_product(n, a, b, 1.0, peelable) for a, b in operands(n, x, y)]))
 
 
-@rule("Div")
+@pointwise("Div")
 def division(n: NodeView) -> None:
     """As multiplication, with the exponent -1 for the divisor."""
     if not n.maps(0) and n.maps(1):

@@ -35,8 +35,10 @@ class Rule:
 RULES: dict[tuple[str, str], Rule] = {}
 
 
-def rule(*ops: str, domain: str = "", always: bool = False) -> Callable[[Callable[[NodeView], None]], Callable]:
-    """Register a function as the rule of ``ops``; those of `elementwise.py` are pointwise.
+def rule(
+    *ops: str, domain: str = "", always: bool = False, pointwise: bool = False
+) -> Callable[[Callable[[NodeView], None]], Callable]:
+    """Register a function as the rule of ``ops``. For the flags see `Rule`.
 
     Raises:
         ValueError: an operator already has a rule.
@@ -46,7 +48,7 @@ def rule(*ops: str, domain: str = "", always: bool = False) -> Callable[[Callabl
         for op in ops:
             if (domain, op) in RULES:
                 raise ValueError(f"operator {domain}::{op} already has a rule")
-            RULES[(domain, op)] = Rule(function, always, function.__module__.endswith(".elementwise"))
+            RULES[(domain, op)] = Rule(function, always, pointwise)
         return function
 
     return register

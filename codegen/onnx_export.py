@@ -188,13 +188,15 @@ def unchanged(model: ir.Model, params: Mapping[str, np.ndarray]) -> set[str]:
 
 
 def _strip_metadata(model: ir.Model) -> None:
-    """Drop what exporters note beside nodes and values (stack traces, scopes): it outweighs the graph."""
+    """Drop what exporters note beside nodes and values (stack traces, scopes, shapes): it outweighs the graph."""
     for graph in (model.graph, *model.functions.values()):
         for node in graph:
             node.metadata_props.clear()
             node.doc_string = None
             for value in node.outputs:
                 value.metadata_props.clear()
+                if not value.is_graph_output():  # inferred again by whoever wants it
+                    value.shape = value.type = None
     for value in (*model.graph.inputs, *model.graph.initializers.values()):
         value.metadata_props.clear()
     model.metadata_props.clear()

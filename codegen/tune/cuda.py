@@ -78,8 +78,7 @@ def candidates(problem: LinearProblem, target: CudaTarget, rows: int, count: int
             continue
         found = [(able.cost(known, c, target, m), name, c) for c in able.configs(known, target) if c["dtype"] == dtype]
         ranked += found
-        if "stream" in name and dtype == "float16" and rows <= 8:
-            ranked += [(1.02 * cost, n, {**c, "raw": not c["raw"]}) for cost, n, c in found]
+        ranked += [(1.02 * cost, n, {**c, "raw": False}) for cost, n, c in found if c.get("raw")]
     ranked.sort(key=lambda entry: entry[0])
     divisions: dict[tuple[Any, ...], list[tuple[str, dict[str, Any]]]] = {}
     for _, name, config in ranked:
@@ -90,8 +89,9 @@ def candidates(problem: LinearProblem, target: CudaTarget, rows: int, count: int
         good = any(all(config.get(key) in values for key, values in set_.items()) for set_ in GOOD)
         if good and (name, config) not in first + more:
             more.append((name, config))
-    if target.has("pdl"):  # half of them launched both ways; `persistent` kernels always overlap
-        early = [(n, {**c, "overlap": True}) for n, c in first if "persistent" not in n][: -(-count // 2)]
+    if target.has("pdl"):  # half of them launched both ways; `persistent` kernels always overlap, `planes` never
+        both = [(n, c) for n, c in first if "persistent" not in n and "planes" not in n]
+        early = [(n, {**c, "overlap": True}) for n, c in both][: -(-count // 2)]
         more += early
     return [Entry(rows, name, {**config, "out": "float16"}) for name, config in first + more]
 

@@ -107,3 +107,12 @@ def test_candidates_take_the_activations() -> None:
     eight = LinearProblem(1024, 768, parse_format("fp8"), Float8Activation())
     assert {e.config["dtype"] for e in candidates(eight, TARGET, 16, 6)} == {"float8_e4m3fn"}
     assert {e.config["dtype"] for e in candidates(problem("int4", "int8/token"), TARGET, 16, 6)} == {"int8"}
+
+
+def test_candidates_are_what_their_families_can_do() -> None:
+    for weight, rows in (("nf4/g64", 1), ("int3/g128", 1), ("int4/g128", 1), ("int6", 16)):
+        activation = "int6/token" if weight == "int6" else "none"
+        for entry in candidates(problem(weight, activation), TARGET, rows, 24):
+            assert not (entry.config.get("raw") and weight.startswith("nf")), "levels are looked up"
+            assert not ("persistent" in entry.family and entry.config["raw"] and weight == "int3/g128")
+            assert not ("planes" in entry.family and entry.config.get("overlap")), "these launches do not overlap"

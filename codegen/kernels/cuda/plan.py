@@ -77,9 +77,15 @@ class Plan:
         found = {prefix + e.symbol: self.shape(i) for i, e in enumerate(self.entries) if e.config.get("cluster")}
         return {name: shape.split for name, shape in found.items() if shape.cluster}
 
+    def resident(self, prefix: str = "") -> dict[str, int]:
+        """Blocks that are to fit a multiprocessor, of those whose config says so, by name."""
+        return {prefix + e.symbol: e.config["resident"] for e in self.entries if e.config.get("resident")}
+
     def source(self) -> Path:
         """The CUDA source; generated with TVM unless it is in the cache."""
-        return build.source(self.describe(), self.functions, self.target, clusters=self.clusters())
+        return build.source(
+            self.describe(), self.functions, self.target, resident=self.resident(), clusters=self.clusters()
+        )
 
     def library_path(self) -> Path:
         """Where `library` puts its result."""
@@ -148,7 +154,8 @@ def make_plan(
     entries = []
     for count in rows:
         given = dict((configs or {}).get(count, {}))
-        wanted = [c for c in able if c.name == given.pop("family", c.name)]
+        only = given.pop("family", None)
+        wanted = [c for c in able if only in (None, c.name)]
         name, config = tuned.choose(wanted, problem, target, count, kind)
         entries.append(Entry(count, name, {**config, **given, "out": out}))
     return Plan(problem, tuple(entries), target)

@@ -144,6 +144,28 @@ def embedding_sites(model: ir.Model) -> list[EmbeddingSite]:
     return found
 
 
+_TRAINED = ("ConvTranspose", "DeformConv", "LSTM", "GRU", "RNN")
+_PRODUCTS = ("MatMul", "Gemm", "Einsum", "Gather", "GatherND")
+_MIN_FLOAT = 1024  # a product with a smaller constant is arithmetic (a rotation, a table of masks), no layer
+
+
+def other_weights(model: ir.Model) -> list[tuple[ir.Node, ir.Value]]:
+    """Float weights that are no site, with the node that reads them: stacks of experts, transposed convolutions ..."""
+    sites = {site.weight for site in matrix_sites(model)} | {site.table for site in embedding_sites(model)}
+    found: dict[ir.Value, ir.Node] = {}
+    for node in model.graph:
+        if not is_op(node, *_TRAINED, *_PRODUCTS):
+            continue
+        least = 2 if node.op_type in _TRAINED else _MIN_FLOAT
+        for value in node.inputs[:1] if node.op_type.startswith("Gather") else node.inputs:
+            shape = constant_shape(value) if value is not None else None
+            if value is None or value in sites or shape is None or not _float_initializer(value, len(shape)):
+                continue
+            if math.prod(shape) >= least and sum(d > 1 for d in shape) > 1:
+                found.setdefault(value, node)
+    return [(node, value) for value, node in found.items()]
+
+
 def site_name(node: ir.Node, weight: ir.Value) -> str:
     """A name a person recognises: the weight's own if the exporter kept it, else the module path or node name."""
     path = module_path(node)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -12,7 +13,7 @@ from qcompile.calibration import ChannelStatistics, Feed
 from qcompile.calibration.patches import PatchMoments, patches_key
 from qcompile.calibration.sequential import SequentialStatistics
 from qcompile.formats import BitPlane, DualInt4, Format, NvFp4, Quantized, SuperBlock, joined
-from qcompile.passes.graph import module_path
+from qcompile.passes.graph import constant_shape
 from qcompile.passes.quantize import Quantizer, clip_of
 from qcompile.passes.sites import (
     ConvSite,
@@ -22,13 +23,14 @@ from qcompile.passes.sites import (
     embedding_sites,
     linear_sites,
     matrix_sites,
+    other_weights,
+    site_name,
 )
 from qcompile.recipes import Recipe
 from qcompile.report import LayerRecord, Report
 from qcompile.solvers import correct_weight, get_solver, output_error
 from qcompile.solvers.base import Solver
 
-_LEFT_FLOAT = ("ConvTranspose", "DeformConv", "LSTM", "GRU", "RNN")
 _MIN_TABLE = 64  # rows; smaller tables (token types) are not worth a gather of codes
 
 
@@ -81,11 +83,18 @@ def quantize_model(
     scales = {name: scale for name, scale in scales.items() if scale > 0}
     quantizer = Quantizer(model, scales)
     linear = _sequential(model, recipe, feeds, scales, device) if recipe.hessian != "float" and feeds else statistics
+    for node, weight in other_weights(model):
+        chosen = node.op_type.startswith("Gather")
+        reason = "weights that are picked at run time stay float" if chosen else f"weights of {node.op_type} stay float"
+        count = math.prod(constant_shape(weight) or ())
+        report.refuse("quantize", site_name(node, weight), f"{reason} ({count:,} of them)")
+        report.float_weights += count
     solved: dict[str, tuple[Quantized, LayerRecord]] = {}
     for site in matrix_sites(model):
         fmt, activation = recipe.weight_format(site.name), recipe.activation_format(site.name)
         if fmt is None:
             report.refuse("quantize", site.name, "the recipe leaves this weight float")
+            report.float_weights += site.shape[0] * site.shape[1]
         else:
             convolution = isinstance(site, ConvSite)
             known = statistics.get(patches_key(site)) if convolution else linear.get(site.x.name or "")
@@ -101,9 +110,6 @@ def quantize_model(
             report.layers.append(record)
         if progress is not None:
             progress(site.name)
-    for node in model.graph:
-        if node.op_type in _LEFT_FLOAT and node.domain in ("", "ai.onnx"):
-            report.refuse("quantize", module_path(node), f"weights of {node.op_type} stay float")
     if recipe.embedding_bits:
         for table in embedding_sites(model):
             _embedding(quantizer, table, report)

@@ -165,8 +165,8 @@ def _instantiate(transformers: Any, directory: Path, config: Any, task: str) -> 
     name = loaders[task]
     if task == "classification" and "TokenClassification" in ((config.architectures or [""])[0]):
         name = "AutoModelForTokenClassification"
-    if hasattr(config, "num_local_experts") or hasattr(config, "num_experts"):
-        config._experts_implementation = "eager"  # the grouped kernels have no ONNX form
+    if any(hasattr(config, name) for name in ("num_local_experts", "num_experts", "n_routed_experts")):
+        config._experts_implementation = "batched_mm"  # the others depend on data or have no ONNX form
     # torch's fused attention has no logit soft-capping: models that use it are exact in eager form only.
     softcap = getattr(config, "attn_logit_softcapping", None)
     choices = ["eager"] if softcap else ["sdpa", "eager"]

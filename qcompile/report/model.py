@@ -60,6 +60,7 @@ class Report:
         transforms: what each transform did.
         proof: relative error, in float32 on one sample, of a random element of all channel spaces ("analysis") and of
             the transforms that were applied ("transforms").
+        float_weights: how many weights stay float32.
         refusals: what was left undone, with reasons.
         quality: measured error of the compiled program against the float model.
         size: bytes by file of the artifact.
@@ -75,6 +76,7 @@ class Report:
     layers: list[LayerRecord] = field(default_factory=list)
     transforms: list[str] = field(default_factory=list)
     proof: dict[str, float] = field(default_factory=dict)
+    float_weights: int = 0
     refusals: list[Refusal] = field(default_factory=list)
     quality: dict[str, float] = field(default_factory=dict)
     size: dict[str, int] = field(default_factory=dict)
@@ -91,9 +93,10 @@ class Report:
 
     @property
     def bits_per_weight(self) -> float:
-        """Mean stored bits over all quantized weights."""
-        weights = sum(layer.shape[0] * layer.shape[1] for layer in self.layers)
-        bits = sum(layer.bits_per_weight * layer.shape[0] * layer.shape[1] for layer in self.layers)
+        """Mean stored bits over all weights, those that stay float among them."""
+        weights = self.float_weights + sum(layer.shape[0] * layer.shape[1] for layer in self.layers)
+        bits = 32.0 * self.float_weights
+        bits += sum(layer.bits_per_weight * layer.shape[0] * layer.shape[1] for layer in self.layers)
         return bits / weights if weights else 32.0
 
     def to_dict(self) -> dict[str, Any]:

@@ -13,7 +13,6 @@ figure, and what it holds is not measured again.
 from __future__ import annotations
 
 import itertools
-import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).parent))
-from rotations import HEAD, Study, in_memory
+from rotations import HEAD, Study, in_memory, keep, kept
 
 from qcompile.analysis import difference
 from qcompile.passes.asks import Ask, Context, apply_asks
@@ -92,7 +91,7 @@ def show(rows: Rows) -> None:
 @click.option("--device", default="cpu")
 @click.option("--output", type=click.Path(path_type=Path), help="JSON file to keep figures in, and to take them from.")
 def main(directory, share, formats, names, count, samples, model, device, output) -> None:
-    rows: Rows = json.loads(output.read_text()) if output is not None and output.exists() else {}
+    rows: Rows = kept(output)
     study = Study(directory, model, count, samples, device)
     study.learning = study.feeds
     clean = study.model
@@ -111,8 +110,7 @@ def main(directory, share, formats, names, count, samples, model, device, output
             value = study.perplexity(study.quantized(study.transformed(chosen), chosen))
             rows.setdefault(name, {})[f"{kind} {state}"] = value
             print(f"{kind} {name}, {state}: {value:.4f}", file=sys.stderr, flush=True)
-            if output is not None:
-                output.write_text(json.dumps(rows, indent=1))
+            keep(output, rows)
     show(rows)
 
 

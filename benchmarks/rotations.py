@@ -25,7 +25,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -198,7 +197,20 @@ def jobs(names: tuple[str, ...], kinds: tuple[str, ...], solvers: tuple[str, ...
     return found
 
 
-def measure(study: Study, rows: Figures, job: Job, options: dict, keep: Callable[[Figures], None]) -> None:
+def kept(output: Path | None) -> dict[str, Any]:
+    """The figures an earlier run left in ``output``."""
+    return json.loads(output.read_text()) if output is not None and output.exists() else {}
+
+
+def keep(output: Path | None, rows: dict[str, Any]) -> None:
+    """Leave figures in ``output``; a kill leaves those of before, whole."""
+    if output is not None:
+        new = output.with_name(f"{output.name}.new")
+        new.write_text(json.dumps(rows, indent=1))
+        new.replace(output)
+
+
+def measure(study: Study, rows: Figures, job: Job, options: dict, output: Path | None) -> None:
     """The figures of one job that ``rows`` does not have yet."""
     changed = None
     for solver in job.missing(rows):
@@ -208,12 +220,12 @@ def measure(study: Study, rows: Figures, job: Job, options: dict, keep: Callable
             changed = study.transformed(chosen)
         found = study.both(study.quantized(changed, chosen))
         rows.setdefault(job.name, {}).setdefault(f"{job.kind} {solver}", {})[str(job.seed)] = found
-        keep(rows)
+        keep(output, rows)
         text = f"{job.name} {job.kind} {solver} seed {job.seed}: {found[0]:.4f}, held out {found[1]:.4f}"
         print(f"{text} ({time.time() - start:.0f} s)", file=sys.stderr, flush=True)
 
 
-def spread(command: list[str], todo: list[Job], beside: int, rows: Figures, output: Path, keep) -> None:
+def spread(command: list[str], todo: list[Job], beside: int, rows: Figures, output: Path) -> None:
     """The same in processes beside each other, one for each job."""
 
     def one(number: int) -> None:
@@ -228,13 +240,13 @@ def spread(command: list[str], todo: list[Job], beside: int, rows: Figures, outp
             for column, cell in row.items():
                 rows.setdefault(key, {}).setdefault(column, {}).update(cell)
         part.unlink()
-        keep(rows)
+        keep(output, rows)
 
     with ThreadPoolExecutor(beside) as pool:
         list(pool.map(one, range(len(todo))))
 
 
-def peers(python: str, directory: Path, study: Study, columns: list[str], rows: Figures, keep) -> None:
+def peers(python: str, directory: Path, study: Study, columns: list[str], rows: Figures, output: Path | None) -> None:
     """What the peers make of the model, rotated as far as they can."""
     script = Path(__file__).parent / "peers" / "llm_rotations.py"
     with tempfile.TemporaryDirectory() as folder:
@@ -255,7 +267,7 @@ def peers(python: str, directory: Path, study: Study, columns: list[str], rows: 
             value = json.loads(done.stdout.splitlines()[-1])["perplexity"]
             print(f"{peer} {column} {value:.4f}", file=sys.stderr, flush=True)
             rows.setdefault(peer, {})[column] = {"0": [value]}
-            keep(rows)
+            keep(output, rows)
 
 
 def show(rows: Figures, names: list[str], columns: list[str]) -> None:
@@ -312,16 +324,11 @@ def main(
     directory, model, recipes, formats, solvers, count, samples, steps, seconds, seeds, only_seed, device, beside,
     output, python,
 ) -> None:  # fmt: skip
-    rows: Figures = json.loads(output.read_text()) if output is not None and output.exists() else {}
-
-    def keep(table: Figures) -> None:
-        if output is not None:
-            output.write_text(json.dumps(table, indent=1))
-
+    rows: Figures = kept(output)
     study = Study(directory, model, count, samples, device)
     if "float" not in rows:
         rows["float"] = {"float": {"0": study.both(study.model)}}
-        keep(rows)
+        keep(output, rows)
     todo = jobs(recipes, formats, solvers, seeds if only_seed is None else only_seed + 1)
     todo = [job for job in todo if only_seed in (None, job.seed)]
     if beside > 1:
@@ -337,13 +344,13 @@ def main(
         }
         command = [sys.executable, __file__, str(directory)]
         command += [f"{option}={value}" for option, value in settings.items() if value is not None]
-        spread(command, todo, beside, rows, output, keep)
+        spread(command, todo, beside, rows, output)
     else:
         for job in todo:
-            measure(study, rows, job, {"steps": steps, "seconds": seconds, "device": device}, keep)
+            measure(study, rows, job, {"steps": steps, "seconds": seconds, "device": device}, output)
     columns = [f"{kind} {solver}" for kind in formats for solver in solvers]
     if python is not None:
-        peers(python, directory, study, columns, rows, keep)
+        peers(python, directory, study, columns, rows, output)
     show(rows, [*recipes, *(p for p in PEERS if p in rows)], columns)
 
 

@@ -9,7 +9,6 @@ one at run time comes before the down projections.
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).parent))
-from rotations import HEAD, Study
+from rotations import HEAD, Study, keep, kept
 
 from qcompile.recipes import Recipe, Step
 
@@ -40,7 +39,7 @@ TRANSFORMS = {"plain": (), "random Hadamard": (Step("rotate"), Step("rotate-onli
 @click.option("--device", default="cpu")
 @click.option("--output", type=click.Path(path_type=Path), help="JSON file to keep figures in, and to take them from.")
 def main(directory, count, model, device, output) -> None:
-    rows = json.loads(output.read_text()) if output is not None and output.exists() else {}
+    rows = kept(output)
     study = Study(directory, model, count, 1, device)
     for name, (weight, activation) in FORMATS.items():
         for kind, steps in TRANSFORMS.items():
@@ -51,8 +50,7 @@ def main(directory, count, model, device, output) -> None:
             )
             rows.setdefault(name, {})[kind] = study.perplexity(study.quantized(study.transformed(chosen), chosen))
             print(f"{name}, {kind}: {rows[name][kind]:.4f}", file=sys.stderr, flush=True)
-            if output is not None:
-                output.write_text(json.dumps(rows, indent=1))
+            keep(output, rows)
     table = Table("rounded to nearest", *TRANSFORMS, box=None)
     for name, row in rows.items():
         table.add_row(name, *(f"{row[kind]:.3f}" for kind in TRANSFORMS))

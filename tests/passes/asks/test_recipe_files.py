@@ -86,5 +86,6 @@ def test_a_learned_recipe_reaches_the_program(tmp_path, name):
     feeds = [random_inputs(model, np.random.default_rng(i)) for i in range(3)]
     compiled = qcompile.compile(model, recipe=str(file), calibration=feeds, output=tmp_path / "out", progress=False)
     assert len(compiled.report.transforms) == 1
+    assert {record.weight_format for record in compiled.report.layers if record.kind == "linear"} == {"int4/g8/asym"}
     assert compiled.report.proof["transforms"] < 1e-4
     assert compiled.report.quality["program_to_float_error"] < 0.8

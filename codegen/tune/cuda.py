@@ -91,7 +91,7 @@ def candidates(problem: LinearProblem, target: CudaTarget, rows: int, count: int
             more.append((name, config))
     if target.has("pdl"):  # half of them launched both ways; `persistent` kernels always overlap, `planes` never
         both = [(n, c) for n, c in first if "persistent" not in n and "planes" not in n]
-        early = [(n, {**c, "overlap": True}) for n, c in both][: -(-count // 2)]
+        early = [(n, {**c, "overlap": not c.get("overlap")}) for n, c in both][: -(-count // 2)]
         more += early
     return [Entry(rows, name, {**config, "out": "float16"}) for name, config in first + more]
 

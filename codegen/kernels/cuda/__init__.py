@@ -4,6 +4,7 @@ that have no other."""
 from qcompile.codegen.kernels.cuda.linear import CudaLinear
 from qcompile.codegen.kernels.cuda.persistent import PersistentLinear, PersistentLinearFloat8, PersistentLinearInt8
 from qcompile.codegen.kernels.cuda.planes import PlaneLinear
+from qcompile.codegen.kernels.cuda.sliced import SlicedLinear
 from qcompile.codegen.kernels.cuda.stream import StreamLinear, StreamLinearFloat8, StreamLinearInt8
 from qcompile.codegen.kernels.cuda.tiled import TiledLinear, TiledLinearFloat8, TiledLinearInt8
 
@@ -14,6 +15,7 @@ FAMILIES: tuple[type[CudaLinear], ...] = (
     PersistentLinear,
     PersistentLinearInt8,
     PersistentLinearFloat8,
+    SlicedLinear,
     TiledLinear,
     TiledLinearInt8,
     TiledLinearFloat8,

@@ -15,9 +15,9 @@ from tvm.tirx.script.builder import ir as B
 from qcompile.codegen.kernels.base import Epilogue
 
 
-def ptx(instruction: str, *operands: Any) -> None:
-    """Emit one PTX instruction; destinations first, as in PTX."""
-    T.evaluate(T.ptx[instruction](*operands))
+def ptx(instruction: str, *operands: Any, **guard: Any) -> None:
+    """Emit one PTX instruction; destinations first, as in PTX. ``guard``: see `T.ptx` (``pred``, ``preserve_dst``)."""
+    T.evaluate(T.ptx[instruction](*operands, **guard))
 
 
 def let(value: Any) -> Any:
@@ -110,14 +110,14 @@ def shared(bytes_: int) -> Any:
     return arena
 
 
-def copy_async(dst: Any, src: Any, size: int, valid: Any = None) -> None:
+def copy_async(dst: Any, src: Any, size: int, valid: Any = None, **guard: Any) -> None:
     """Copy ``size`` bytes to shared memory in the background: 16 past the first-level cache, fewer through it.
 
     Args:
         valid: bytes to read (uint32), zeros for the rest; all of them by default.
     """
     tail = [size] if valid is None else [size, valid]
-    ptx(f"cp.async.{'cg' if size == 16 else 'ca'}.shared.global", dst, src, *tail)
+    ptx(f"cp.async.{'cg' if size == 16 else 'ca'}.shared.global", dst, src, *tail, **guard)
 
 
 def commit() -> None:

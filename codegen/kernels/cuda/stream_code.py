@@ -259,7 +259,7 @@ class Kernel(Tail):
         e.read_shared([self.meta_words[j, c] for c in range(words)], self.arena.ptr_to([at]))
         if s.scaled:
             for a in range(2):
-                self.scale[j, a] = _half(self.meta_words[j, 0], a)
+                self.scale[j, a] = half_of(self.meta_words[j, 0], a)
         if s.dual:
             self.dequantizer.begin(self.meta_words[j, 0])
         elif self.zero is not None:
@@ -338,7 +338,7 @@ class Kernel(Tail):
             scale = self.scale[j, a] if s.scaled else T.float32(1)
             zero = T.float32(1 << s.weight.bits - 1)
             if not s.symmetric:
-                zero = _half(self.meta_words[j, s.meta_bytes // 4 - 1], a)
+                zero = half_of(self.meta_words[j, s.meta_bytes // 4 - 1], a)
             factor[a] = scale * T.float32(2.0 ** (24 - raw_place(s.weight.bits, a)))
             shift[a] = scale * zero
         for i in range(s.mt):
@@ -355,6 +355,6 @@ def read_table(levels: Any, words: int) -> e.Registers:
     return table
 
 
-def _half(word: Any, a: int) -> Any:
+def half_of(word: Any, a: int) -> Any:
     """The fp16 in half ``a`` of a word, as float32."""
     return T.cast(T.reinterpret("float16", T.cast(word >> e.u32(16 * a), "uint16")), "float32")

@@ -82,6 +82,9 @@ class Case:
             raw = integer == "" and self.weight[:4] in ("int2", "int3", "int4") and self.dtype == "float16"
             config = {"tn": 2 if self.bias else 1, "kw": 3 if self.k > 1000 else 2, "grid": 3, "stages": 4, "raw": raw}
             return {1: {"family": "cuda-stream-persistent" + integer, **config}}
+        if self.variant == "sliced":
+            division = {"tn": 4, "stages": 4} if self.bias else {"tn": 3, "stages": 6}
+            return {1: {"family": "cuda-stream-sliced", "kw": 4, "overlap": self.k > 700, **division}}
         if self.variant == "planes":
             forced = {rows: {**given, "family": "cuda-planes"} for rows, given in forced.items()}
         if self.variant == "raw":
@@ -99,7 +102,7 @@ class Case:
             getattr(torch, self.dtype),
             target,
             self.bias,
-            rows=(1,) if self.variant == "persistent" else BUCKETS,
+            rows=(1,) if self.variant in ("persistent", "sliced") else BUCKETS,
             configs=self.configs(),
         )
 
@@ -205,6 +208,18 @@ CASES = [
     Case("int4/g32/asym", 700, 264, "int8", variant="persistent"),
     Case("dual4/g128", 1100, 328, "int8", variant="persistent"),
     Case("int4/g128", 1536, 200, "e4m3", variant="persistent"),
+    Case("int2/g128", 1100, 328, bias=True, variant="sliced"),
+    Case("int2/g32/asym", 515, 77, variant="sliced"),
+    Case("int2/asym", 700, 96, dtype="bfloat16", variant="sliced"),
+    Case("int2/g256", 2048, 136, variant="sliced"),
+    Case("int3/g64", 1031, 136, bias=True, variant="sliced"),
+    Case("int3/g128/asym", 768, 128, dtype="bfloat16", variant="sliced"),
+    Case("int4/g128", 1031, 259, bias=True, dtype="bfloat16", variant="sliced"),
+    Case("int4/g64/asym", 1100, 160, variant="sliced"),
+    Case("int4", 777, 131, variant="sliced"),
+    Case("int8/g128", 512, 72, bias=True, variant="sliced"),
+    Case("int8/asym", 333, 65, variant="sliced"),
+    Case("int8/g32/asym", 700, 80, dtype="bfloat16", variant="sliced"),
 ]
 """Odd and even extents, all bits, groups, both kinds of zero points, both float types, with and without split-k."""
 

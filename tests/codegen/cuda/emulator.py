@@ -33,6 +33,12 @@ class Word:
     def __sub__(self, other: Word) -> Word:
         return Word(self.bits - other.bits)
 
+    def __eq__(self, other: object) -> Any:
+        assert isinstance(other, Word)
+        return self.bits == other.bits
+
+    __hash__ = None  # type: ignore[assignment]
+
 
 class Registers:
     """An array of registers; an element read is a place that `ptx` can write to."""
@@ -80,6 +86,8 @@ def ptx(instruction: str, out: Word, *operands: Any) -> None:
     elif instruction == "prmt.b32":
         a, b, select = operands
         out.bits = _permute(a, b, select)
+    elif instruction == "cvt.rni.s32.f32":
+        out.bits = np.rint(operands[0]).astype(np.int64).astype(np.uint32)
     elif instruction == "cvt.rn.bf16x2.f32":
         high, low = operands
         out.bits = _word(np.stack(np.broadcast_arrays(low, high), -1), "bf16x2")
@@ -109,6 +117,8 @@ T = SimpleNamespace(
     cast=_cast,
     float32=np.float32,
     bitwise_xor=lambda a, b: Word(a.bits ^ b.bits),
+    max=lambda a, b: Word(np.maximum(a.bits, b.bits)),
+    Select=lambda c, a, b: Word(np.where(c, a.bits, b.bits)),
     bitwise_or=lambda a, b: Word(a.bits | b.bits),
 )
 """What stands for TIR."""

@@ -91,6 +91,17 @@ def test_persistent_kernels(weight: str, activation: str) -> None:
     assert "x_ptr" not in body[body.index("{") : body.index(WAIT)]
 
 
+@pytest.mark.parametrize(("tn", "stages"), [(4, 4), (3, 6), (1, 5)])
+def test_sliced_kernels(tn: int, stages: int) -> None:
+    """Weights are copied before x may be read; the products are of unsigned codes by signed slices."""
+    config = {"family": "cuda-stream-sliced", "tn": tn, "kw": 4, "stages": stages, "overlap": True}
+    p = plan(1100, 72, "int2/g64", rows=(1,), configs={1: config})
+    assert p.entries[0].family == "cuda-stream-sliced" and p.scratch() == (1, 1)
+    text = p.source().read_text()
+    body = text[text.rindex("rows1_kernel(", 0, text.index("#include <tvm/ffi")) :]
+    assert "x_ptr" not in body[body.index("{") : body.index(WAIT)] and "m16n8k32" in text and ".u8.s8.s32" in text
+
+
 @nvcc
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", ["sm_80", "sm_89", "sm_90a"])

@@ -1,0 +1,178 @@
+"""Linear operators on one row by integer tensor cores, for integer weights and float activations.
+
+    warp wk of a block takes every ``kw``-th block of 128 K, for all ``tn`` channel tiles of the block
+    per block of K:     x -> slices of eight bits           once for all tiles (`slices`)
+                        codes and scales                    cp.async to shared memory, ``stages - 1`` tiles before they are
+                                                            multiplied, read back by the same warp: no barrier
+                        masked bytes -> mma.sync            u8 x s8, 16 channels by 32 positions; exact
+                        sum of a group * exponent * scale   float32
+    at the end          sums of the warps, in order, through shared memory
+
+Zero points leave before the codes enter: sums start at minus what codes equal to the zero point would give, or, where zero
+points differ, the sum of x times the zero point is subtracted.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from qcompile.codegen.kernels.base import LinearProblem, Support
+from qcompile.codegen.kernels.cuda.layout import BLOCK, TILE
+from qcompile.codegen.kernels.cuda.linear import CudaLinear, LinearShape
+from qcompile.codegen.kernels.cuda.slices import QUADS, SLICES
+from qcompile.formats import Format, IntFormat
+from qcompile.targets.target import Target
+
+HALF = 5 * 16
+"""Words from the slices of quads 0..3 to those of 4..7: writes of all lanes, and reads of 16 bytes, then meet no bank twice."""
+
+EXCHANGE = HALF + SLICES * 16
+"""Words a warp exchanges slices through."""
+
+
+@dataclass(frozen=True)
+class SlicedShape(LinearShape):
+    """Everything static about one kernel.
+
+    Attributes:
+        tn: channel tiles of a block. kw: its warps.
+        stages: of the pipeline of a warp, a channel tile and block of K each; a divisor or a multiple of ``tn``.
+        overlap: see `stream.StreamShape`.
+    """
+
+    tn: int
+    kw: int
+    stages: int
+    overlap: bool = False
+
+    @property
+    def threads(self) -> int:
+        """Of a block."""
+        return 32 * self.kw
+
+    @property
+    def columns(self) -> int:
+        """Channels of a block."""
+        return self.tn * TILE
+
+    @property
+    def grid_n(self) -> int:
+        """Blocks along N."""
+        return -(-self.tiles // self.tn)
+
+    @property
+    def per_warp(self) -> int:
+        """Blocks of K of one warp, at most."""
+        return -(-self.blocks // self.kw)
+
+    @property
+    def stage_bytes(self) -> int:
+        """Shared memory of a channel tile and block of K."""
+        return self.code_bytes + 8 * self.meta_bytes * (BLOCK // self.chunk)
+
+    @property
+    def exchange_place(self) -> int:
+        """Bytes of the pipelines; slices are exchanged behind them."""
+        return self.kw * self.stages * self.stage_bytes
+
+    @property
+    def totals_place(self) -> int:
+        """Where the sums of the warps lie."""
+        return self.exchange_place + 4 * EXCHANGE * self.kw
+
+    @property
+    def shared_bytes(self) -> int:
+        """Of a block."""
+        return self.totals_place + 4 * self.kw * self.columns
+
+    @property
+    def registers(self) -> int:
+        """Rough count per thread."""
+        chunks = BLOCK // self.chunk
+        return (
+            50
+            + 2 * self.tn
+            + self.code_bytes // 128
+            + chunks * self.meta_bytes // 4
+            + (QUADS + 4 * chunks) * len(self.layout.planes)
+        )
+
+
+class SlicedLinear(CudaLinear):
+    """Integers of 2, 3, 4 or 8 bits by float activations, one row. Groups of 32 (3 bits: 64) and more, or per channel.
+
+    Config: see `SlicedShape`; ``dtype`` is ``float16`` or ``bfloat16``, ``out`` the type of the result.
+    """
+
+    name = "cuda-stream-sliced"
+    bits = (2, 3, 4, 8)
+    dtypes: ClassVar[tuple[str, ...]] = ("float16", "bfloat16")
+
+    def _takes(self, fmt: Format) -> Support:
+        if not isinstance(fmt, IntFormat):
+            return Support(False, f"{self.name} takes integer weights, not {fmt}")
+        least = 64 if fmt.bits == 3 else 32
+        if fmt.group and fmt.group < least:
+            return Support(False, f"{self.name} takes groups from {least} for {fmt.bits} bits, not {fmt.group}")
+        return super()._takes(fmt)
+
+    def shape(self, problem: LinearProblem, config: dict[str, Any]) -> SlicedShape:
+        given = {key: config[key] for key in ("tn", "kw", "stages", "dtype", "out")}
+        overlap = bool(config.get("overlap"))
+        return SlicedShape(k=problem.k, n=problem.n, weight=problem.weight, overlap=overlap, **given)
+
+    def configs(self, problem: LinearProblem, target: Target) -> list[dict[str, Any]]:
+        """Configs that fit the chip, best first by `cost`; none for more rows than one."""
+        if (problem.m or 1) != 1:
+            return []
+        found = []
+        for dtype in self.dtypes:
+            for tn in (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16):
+                for kw in (4, 8, 16, 32):
+                    for stages in sorted({tn * v for v in range(1, 17)} | {v for v in range(3, tn) if tn % v == 0}):
+                        config = {"tn": tn, "kw": kw, "stages": stages, "dtype": dtype, "out": dtype, "overlap": True}
+                        if 3 <= stages <= 16 and self.fits(self.shape(problem, config), target):
+                            found.append(config)
+        order = {dtype: i for i, dtype in enumerate(self.dtypes)}
+        return sorted(found, key=lambda c: (order[c["dtype"]], self.cost(problem, c, target, 1)))
+
+    def fits(self, shape: SlicedShape, target: Any) -> bool:
+        return (
+            shape.registers <= min(200, 65536 // shape.threads)
+            and shape.shared_bytes <= target.shared
+            and shape.tn <= shape.tiles
+            and (shape.kw <= shape.blocks or shape.kw == 4)
+            and (shape.tn % shape.stages == 0 or shape.stages % shape.tn == 0)
+        )
+
+    def cost(self, problem: LinearProblem, config: dict[str, Any], target: Any, m: int) -> float:
+        """Waves of blocks times the slower of memory and issue slots, plus start."""
+        s = self.shape(problem, config)
+        sms = target.multiprocessors
+        fit = max(
+            1,
+            min(
+                65536 // (s.threads * max(s.registers, 32)),
+                2048 // s.threads,
+                target.shared_sm // (s.shared_bytes + 1024),
+            ),
+        )
+        work = s.grid_n * m
+        busiest = -(-work // sms)
+        resident = min(fit, busiest)
+        flight = resident * s.kw * min(s.stages - 1, s.per_warp * s.tn) * s.stage_bytes
+        turns = busiest * s.kw * s.per_warp
+        memory = turns * s.tn * s.stage_bytes * sms / target.bandwidth * max(1.0, 40000 / flight)
+        slots = turns * (70 * len(s.layout.planes) + s.tn * (20 * len(s.layout.planes) + 14 * (BLOCK // s.chunk))) / 4
+        issue = slots * max(1.0, 16 / (resident * s.kw)) / 1.7e9
+        crowded = 0.5e-6 if 2 * resident > fit else 0.0  # blocks of the next kernel find no place meanwhile
+        return 2.2e-6 + max(memory, issue) + crowded + 0.3e-6 * -(-busiest // resident)
+
+    def scratch(self, problem: LinearProblem, config: dict[str, Any], m: int) -> tuple[int, int]:
+        return 1, 1
+
+    def build(self, problem: LinearProblem, config: dict[str, Any], target: Target, name: str) -> Any:
+        from qcompile.codegen.kernels.cuda.sliced_code import emit
+
+        return emit(self.shape(problem, config), problem.epilogue, name)

@@ -14,7 +14,7 @@ floats), ggml's types by their names, ``read``: the bytes of our packed weights,
 llama.cpp comes with the extra ``peers``, or from ``--ggml FOLDER``; a library of your own with ``--peer NAME=PATH``.
 
 A call computes several products with weights of their own: `cache` has a few megabytes of them, `memory` several times the
-last-level cache. Contenders take turns in three blocks, in one process; a figure is the lowest of the three medians, in
+last-level cache. Contenders take turns in five blocks, in one process; a figure is the lowest of the five medians, in
 microseconds per product, and in brackets how many times ours it is. One thread is timed by its own CPU clock, which other
 processes disturb least, several by the wall clock. From 128 rows on a call is one product.
 """
@@ -22,6 +22,7 @@ processes disturb least, several by the wall clock. From 128 rows on a call is o
 from __future__ import annotations
 
 import argparse
+import functools
 import gc
 import json
 import os
@@ -54,6 +55,9 @@ CACHE, MEMORY = 4 << 20, 128 << 20
 MANY = 128
 """Rows from which on a call is one product."""
 
+BLOCKS = 5
+"""Turns of a contender."""
+
 Call = Callable[[], None]
 
 
@@ -69,14 +73,22 @@ class Line:
     where: str
 
 
+@functools.lru_cache(maxsize=1)
+def compiled(problem: LinearProblem, target: Target) -> tuple:
+    """The choice of `select`, its kernel, the quantizer, and packed weights: the same for any number of rows."""
+    choice = select(problem, target, database_for(target))
+    family, config = choice.family, choice.config
+    kernel = tvm.compile(family.build(problem, config, target, "gemm"), target=target.tvm())["gemm"]
+    quantizer = Rowwise(problem.k, f32_output=False, quantize="token").build(target, "quantize")
+    quantize = tvm.compile(tvm.IRModule({"quantize": quantizer}), target=target.tvm())["quantize"]
+    return choice, kernel, quantize, family.pack(problem, config, random_weight(problem))
+
+
 class Contender:
     """Our kernel for one problem, with weights for ``copies`` products."""
 
     def __init__(self, problem: LinearProblem, target: Target, m: int, copies: int | None, bytes_wanted: int) -> None:
-        self.choice = select(problem, target, database_for(target))
-        family, config = self.choice.family, self.choice.config
-        kernel = tvm.compile(family.build(problem, config, target, "gemm"), target=target.tvm())["gemm"]
-        packed = family.pack(problem, config, random_weight(problem))
+        self.choice, kernel, quantize, packed = compiled(problem, target)
         self.size = sum(array.nbytes for array in packed.values())
         self.copies = copies or -(-bytes_wanted // self.size)
         weights = [[tvm.runtime.tensor(a) for a in packed.values()] for _ in range(self.copies)]
@@ -84,8 +96,6 @@ class Contender:
         rows = tvm.runtime.tensor(rng.normal(size=(m, problem.k)).astype(np.float32))
         codes, scale = tvm.runtime.empty((m, problem.k), "uint8"), tvm.runtime.empty((m,), "float32")
         out = tvm.runtime.empty((m, problem.n), "float32")
-        quantizer = Rowwise(problem.k, f32_output=False, quantize="token").build(target, "quantize")
-        quantize = tvm.compile(tvm.IRModule({"quantize": quantizer}), target=target.tvm())["quantize"]
         quantize(rows, codes, scale)
 
         def alone() -> None:
@@ -134,10 +144,10 @@ def measure(calls: dict[str, Call], copies: int, seconds: float, threads: int) -
     """Microseconds per product. Blocks alternate, with a pause in which the other's idle threads fall asleep."""
     clock = time.thread_time if threads == 1 else time.perf_counter
     medians: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(3):
+    for _ in range(BLOCKS):
         for name, call in calls.items():
             time.sleep(0.03)
-            start, end = clock(), time.perf_counter() + seconds / 3 / len(calls)
+            start, end = clock(), time.perf_counter() + seconds / BLOCKS / len(calls)
             call()
             samples = [clock() - start] if time.perf_counter() > end else []  # a slow one needs no other to warm up
             while not samples or (time.perf_counter() < end or 1 < len(samples) < 3):
@@ -213,9 +223,9 @@ def wanted(args) -> Iterator[Line]:
     for weights in args.weights:
         for shape in args.shapes:
             k, n = map(int, shape.split("x"))
-            for m in args.rows:
-                for where in args.where if m == 1 else args.where[:1]:
-                    for threads in args.threads:
+            for threads in args.threads:
+                for m in args.rows:
+                    for where in args.where if m == 1 else args.where[:1]:
                         yield Line(weights, k, n, m, threads, where)
 
 
@@ -256,7 +266,7 @@ def main() -> None:
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--target", default="native")
     parser.add_argument("--from", dest="where", nargs="+", default=["cache", "memory"], choices=["cache", "memory"])
-    parser.add_argument("--seconds", type=float, default=1.0, help="per line")
+    parser.add_argument("--seconds", type=float, default=2.0, help="per line")
     parser.add_argument("--ggml", metavar="FOLDER", help="holds libggml-base.so and libggml-cpu.so")
     parser.add_argument("--peer", action="append", default=[], metavar="NAME=PATH", help="see peers/library.py")
     parser.add_argument("--cliff", action="store_true", help="throughput over N instead of the table")

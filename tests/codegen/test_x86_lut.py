@@ -118,6 +118,20 @@ def test_two_panels_at_a_time_give_the_same_numbers(spelling):
         close(family, problem, weight, x, scale, got[0])
 
 
+@pytest.mark.parametrize("spelling", ["int1/g256", "int2/g128", "ternary/g256", "int2/g136"])
+def test_the_largest_sums_of_a_group_fit(spelling):
+    """Codes at one end, activations at another: what 16 bits hold for the first three, and what they do not for the last."""
+    fmt, family, k, n = parse_format(spelling), LutGemm(), 512, 64
+    problem = LinearProblem(k, n, fmt, parse_activation("int8"))
+    groups = -(-k // fmt.group)
+    rows = np.full((2, k), 255, np.uint8)
+    rows[1, ::2] = 1
+    for code in (-1, 0) if spelling.startswith("int1") else (-2, 1) if spelling.startswith("int2") else (-1, 1):
+        weight = Quantized(np.full((k, n), code, np.int8), np.ones((groups, n), np.float32))
+        got = run(family, problem, family.configs(problem, x86.AVX2)[0], x86.AVX2, rows, np.ones(2, np.float32), weight)
+        np.testing.assert_array_equal(got, np.array([[127 * k * code], [0]]) * np.ones(n))
+
+
 @pytest.mark.parametrize("spelling", TABLES)
 def test_tables_of_every_format(spelling):
     rng = np.random.default_rng(1)

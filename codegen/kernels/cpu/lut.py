@@ -52,6 +52,7 @@ class PlaneSum:
         uniform: plane ``p`` counts ``2^p`` of one scale; otherwise every plane has a scale of its own.
         offset: ``constant`` (``o = -bias s``), ``zero`` (``o = -z s`` with an unsigned code ``z`` per group) or ``free``.
         bias: what the unsigned codes of a symmetric format exceed the signed ones by.
+        unused: how many of the largest unsigned codes do not occur.
     """
 
     bits: int
@@ -59,11 +60,17 @@ class PlaneSum:
     uniform: bool = True
     offset: str = "constant"
     bias: int = 0
+    unused: int = 0
 
     @property
     def centre(self) -> int:
         """The code integer sums are taken around: that of 0, or the middle one where 0 has another code in every group."""
         return self.bias if self.offset == "constant" else 1 << (self.bits - 1) if self.offset == "zero" else 0
+
+    @property
+    def reach(self) -> int:
+        """How far codes get from the centre."""
+        return max(self.centre, (1 << self.bits) - 1 - self.unused - self.centre)
 
 
 def plane_sum(fmt: Format) -> PlaneSum | None:
@@ -71,7 +78,7 @@ def plane_sum(fmt: Format) -> PlaneSum | None:
     if isinstance(fmt, IntFormat):
         return PlaneSum(fmt.bits, fmt.group, True, "constant" if fmt.symmetric else "zero", -fmt.qmin)
     if isinstance(fmt, Ternary):
-        return PlaneSum(2, fmt.group, bias=1)
+        return PlaneSum(2, fmt.group, bias=1, unused=1)
     if isinstance(fmt, BitPlane):
         return PlaneSum(fmt.bits, fmt.group, False, "free")
     if isinstance(fmt, FixedPoint):

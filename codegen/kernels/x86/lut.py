@@ -74,7 +74,9 @@ class LutGemm(LookUpGemm):
         return PlanePanels(problem.k, problem.n, planes, config["columns"], adjacent, turns)
 
     def pairs_per_chunk(self, problem: LinearProblem, panels: PlanePanels) -> int:
-        """Pairs whose sums fit in 16 bits, signed where multiply-add reads them again."""
+        """Pairs whose sums fit in 16 bits, signed where multiply-add reads them again. Signed sums wrap around until they fit."""
+        if self.signed(problem, panels):
+            return panels.pairs_per_group
         weight, top = (3 if panels.adjacent else 1), (32767 if panels.adjacent and panels.planes.bits == 4 else 65535)
         return min(panels.pairs_per_group, top // (PAIR * _largest(problem) * weight))
 
@@ -83,7 +85,7 @@ class LutGemm(LookUpGemm):
         planes = panels.planes
         if panels.adjacent and planes.bits == 4:
             return False
-        weight = max(planes.centre, 3 - planes.centre) if panels.adjacent else 1
+        weight = planes.reach if panels.adjacent else 1
         return panels.pairs_per_group * PAIR * _largest(problem) * weight <= 32767
 
     # Configs and cost

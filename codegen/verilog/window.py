@@ -11,8 +11,11 @@ from qcompile.codegen.verilog import build, macs
 from qcompile.codegen.verilog.netlist import NEVER, Channel, Memory, Netlist, Process, Unit, Wait, pack_word
 from qcompile.formats.fixed import IntType
 
-READ_LATENCY = 3
-"""Cycles from a step of ``rtl/window.v`` to the beat it makes: address, memory, FIFO."""
+READ_LATENCY = 2
+"""Cycles from a step of ``rtl/window.v`` to the beat it makes: memory, FIFO."""
+
+NOTICED = 2
+"""Cycles until its reader can use a word that was written, and its writer the place of a word that was released."""
 
 
 @build.input_lanes.register(Window)
@@ -109,17 +112,18 @@ def _window_unit(
     (kh, kw), (dh, dw), (sh, sw) = g.kernel, g.dilation, g.stride
     rows, columns = g.out_shape
     top, left = g.pads[:2]
+    place = np.array([line, groups, 1])
     # What one iteration of each loop moves by: (row, column, channel group). The innermost first.
     over_channel, over_row, over_column = (groups, (0, 0, 1)), (kh, (dh, 0, 0)), (kw, (0, dw, 0))
     inner = [over_column, over_row, over_channel] if by_channel else [over_channel, over_column, over_row]
-    loops = [*inner, (columns, (0, sw, 0))]
+    loops = [*inner, (columns, (0, sw, 0)), (rows, (sh, 0, 0))]
     parameters: dict[str, int] = {}
     back = np.zeros(3, np.int64)  # undoes all iterations of the loops inside
     for level, (count, move) in enumerate(loops):
         delta = np.array(move) - back
         parameters |= {
             f"N{level}": count,
-            f"R{level}": int(delta @ (line, groups, 1)),
+            f"R{level}": int(delta @ place),
             f"Y{level}": int(delta[0]),
             f"X{level}": int(delta[1]),
         }
@@ -129,24 +133,31 @@ def _window_unit(
     size = max(2, 1 << (kept_rows * line - 1).bit_length())
     order = _order(g, groups, by_channel)  # (steps, 3): row, column, group of every step
     first_rows = np.arange(rows) * sh - top
-    base = np.repeat(np.maximum(first_rows, 0), len(order) // rows)
-    position = (order[:, 0] - base) * line + order[:, 1] * groups + order[:, 2]
-    last_base = max(int(first_rows[-1]), 0)
+    bases = np.clip(first_rows, 0, g.height)
+    position = order @ place
+    ahead = position - np.repeat(bases, len(order) // rows) * line
+    position[0] = 0  # where the first step of a frame begins, see rtl/window.v
+    skip = max(int((first_rows < 0).sum()) - 1, 0)
+    released = np.diff(bases, append=g.height) * line
+    final = int(np.flatnonzero(released).max(initial=skip))
     parameters |= dict(
         WIDTH=source.width,
         SIZE=size,
         HEIGHT=g.height,
         COLUMNS=g.width,
-        N4=rows,
-        P=max(int(np.abs(position).max()), size, words).bit_length() + 2,
+        R5=words - int(position[-1]),
+        RF=int(position[1]) if len(position) > 1 else 0,
+        Y5=-int(back[0]),
+        P=max(int(np.abs(ahead).max()), size, words).bit_length() + 2,
         Y=int(np.abs(order[:, 0]).max() + sh).bit_length() + 2,
         X=max(int(np.abs(order[:, 1]).max()), g.width).bit_length() + 2,
-        STRIDE=sh,
         TOP=top,
         LEFT=left,
-        ROW=line,
-        RELEASE_FIRST=(-top) % sh * line,
-        RELEASE_LAST=(g.height - last_base) * line,
+        SKIP=skip,
+        FINAL=final,
+        RELEASE_FIRST=int(released[skip]),
+        RELEASE=sh * line,
+        RELEASE_LAST=int(released[final]),
     )
     unit = Unit(
         f"{node.name}_window",
@@ -154,7 +165,7 @@ def _window_unit(
         parameters,
         {"s": source},
         {"m": out},
-        _window_processes(g, order, position, base, line, words, size),
+        _window_processes(g, order, bases, line, words, size),
         node=node.name,
     )
     word = pack_word(np.full(node.folding.pe, pad), source.type.bits)
@@ -176,23 +187,30 @@ def _order(g: Geometry, groups: int, by_channel: bool) -> np.ndarray:
 
 
 def _window_processes(
-    g: Geometry, order: np.ndarray, position: np.ndarray, base: np.ndarray, line: int, words: int, size: int
+    g: Geometry, order: np.ndarray, bases: np.ndarray, line: int, words: int, size: int
 ) -> tuple[Process, Process]:
-    """The writer and the reader, which wait for each other: for words, and for room in the ring."""
+    """The writer and the reader, which wait for each other: for words, and for room in the ring.
+
+    Args:
+        g: of the windows.
+        order: what every step reads.
+        bases: first row of the image that each row of windows keeps.
+        line, words: of a row and of the image.
+        size: of the ring.
+    """
     steps = len(order)
     inside = (order[:, 0] >= 0) & (order[:, 0] < g.height) & (order[:, 1] >= 0) & (order[:, 1] < g.width)
-    needs = np.where(inside, position + base * line + 1, NEVER)
+    needs = np.where(inside, order @ (line, words // (g.height * g.width), 1) + 1, NEVER)
     needs[0] = max(needs[0], 1)
 
     # The step of the reader after which a total of so many words of this frame has been released.
     per_row = steps // g.out_shape[0]
-    following = np.append(base[per_row::per_row], g.height)  # the base of the next row of windows; all after the last
-    released = following * line
+    released = np.append(bases[1:], g.height) * line  # after each row of windows
     wanted = np.arange(1, words + 1) - size
     frames, part = np.divmod(wanted - 1, words)
     row = np.searchsorted(released, part + 1)
     room = frames * steps + (row + 1) * per_row
     return (
-        Process(words, {0: build.every(words)}, {}, waits=(Wait(1, room),)),
-        Process(steps, {}, {0: build.every(steps)}, READ_LATENCY, waits=(Wait(0, needs),)),
+        Process(words, {0: build.every(words)}, {}, waits=(Wait(1, room, NOTICED),)),
+        Process(steps, {}, {0: build.every(steps)}, READ_LATENCY, waits=(Wait(0, needs, NOTICED),)),
     )

@@ -89,6 +89,7 @@ def nodes(rng):
     pixels = Geometry(5, 6, (3, 3), (1, 1), (1, 1, 1, 1))
     strided = Geometry(5, 6, (3, 2), (2, 3), (0, 1, 1, 0))
     dilated = Geometry(5, 6, (2, 2), (1, 2), (0, 0, 0, 0), (2, 3))
+    beyond = Geometry(5, 6, (1, 2), (1, 3), (2, 1, 2, 0))  # rows of windows above and below the image
     tokens = Stream.of("tokens", 5, 12, INT8)
     other = Stream.of("other", 5, 12, INT8)
     two_heads_q, two_heads_k = Stream.of("q", 5, 12, INT8), Stream.of("k", 7, 12, INT8)
@@ -131,6 +132,7 @@ def nodes(rng):
             "depthwise", (image,), pixels, rng.integers(-8, 8, (9, 6)), rng.integers(-99, 99, 6), requantize(rng, 6)
         ),
         Depthwise("depthwise_ties", (image,), strided, rng.integers(-8, 8, (6, 6)), rng.integers(-9, 9, 6), ties(6)),
+        Depthwise("depthwise_beyond", (image,), beyond, rng.integers(-8, 8, (2, 6)), rng.integers(-9, 9, 6), ties(6)),
         Depthwise(
             "average",
             (image,),

@@ -32,6 +32,12 @@ from qcompile.targets.target import Target
 LARGEST_CLUSTER = 8
 """Blocks of a cluster that every chip with clusters can place."""
 
+RING_ROWS = 128
+"""Blocks of more rows are bound by products, and deep rings of weights are not tried."""
+
+DEEPEST_RING = 32
+"""Stages of a ring."""
+
 RASTER = 8
 """Row blocks that share their channels' weights in the second-level cache."""
 
@@ -47,6 +53,8 @@ class TiledShape(LinearShape):
         wgmma: whether products are by warpgroups.
         overlap: as in `stream`.
         cluster: whether blocks along K are a cluster and add up what they find in each other's shared memory.
+        ring: stages of weights in shared memory if they are copied apart from x (`ring_code`), else 0.
+        resident: blocks that are to fit a multiprocessor, or 0: the compiler then bounds registers.
     """
 
     rows: int
@@ -57,6 +65,8 @@ class TiledShape(LinearShape):
     wgmma: bool
     cluster: bool = False
     overlap: bool = False
+    ring: int = 0
+    resident: int = 0
 
     @property
     def threads(self) -> int:
@@ -114,9 +124,25 @@ class TiledShape(LinearShape):
         return self.block_tiles * self.stage_chunks * 8 * self.meta_bytes
 
     @property
+    def weight_bytes(self) -> int:
+        """Codes and metadata of a stage."""
+        return self.block_tiles * self.code_bytes + self.stage_meta
+
+    @property
+    def whole(self) -> bool:
+        """Whether all weights of a block fit the ring."""
+        return self.ring >= self.per_split
+
+    @property
     def stage_bytes(self) -> int:
         """Shared memory of a stage, a multiple of what swizzled panels are aligned to."""
-        return -(-(self.x_bytes + self.block_tiles * self.code_bytes + self.stage_meta) // 1024) * 1024
+        weights = 0 if self.ring else self.weight_bytes
+        return -(-(self.x_bytes + weights) // 1024) * 1024
+
+    @property
+    def ring_place(self) -> int:
+        """Where weights lie that are copied apart from x."""
+        return self.stages * self.stage_bytes
 
     @property
     def pitch(self) -> int:
@@ -132,12 +158,12 @@ class TiledShape(LinearShape):
     def barrier_place(self) -> int:
         """Where the barriers lie, behind the pipeline and the tile that is stored from the same memory."""
         tile = 4 * self.rows * self.sum_pitch if self.cluster else self.rows * self.pitch
-        return max(self.stages * self.stage_bytes, tile)
+        return -(-max(self.ring_place + self.ring * self.weight_bytes, tile) // 16) * 16
 
     @property
     def shared_bytes(self) -> int:
         """Of a block, with what aligning it may cost."""
-        return self.barrier_place + 16 * self.stages + 1024
+        return self.barrier_place + 16 * (self.stages + self.ring) + 1024
 
     @property
     def registers(self) -> int:
@@ -166,6 +192,7 @@ class TiledLinear(CudaLinear):
     def shape(self, problem: LinearProblem, config: dict[str, Any]) -> TiledShape:
         keys = ("rows", "wg", "mt", "split", "stages", "wgmma", "dtype", "out")
         given = {key: config[key] for key in keys} | {"overlap": bool(config.get("overlap"))}
+        given |= {key: config.get(key, 0) for key in ("ring", "resident")}
         cluster = bool(config.get("cluster")) and config["split"] > 1
         return TiledShape(k=problem.k, n=problem.n, weight=problem.weight, cluster=cluster, **given)
 
@@ -189,13 +216,33 @@ class TiledLinear(CudaLinear):
                                 config["cluster"] = True
                             if self.fits(self.shape(problem, config), target):
                                 found.append(config)
+                            if stages <= 4 and rows <= RING_ROWS and target.has("wgmma"):
+                                found += self._rings(problem, config, target)
         order = {dtype: i for i, dtype in enumerate(self.dtypes)}
         return sorted(found, key=lambda c: (order[c["dtype"]], self.cost(problem, c, target, m)))
 
+    def _rings(self, problem: LinearProblem, config: dict[str, Any], target: Any) -> list[dict[str, Any]]:
+        """A config with weights in rings of their own: as deep as one or two blocks of a multiprocessor may have them."""
+        found: list[dict[str, Any]] = []
+        for resident in (2, 1):
+            one = self.shape(problem, {**config, "ring": 1, "overlap": True})
+            room = min(target.shared_sm // resident - 1024, target.shared) - one.ring_place - 1024 - 32 * 16
+            ring = min(room // one.weight_bytes, one.per_split, DEEPEST_RING)
+            deep = {**config, "overlap": True, "ring": ring, "resident": resident}
+            if (
+                ring >= 3
+                and all(ring != other["ring"] for other in found)
+                and self.fits(self.shape(problem, deep), target)
+            ):
+                found.append(deep)
+        return found
+
     def fits(self, shape: TiledShape, target: Any) -> bool:
+        resident = max(1, shape.resident)
         return (
             shape.shared_bytes <= target.shared
-            and shape.registers <= min(255, 65536 // shape.threads)
+            and resident * (shape.shared_bytes + 1024) <= target.shared_sm
+            and shape.registers <= min(255, 65536 // (resident * shape.threads))
             and (shape.grid_n == 1 or shape.columns <= -(-shape.n // 64) * 64)
             and (shape.split == 1 or shape.split <= shape.blocks // 2)
             and not (shape.integer and shape.rows > 224)
@@ -204,6 +251,8 @@ class TiledLinear(CudaLinear):
     def cost(self, problem: LinearProblem, config: dict[str, Any], target: Any, m: int) -> float:
         """Waves of blocks times the slowest of memory, caches, tensor cores and issue slots, plus start and reduction."""
         s = self.shape(problem, config)
+        if s.ring:
+            return self._ring_cost(s, target, m)
         clock = 1.6e9
         sms = target.multiprocessors
         work = s.grid_n * s.split * -(-m // s.rows)
@@ -227,6 +276,22 @@ class TiledLinear(CudaLinear):
         if s.cluster:
             reduction = s.rows * s.columns * 4 * resident / 24 + 1200
         return (waves * (resident * (s.per_split * stage + tail) + reduction) + 3000) / clock
+
+    def _ring_cost(self, s: TiledShape, target: Any, m: int) -> float:
+        """Start and end, and between them the slowest of memory, caches, tensor cores and the chain of stages of a block."""
+        clock, sms = 1.7e9, target.multiprocessors
+        work = s.grid_n * s.split * -(-m // s.rows)
+        fit = min(target.shared_sm // (s.shared_bytes + 1024), 65536 // (s.threads * s.registers), 2048 // s.threads)
+        resident = max(1, min(fit, -(-work // sms)))
+        waves = -(-work // (sms * resident))
+        stages = waves * resident * s.per_split  # of a multiprocessor
+        memory = stages * s.weight_bytes * sms / target.bandwidth * (1 if m <= 4 * s.rows else 0.25)
+        caches = stages * (s.weight_bytes + min(m, s.rows) * s.chunks * 16) * sms / 5.7e12
+        products = stages * s.columns * BLOCK * max(s.rows, 32) / (3300 if s.narrow else 1650) / clock
+        chain = stages * (180 + s.mt * s.rows * 2) / min(resident, 2) / clock
+        early = s.ring / s.per_split if s.overlap and fit >= 2 * resident and s.ring <= s.per_split else 0
+        ends = (1.2e-6 if s.split > 1 else 0.5e-6) + 4 * s.rows * s.columns * resident / 40 / clock
+        return 1.5e-6 + max(memory * (1 - 0.4 * early), caches, products, chain) + waves * ends
 
     def scratch(self, problem: LinearProblem, config: dict[str, Any], m: int) -> tuple[int, int]:
         s = self.shape(problem, config)

@@ -27,12 +27,14 @@ DESCRIPTOR_HIGH = 1 << 30 | 1024 >> 4
 
 def emit(shape: TiledShape, epilogue: Epilogue, name: str) -> Any:
     """The PrimFunc."""
+    from qcompile.codegen.kernels.cuda.ring_code import RingKernel
+
     with e.kernel(name) as builder:
-        _Kernel(shape, epilogue).emit()
+        (RingKernel if shape.ring else Kernel)(shape, epilogue).emit()
     return builder.get()
 
 
-class _Kernel(Tail):
+class Kernel(Tail):
     """Names of one kernel while it is written."""
 
     def __init__(self, shape: TiledShape, epilogue: Epilogue) -> None:
@@ -245,7 +247,8 @@ class _Kernel(Tail):
             with T.If(i + ahead < self.count), T.Then():
                 self._issue((i + ahead) % s.stages, self.start + i + ahead)
             e.commit()
-            self._multiply(e.let(self.base + i % s.stages * (s.stage_bytes // 4)))
+            slot = e.let(self.base + i % s.stages * (s.stage_bytes // 4))
+            self._multiply(slot, slot + s.x_bytes // 4)
         e.wait(0)
 
     def _loop_warpgroups(self) -> None:
@@ -270,7 +273,8 @@ class _Kernel(Tail):
                 with T.If(i > 0), T.Then():
                     e.ptx("mbarrier.arrive.shared::cluster.b64", self._barrier(following, empty=True))
 
-            self._multiply(e.let(self.base + slot * (s.stage_bytes // 4)), release)
+            place = e.let(self.base + slot * (s.stage_bytes // 4))
+            self._multiply(place, place + s.x_bytes // 4, release)
             with T.If(i + ahead < self.count), T.Then():
                 with T.If(i > 0), T.Then():
                     T.evaluate(T.cuda.mbarrier_wait(self._barrier(following, empty=True), (i - 1) // s.stages % 2))
@@ -287,9 +291,10 @@ class _Kernel(Tail):
         place = (self.s.barrier_place + (8 * self.s.stages if empty else 0)) // 4
         return self.arena.ptr_to([self.base + place + slot * 2])
 
-    def _multiply(self, slot: Any, release: Any = None) -> None:
-        """Products of a stage; ``release`` is called when those of the stage before have ended."""
+    def _multiply(self, slot: Any, weights: Any, release: Any = None) -> None:
+        """Products of a stage, x at ``slot``; ``release`` is called when those of the stage before have ended."""
         s = self.s
+        self.weights = weights
         if s.wgmma:
             address = T.cuda.cvta_generic_to_shared(self.arena.ptr_to([slot]))
             low = e.let(((address & e.u32(0x3FFFF)) >> e.u32(4)) | e.u32(1 << 16))
@@ -299,17 +304,17 @@ class _Kernel(Tail):
             if s.wgmma:
                 # Operands are double buffered: those of the product before the last are free.
                 e.ptx("wgmma.wait_group.sync.aligned", 1)
-                if unit == 1:
+                if unit == 1 and release is not None:
                     release()
             buffer = unit % 2 if s.wgmma else 0
             for tiles in [[0, 1]] if per_chunk > 1 else [[0], [1]]:
                 step = 2 * unit + tiles[0]
                 fresh = step % per_chunk == 0
                 if fresh:
-                    self._begin(slot, step // per_chunk)
+                    self._begin(step // per_chunk)
                 for j in range(s.mt):
                     for tile in tiles:
-                        self._dequantize(slot, buffer, j, unit, tile)
+                        self._dequantize(buffer, j, unit, tile)
                 if s.wgmma:
                     self._multiply_warpgroup(buffer, unit, tiles, fresh)
                 else:
@@ -317,36 +322,37 @@ class _Kernel(Tail):
                 if s.grouped_sums and (step + len(tiles)) % per_chunk == 0:
                     self._add_group()
 
-    def _begin(self, slot: Any, chunk: int) -> None:
+    def _begin(self, chunk: int) -> None:
         """Prepare the dequantizers for a group."""
         s = self.s
         for j in range(s.mt):
             if s.meta_bytes:
-                self._read_meta(slot, chunk, j)
+                self._read_meta(chunk, j)
             else:
                 self.dequantizers[j].begin(None, None)
 
-    def _read_meta(self, slot: Any, chunk: int, j: int) -> None:
+    def _read_meta(self, chunk: int, j: int) -> None:
         """Scales and zero points of a group, prepared for the dequantizer."""
         s = self.s
         words = s.meta_bytes // 4
-        place = (s.x_bytes + s.block_tiles * s.code_bytes) // 4
-        at = slot + place + ((self.tile[j] * s.stage_chunks + chunk) * 8 + self.lane // 4) * words
+        place = s.block_tiles * s.code_bytes // 4
+        at = self.weights + place + ((self.tile[j] * s.stage_chunks + chunk) * 8 + self.lane // 4) * words
         e.read_shared([self.meta_words[j, c] for c in range(words)], self.arena.ptr_to([at]))
         scale = self.meta_words[j, 0] if s.group else None
         zero = None if s.symmetric else self.meta_words[j, words - 1]
         self.dequantizers[j].begin(scale, zero)
 
-    def _dequantize(self, slot: Any, buffer: int, j: int, unit: int, tile: int) -> None:
+    def _dequantize(self, buffer: int, j: int, unit: int, tile: int) -> None:
         """Operand of one channel tile and 16 (float) or 32 (int8) K."""
         s = self.s
-        place = s.x_bytes
+        place = 0
         for index, plane in enumerate(s.layout.planes):
             per_vector = 2 * s.layout.units // plane.vectors  # tiles along K of a vector
             if (2 * unit + tile) % per_vector == 0:
                 vector = (2 * unit + tile) // per_vector
                 words = plane.vector // 4
-                at = slot + place // 4 + self.tile[j] * (plane.block_bytes // 4) + (vector * 32 + self.lane) * words
+                first = self.weights + (place // 4 + vector * 32 * words)
+                at = first + self.tile[j] * (plane.block_bytes // 4) + self.lane * words
                 e.read_shared([self.codes[index][j, c] for c in range(words)], self.arena.ptr_to([at]))
             place += s.block_tiles * plane.block_bytes
         low = [self.codes[0][j, c] for c in range(s.layout.planes[0].vector // 4)]

@@ -24,8 +24,8 @@ class Case:
     Attributes:
         split: blocks along K of every kernel.
         variant: ``mma`` for tiled kernels without wgmma, ``wide`` for unusual tiles, ``exact`` for codes around zero,
-            ``planes`` for bit planes, ``persistent`` for kernels of one row, which take others one by one,
-            ``cluster`` for splits that add up in clusters.
+            ``planes`` for bit planes, ``persistent`` and ``sliced`` for kernels of one row, which take others one by one,
+            ``cluster`` for splits that add up in clusters, ``ring`` for those with weights in rings of their own.
     """
 
     weight: str
@@ -72,6 +72,17 @@ class Case:
             most = {16: (16, 4, 1), 32: (32, 2, 2), 64: (64, 2, 1), 128: (128, 1, 2), 256: (128, 2, 1), 512: (96, 3, 1)}
             for bucket, (height, wg, mt) in most.items():
                 tiles[bucket] = {"rows": height, "wg": wg, "mt": mt, "stages": 3, "cluster": True}
+            tiled["wgmma"] = True  # type: ignore[assignment]
+        elif self.variant == "ring":
+            deep = {
+                16: {"rows": 16, "wg": 4, "mt": 1, "ring": 4},
+                32: {"rows": 32, "wg": 2, "mt": 2, "ring": 5, "overlap": True},
+                64: {"rows": 64, "wg": 2, "mt": 1, "ring": 8, "resident": 2, "overlap": True},
+                128: {"rows": 128, "wg": 1, "mt": 1, "ring": 3},
+                256: {"rows": 96, "wg": 1, "mt": 2, "ring": 3, "overlap": True},
+                512: {"rows": 64, "wg": 3, "mt": 1, "ring": 6, "stages": 4, "overlap": True},
+            }
+            tiles = {bucket: {"stages": 3, "cluster": True, **tile} for bucket, tile in deep.items()}
             tiled["wgmma"] = True  # type: ignore[assignment]
         for rows, tile in tiles.items():
             forced[rows] = {"split": 1, **forced[rows], **tiled, **tile}
@@ -196,6 +207,13 @@ CASES = [
     Case("int4", 1031, 259, "int8", bias=True, split=4, variant="cluster"),
     Case("int8", 2048, 512, "int8", split=8, variant="cluster"),
     Case("int4/g128", 1536, 200, "e4m3", split=2, variant="cluster"),
+    Case("int4", 1031, 259, "int8", bias=True, split=4, variant="ring"),
+    Case("int8", 2048, 512, "int8", split=2, variant="ring"),
+    Case("int4", 1536, 331, "int8", variant="ring"),
+    Case("int4/g32/asym", 700, 264, "int8", split=2, variant="ring"),
+    Case("dual4/g128", 1100, 328, "int8", bias=True, split=3, variant="ring"),
+    Case("int4/g128", 2048, 320, split=3, variant="ring"),
+    Case("int3/g64/asym", 1100, 262, dtype="bfloat16", bias=True, split=2, variant="ring"),
     Case("int4/g128", 1100, 328, bias=True, variant="persistent"),
     Case("int4/g32/asym", 515, 77, variant="persistent"),
     Case("int3/g64", 1031, 136, variant="persistent"),

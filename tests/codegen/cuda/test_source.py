@@ -62,7 +62,7 @@ def test_hopper_kernels_start_before_the_one_before_ends() -> None:
         before, after = body.split(WAIT)
         assert "programmaticStreamSerializationAllowed = 1" in after
         assert "codes0_ptr" in before and "x_ptr" not in before and "x_ptr" in after
-        for target, configs in (("sm_80", early), ("sm_90a", {})):
+        for target, configs in (("sm_80", early), ("sm_90a", {rows: {"overlap": False, "ring": 0}})):
             other = small(plan(300, 70, "int4/g128", target=target, configs=configs), rows).source().read_text()
             assert "griddepcontrol" not in other and "programmatic" not in other
 

@@ -119,7 +119,8 @@ extern "C" TVM_DLL int32_t __tvm_ffi_{name}(void* self, void* args, int32_t coun
 """
     make = lambda: plan.functions(f"{name}_")  # noqa: E731
     described = {"plan": plan.describe(), "name": name}
-    return build.source(described, make, target, dispatch, clusters=plan.clusters(f"{name}_"))
+    blocks = {"resident": plan.resident(f"{name}_"), "clusters": plan.clusters(f"{name}_")}
+    return build.source(described, make, target, dispatch, **blocks)
 
 
 def _compile_rest(mod: tvm.IRModule, target: CudaTarget) -> tuple[Any, dict[str, Any]]:

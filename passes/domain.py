@@ -153,6 +153,47 @@ DequantizeSuperBlocks <block_size: int, super_size: int> (codes, block_scale, su
 }
 """
 
+PICK_COLUMNS = """
+<domain: "qcompile", opset_import: ["" : 23]>
+PickColumns (table, ids) => (picked)
+{
+    rest = Constant <value_ints: ints = [-1]> ()
+    order = Reshape (ids, rest)
+    parts = Gather <axis: int = -2> (table, order)
+    lead = Shape <start: int = 0, end: int = -2> (parts)
+    whole = Concat <axis: int = 0> (lead, rest)
+    picked = Reshape (parts, whole)
+}
+"""
+
+EXPERT_MATMUL = """
+<domain: "qcompile", opset_import: ["" : 23]>
+ExpertMatMul <n: int, repeat: int = 1> (x, w, ids) => (y)
+{
+    one = Constant <value_ints: ints = [1]> ()
+    rest = Constant <value_ints: ints = [-1]> ()
+    n_0 = Constant <value_int: int = @n> ()
+    width = Reshape (n_0, one)
+    repeat_0 = Constant <value_int: int = @repeat> ()
+    times = Reshape (repeat_0, one)
+    depth = Shape <start: int = 0, end: int = 1> (w)
+    order = Reshape (ids, rest)
+    slots = Shape (order)
+    columns = Concat <axis: int = 0> (depth, slots, width)
+    split = Reshape (w, columns)
+    picked = Transpose <perm: ints = [1, 0, 2]> (split)
+    tokens = Concat <axis: int = 0> (rest, one, depth)
+    single = Reshape (x, tokens)
+    spread = Concat <axis: int = 0> (one, times, one)
+    repeated = Expand (single, spread)
+    rows = Reshape (repeated, tokens)
+    product = MatMul (rows, picked)
+    positions = Shape (ids)
+    whole = Concat <axis: int = 0> (positions, width)
+    y = Reshape (product, whole)
+}
+"""
+
 BLOCK_ROTATE = """
 <domain: "qcompile", opset_import: ["" : 23]>
 BlockRotate (x, matrix) => (y)
@@ -193,6 +234,8 @@ _BODIES = {
     "DequantizeTable": DEQUANTIZE_TABLE,
     "DequantizePlanes": DEQUANTIZE_PLANES,
     "DequantizeSuperBlocks": DEQUANTIZE_SUPER_BLOCKS,
+    "PickColumns": PICK_COLUMNS,
+    "ExpertMatMul": EXPERT_MATMUL,
     "BlockRotate": BLOCK_ROTATE,
     "Kronecker": KRONECKER,
 }

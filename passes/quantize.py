@@ -1,6 +1,7 @@
 """Write quantization into the graph, explicitly: codes, scales and zero points become initializers.
 
     x @ w        ->   DequantizePerToken(QuantizePerToken(x)) @ DequantizeLinear(codes, scale, zero_point)
+    experts      ->   ExpertMatMul(the same of x, DequantizeLinear(PickColumns(codes, ids), PickColumns(scale, ids) ...), ids)
     Conv(x, w)   ->   Conv(DequantizePerToken(QuantizePerSample(x)), Transpose(Reshape(DequantizeLinear(codes, ...))))
 
 `weights` has the forms of weights that are no integers. What is quantized to which codes was decided before (formats,
@@ -17,9 +18,18 @@ import onnx_ir as ir
 from qcompile.errors import FormatError
 from qcompile.formats import ActivationFormat, Format, Quantized
 from qcompile.passes.domain import DOMAIN, add_functions
-from qcompile.passes.graph import add_initializer, constant_shape, insert_before, remove_unused_initializers, replace
-from qcompile.passes.sites import ConvSite, EmbeddingSite, LinearSite
-from qcompile.passes.weights import write_weight
+from qcompile.passes.graph import (
+    add_initializer,
+    constant,
+    constant_shape,
+    insert_before,
+    is_op,
+    remove_unused_initializers,
+    replace,
+    sole_use,
+)
+from qcompile.passes.sites import ConvSite, EmbeddingSite, ExpertSite, LinearSite
+from qcompile.passes.weights import write_stack, write_weight
 
 CLIP = "qcompile.clip"
 """Metadata of a value: the share of a token's largest magnitude that its quantizer represents."""
@@ -72,6 +82,38 @@ class Quantizer:
         if activation.bits:
             site.node.replace_input_with(0, self.activation(site.x, activation, site.node, sample=True))
         site.node.replace_input_with(1, transpose.outputs[0])
+
+    def experts(self, site: ExpertSite, weight_format: Format, weight: Quantized, activation: ActivationFormat) -> None:
+        """Quantize the weight ``(K, E * N)`` of experts and, if ``activation`` has bits, their input, once per token."""
+        graph, base = self.model.graph, site.weight.name or site.name
+        nodes = write_stack(graph, base, site.name, weight_format, weight, site.experts, site.ids, site.weight)
+        insert_before(site.node, nodes)
+        x = self.activation(site.x, activation, site.node) if activation.bits else site.x
+        attributes = {"n": site.shape[1] // site.experts, "repeat": site.repeat}
+        inputs = [x, nodes[-1].outputs[0], site.ids]
+        product = ir.node("ExpertMatMul", inputs, attributes=attributes, domain=DOMAIN, name=site.node.name)
+        product.metadata_props.update(site.node.metadata_props)
+        y, old = product.outputs[0], site.node.outputs[0]
+        if old.shape is not None:
+            y.shape = ir.Shape([*old.shape[:-2], old.shape[-1]])
+        y.type = old.type
+        insert_before(site.node, [product])
+        squeeze = sole_use(old)
+        if squeeze is not None and _drops_rows(squeeze):
+            last, name = squeeze.outputs[0], squeeze.outputs[0].name
+            replace(last, y)
+            graph.remove([squeeze, site.node], safe=True)
+            last.name, y.name = None, name
+            return
+        y.name = f"{old.name}.rows"
+        place = add_initializer(graph, f"{old.name}.place", np.array([-2], np.int64))
+        widened = ir.node("Unsqueeze", [y, place], name=f"{site.node.name}.widened")
+        widened.outputs[0].type, widened.outputs[0].shape = old.type, old.shape
+        insert_before(site.node, [widened])
+        name = old.name
+        replace(old, widened.outputs[0])
+        graph.remove(site.node, safe=True)
+        old.name, widened.outputs[0].name = None, name
 
     def weight(self, site: LinearSite | ConvSite, fmt: Format, weight: Quantized) -> ir.Value:
         """Insert codes, parameters and what makes floats of them; returns the float ``(K, N)`` value."""
@@ -165,3 +207,10 @@ class Quantizer:
         remove_unused_initializers(self.model.graph)
         add_functions(self.model)
         return self.model
+
+
+def _drops_rows(node: ir.Node) -> bool:
+    """Whether it removes the last axis but one."""
+    axes = constant(node.inputs[1]) if is_op(node, "Squeeze") and len(node.inputs) > 1 else None
+    shape = node.inputs[0].shape if node.inputs[0] is not None else None
+    return axes is not None and axes.size == 1 and shape is not None and int(axes.item()) % len(shape) == len(shape) - 2

@@ -1,4 +1,4 @@
-"""Where a model holds quantizable weights: linear operators and embedding tables, found by structure alone."""
+"""Where a model holds quantizable weights: linear operators, experts, convolutions and embedding tables, found by structure alone."""
 
 from __future__ import annotations
 
@@ -86,6 +86,53 @@ class ConvSite:
 
 
 @dataclass(frozen=True)
+class ExpertSite:
+    """``y[s] = x[s // repeat] @ w[ids[s]]`` with a constant stack of matrices ``w`` of shape ``(E, K, N)``.
+
+    As a matrix the weight is ``(K, E * N)``: the columns of all experts side by side.
+
+    Attributes:
+        node: the MatMul of rows ``(..., 1, K)`` by the matrices that a Gather picks.
+        x: its activation, rows of K channels: one for every ``repeat`` of ``ids``.
+        ids: which matrix each row is multiplied with, any shape.
+        repeat: rows in a row that share an activation.
+        weight: the initializer.
+        name: where it came from in the source model.
+    """
+
+    node: ir.Node
+    x: ir.Value
+    ids: ir.Value
+    repeat: int
+    weight: ir.Value
+    name: str
+
+    @property
+    def experts(self) -> int:
+        """E."""
+        shape = constant_shape(self.weight)
+        assert shape is not None
+        return shape[0]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(K, E * N)``."""
+        shape = constant_shape(self.weight)
+        assert shape is not None
+        return shape[1], shape[0] * shape[2]
+
+    def matrix(self) -> np.ndarray:
+        """The float weight as ``(K, E * N)``, loaded now."""
+        assert self.weight.const_value is not None
+        weight = self.weight.const_value.numpy().astype(np.float32, copy=False)
+        return np.ascontiguousarray(weight.swapaxes(0, 1)).reshape(self.shape)
+
+
+Site = LinearSite | ConvSite | ExpertSite
+"""A weight that is a matrix to quantize."""
+
+
+@dataclass(frozen=True)
 class EmbeddingSite:
     """``y = table[ids]`` with a constant float table of shape ``(V, D)``."""
 
@@ -128,9 +175,61 @@ def conv_sites(model: ir.Model) -> list[ConvSite]:
     return found
 
 
-def matrix_sites(model: ir.Model) -> list[LinearSite | ConvSite]:
-    """Everything whose weight is a matrix to quantize: linear sites, then convolutions."""
-    return [*linear_sites(model), *conv_sites(model)]
+def expert_sites(model: ir.Model) -> list[ExpertSite]:
+    """All products of rows with matrices that indices pick from a constant stack, in graph order."""
+    found = []
+    for node in model.graph:
+        gather = node.inputs[1].producer() if is_op(node, "MatMul") and node.inputs[1] is not None else None
+        if not is_op(gather, "Gather") or attribute(gather, "axis", 0) != 0 or node.inputs[0] is None:
+            continue
+        assert gather is not None
+        stack, ids = gather.inputs
+        rows, picked = _dims(node.inputs[0]), _dims(node.inputs[1])
+        if not _float_initializer(stack, 3) or ids is None or rows is None or picked is None:
+            continue
+        assert stack is not None
+        if len(picked) < 3 or rows != (*picked[:-2], 1, picked[-2]):
+            continue
+        x, repeat = _one_per_token(node.inputs[0])
+        name = site_name(node, stack)
+        inside = (stack.name or "").startswith(f"{name}.")
+        found.append(ExpertSite(node, x, ids, repeat, stack, stack.name or "" if inside else f"{name}.{stack.name}"))
+    return found
+
+
+def _one_per_token(rows: ir.Value) -> tuple[ir.Value, int]:
+    """What rows ``(..., 1, K)`` are repetitions of, and how often each row follows itself."""
+    repeat, width = 1, _last(rows)
+    while (node := rows.producer()) is not None and node.inputs and (source := node.inputs[0]) is not None:
+        before, after = _dims(source), _dims(rows)
+        if before is None or after is None or _last(source) != width:
+            break
+        if is_op(node, "Expand") and len(before) == len(after) and before[-2] == 1 and before[:-2] == after[:-2]:
+            if not isinstance(after[-2], int) or repeat != 1:
+                break
+            repeat = after[-2]
+        elif not is_op(node, "Reshape", "Unsqueeze", "Squeeze"):
+            break
+        rows = source
+    return rows, repeat
+
+
+def _last(value: ir.Value) -> int | None:
+    dims = _dims(value)
+    return dims[-1] if dims and isinstance(dims[-1], int) else None
+
+
+def _dims(value: ir.Value | None) -> tuple[int | str | None, ...] | None:
+    return (
+        None
+        if value is None or value.shape is None
+        else tuple(d if isinstance(d, int) else d.value for d in value.shape)
+    )
+
+
+def matrix_sites(model: ir.Model) -> list[Site]:
+    """Everything whose weight is a matrix to quantize: linear sites, experts, then convolutions."""
+    return [*linear_sites(model), *expert_sites(model), *conv_sites(model)]
 
 
 def embedding_sites(model: ir.Model) -> list[EmbeddingSite]:

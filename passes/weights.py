@@ -7,6 +7,8 @@
     scaled bit planes                 DequantizePlanes(codes, scale, offset)
     super-blocks                      DequantizeSuperBlocks(codes, block_scale, super_scale, block_offset, super_offset)
 
+Of experts these are picked first: PickColumns(codes, ids) in place of codes, and so on.
+
 The operators that are not ONNX's own are functions of the domain `qcompile`, so that ONNX Runtime runs all of them. Codes
 are ``(K, N)``, scales ``(G, N)``, those of planes ``(P, G, N)``, with a group of ``block_size`` consecutive k per row.
 """
@@ -70,7 +72,13 @@ class QuantizedWeight:
 
 
 def write_weight(
-    graph: ir.Graph, base: str, site: str, fmt: Format, weight: Quantized, like: ir.Value | None = None
+    graph: ir.Graph,
+    base: str,
+    site: str,
+    fmt: Format,
+    weight: Quantized,
+    like: ir.Value | None = None,
+    narrow: bool = True,
 ) -> list[ir.Node]:
     """Add the initializers of a weight to ``graph``; returns the nodes that make the float matrix, to be inserted.
 
@@ -80,11 +88,13 @@ def write_weight(
         site: of the operator that reads the weight.
         fmt, weight: what the codes are.
         like: the float weight, whose metadata the codes keep.
+        narrow: use ONNX's 4-bit types where codes fit.
 
     Raises:
         FormatError: there is no form for ``fmt``.
     """
-    codes = add_initializer(graph, f"{base}.codes", integer_tensor(weight.codes, fmt.bits), like=like)
+    width = fmt.bits if narrow else 8
+    codes = add_initializer(graph, f"{base}.codes", integer_tensor(weight.codes, width), like=like)
     codes.metadata_props.update({TRUE_BITS: str(fmt.bits), FORMAT: str(fmt), SITE: site})
     k, n = weight.codes.shape
     nodes: list[ir.Node] = []
@@ -109,7 +119,7 @@ def write_weight(
         inputs = [codes, floats("scale", weight.scale[0] if channel else weight.scale)]
         if weight.zero_point is not None:
             zero = (weight.zero_point[0] if channel else weight.zero_point).astype(np.uint8)
-            inputs.append(add("zero_point", integer_tensor(zero, fmt.bits)))
+            inputs.append(add("zero_point", integer_tensor(zero, width)))
         where: dict[str, int] = {"axis": 1} if channel else {"axis": 0, **block}
         nodes.append(ir.node("DequantizeLinear", inputs, attributes=where))
     elif isinstance(fmt, DualInt4):
@@ -141,6 +151,42 @@ def write_weight(
     out = nodes[-1].outputs[0]
     out.name, out.shape, out.type = f"{base}.dequantized", ir.Shape([k, n]), ir.TensorType(ir.DataType.FLOAT)
     return nodes
+
+
+def write_stack(
+    graph: ir.Graph,
+    base: str,
+    site: str,
+    fmt: Format,
+    weight: Quantized,
+    experts: int,
+    ids: ir.Value,
+    like: ir.Value | None = None,
+) -> list[ir.Node]:
+    """The same of the matrices of experts, side by side in ``weight``: ``ids`` pick some, and only these become floats.
+
+    Initializers are ``(..., experts, N)``, codes ``(K, experts, N)``. ONNX's Gather takes no 4-bit types, so codes take a
+    byte each here. The result is ``(K, ids * N)``.
+    """
+    nodes = write_weight(graph, base, site, fmt, weight, like, narrow=False)
+    columns = weight.codes.shape[1]
+    picked: dict[ir.Value, ir.Node] = {}
+    for node in nodes:
+        node.outputs[0].shape = None
+        for index, value in enumerate(node.inputs):
+            shape = constant_shape(value)
+            if value is None or shape is None or (node.op_type == "DequantizeTable" and index == 1):
+                continue
+            assert shape[-1] == columns and value.const_value is not None
+            if value not in picked:
+                stack = value.const_value.numpy().reshape(*shape[:-1], experts, columns // experts)
+                value.const_value = ir.Tensor(stack, dtype=value.const_value.dtype, name=value.name)
+                value.shape = ir.Shape(stack.shape)
+                pick = ir.node("PickColumns", [value, ids], domain=DOMAIN, name=f"{value.name}.pick")
+                pick.outputs[0].name, pick.outputs[0].type = f"{value.name}.picked", value.type
+                picked[value] = pick
+            node.replace_input_with(index, picked[value].outputs[0])
+    return [*picked.values(), *nodes]
 
 
 def integer_tensor(codes: np.ndarray, bits: int) -> ir.TensorProtocol:

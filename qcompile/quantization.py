@@ -18,7 +18,9 @@ from qcompile.passes.quantize import Quantizer, clip_of
 from qcompile.passes.sites import (
     ConvSite,
     EmbeddingSite,
+    ExpertSite,
     LinearSite,
+    Site,
     conv_sites,
     embedding_sites,
     linear_sites,
@@ -31,6 +33,7 @@ from qcompile.report import LayerRecord, Report
 from qcompile.solvers import correct_weight, get_solver, output_error
 from qcompile.solvers.base import Solver
 
+_KINDS: dict[type, str] = {LinearSite: "linear", ExpertSite: "experts", ConvSite: "convolution"}
 _MIN_TABLE = 64  # rows; smaller tables (token types) are not worth a gather of codes
 
 
@@ -105,6 +108,8 @@ def quantize_model(
             record.activation_format = str(activation)
             if isinstance(site, ConvSite):
                 quantizer.conv(site, fmt, weight, activation)
+            elif isinstance(site, ExpertSite):
+                quantizer.experts(site, fmt, weight, activation)
             else:
                 quantizer.linear(site, fmt, weight, activation)
             report.layers.append(record)
@@ -143,7 +148,7 @@ def _solver(recipe: Recipe, site: str) -> Solver:
 
 
 def _solve(
-    site: LinearSite | ConvSite, fmt: Format, recipe: Recipe, known: ChannelStatistics | PatchMoments | None
+    site: Site, fmt: Format, recipe: Recipe, known: ChannelStatistics | PatchMoments | None
 ) -> tuple[Quantized, LayerRecord]:
     weight = site.matrix()
     hessian = known.hessian if known is not None else None
@@ -163,7 +168,7 @@ def _solve(
         error = (rest / whole) ** 0.5 if whole > 0 else 0.0
     record = LayerRecord(
         site.name,
-        "linear" if isinstance(site, LinearSite) else "convolution",
+        _KINDS[type(site)],
         site.shape,
         str(fmt),
         solver=solver.name,

@@ -10,7 +10,7 @@ import onnx_ir.passes.common as common_passes
 from qcompile.passes.domain import DOMAIN
 from qcompile.passes.graph import is_op, remove_unused_initializers
 from qcompile.passes.opset import convert_opset
-from qcompile.passes.recognise import linear, simplify, symbols
+from qcompile.passes.recognise import experts, linear, simplify, symbols
 from qcompile.passes.recognise.activations import GeluRule, SwishRule
 from qcompile.passes.recognise.attention import AttentionRule, FourAxesRule, GroupedQueryRule
 from qcompile.passes.recognise.batch_norm import FoldBatchNorm, FoldBatchNormLinear
@@ -64,7 +64,7 @@ def recognise(model: ir.Model) -> tuple[ir.Model, Recognised]:
         fold_constants(model, report)
         symbols.infer(model)
         changes = apply_rules(model, simplify.RULES, report)
-        changes += apply_rules(model, linear.RULES, report)
+        changes += apply_rules(model, (*linear.RULES, *experts.RULES), report)
         symbols.infer(model)
         changes += apply_rules(model, COMPOSITE_RULES, report)
         if not changes:

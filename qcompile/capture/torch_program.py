@@ -138,6 +138,7 @@ def restore_weight_names(model: ir.Model, parameters: Mapping[str, Any], strip_p
     """
     graph = model.graph
     _name_tied_tables(graph, parameters)
+    _name_stacks(graph, parameters)
     for value in list(graph.initializers.values()):
         name = value.name or ""
         if name in parameters or value.const_value is None or len(value.const_value.shape) != 2:
@@ -181,3 +182,20 @@ def _name_tied_tables(graph: ir.Graph, parameters: Mapping[str, Any]) -> None:
         if parameters[wanted].data_ptr() == parameters[table.name].data_ptr():
             table.name = wanted
             table.const_value.name = wanted
+
+
+def _name_stacks(graph: ir.Graph, parameters: Mapping[str, Any]) -> None:
+    """Give matrices that are picked at run time, which the exporter transposes by nothing, the name of their parameter."""
+    for node in graph:
+        stack = node.inputs[0] if node.op_type in ("Gather", "GatherND") else None
+        scopes = literal_list(node.metadata_props.get("pkg.torch.onnx.name_scopes"))
+        if stack is None or stack.const_value is None or stack.name in parameters or len(scopes) < 2:
+            continue
+        for name, parameter in parameters.items():
+            if not name.startswith(f"{scopes[-2]}.") or name in graph.initializers:
+                continue
+            if tuple(parameter.shape) == tuple(stack.const_value.shape.numpy()) and np.array_equal(
+                parameter.detach().cpu().numpy(), stack.const_value.numpy()
+            ):
+                stack.name = stack.const_value.name = name
+                break

@@ -89,12 +89,14 @@ FAMILIES = {6: Family(6, (6, 32, 4), 16384, 512), 4: Family(4, (4, 16, 4), 8192,
 def estimate(unit: Unit, target: FpgaTarget = TARGETS[DEFAULT]) -> Area:
     """The area of one unit on a device."""
     family = FAMILIES[target.lut_inputs]
-    fifos = sum((_fifo(family, channel.width, unit.depths[prefix]) for prefix, channel in unit.outputs.items()), Area())
+    fifos = sum((_fifo(family, c.width, unit.depths[p], p in unit.deep) for p, c in unit.outputs.items()), Area())
     return _BODIES.get(unit.module.split("_")[0] if unit.source else unit.module, _other)(unit, family) + fifos
 
 
-def _fifo(family: Family, width: int, depth: int) -> Area:
+def _fifo(family: Family, width: int, depth: int, deep: bool) -> Area:
     count = max(depth, 1).bit_length()
+    if deep:
+        return Area(family.ports(width, 4) + 5 * count + 12, 5.0 * count + 12, memory_bits=float(width * depth))
     return Area(family.ports(width, depth) + 4 * count, 4.0 * count)
 
 

@@ -90,7 +90,7 @@ def describe(imported: Imported, netlist: Netlist) -> dict[str, Any]:
                 "pe": node.folding.pe,
                 "simd": node.folding.simd,
                 "interval": node.interval,
-                "latency": sum(max(p.latency for p in u.processes) for u in units),
+                "latency": sum(u.latency for u in units),
                 "estimate": _area(parts),
             }
         )

@@ -59,6 +59,12 @@ class Wait:
 
 NEVER = -(1 << 40)
 
+BLOCK_DEPTH = 64
+"""Entries above which a FIFO is in block memory (``rtl/deep_fifo.v``)."""
+
+BLOCK_CYCLES = 2
+"""Cycles by which it offers a beat later."""
+
 
 @dataclass(frozen=True)
 class Process:
@@ -125,6 +131,7 @@ class Unit:
         processes: its timing.
         memories: by parameter name.
         depths: entries of the FIFO behind each output, by port prefix.
+        deep: the outputs whose FIFOs are in block memory.
         literals: parameters that are not plain integers, as Verilog.
         node: the program's node it belongs to.
     """
@@ -139,20 +146,30 @@ class Unit:
     depths: dict[str, int] = field(default_factory=dict)
     literals: dict[str, str] = field(default_factory=dict)
     node: str = ""
+    deep: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         for prefix in self.outputs:
             self.depths.setdefault(prefix, self.least_depth(prefix))
 
+    def late(self, prefix: str) -> int:
+        """Cycles by which beats of an output are offered later than its process says."""
+        return BLOCK_CYCLES if prefix in self.deep else 0
+
+    @property
+    def latency(self) -> int:
+        """Cycles from a step to the beat it makes, at most."""
+        return max(p.latency for p in self.processes) + (BLOCK_CYCLES if self.deep else 0)
+
     def least_depth(self, prefix: str) -> int:
         """Entries with which the FIFO of an output never holds up its own pipeline."""
         index = list(self.outputs).index(prefix)
-        worst = 2
+        worst = BLOCK_DEPTH + 1 if prefix in self.deep else 2
         for process in self.processes:
             if index in process.makes:
                 made = np.flatnonzero(process.makes[index])
                 # What is reserved between a step and the cycle in which its entry is free again.
-                frames, rest = divmod(process.latency + 1, process.steps)
+                frames, rest = divmod(process.latency + self.late(prefix) + 1, process.steps)
                 steps = np.concatenate([made, made + process.steps])
                 held = np.searchsorted(steps, made + rest) - np.arange(len(made))
                 worst = max(worst, frames * len(made) + int(held.max()))

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from qcompile.codegen.verilog.netlist import Netlist, Process, Unit
+from qcompile.codegen.verilog.netlist import BLOCK_DEPTH, Netlist, Process, Unit
 from qcompile.errors import TargetError
 
 UNBOUNDED = 1 << 40
@@ -85,6 +85,7 @@ class _Running:
                 line.offered[outputs[o][1].name],
                 line.taken[outputs[o][1].name],
                 unit.depths[outputs[o][0]],
+                process.latency + unit.late(outputs[o][0]),
             )
             for o, flags in process.makes.items()
         ]
@@ -93,7 +94,7 @@ class _Running:
         """Begin as many steps as the known times allow; whether any did."""
         process, begun = self.process, self.begun
         start = len(begun)
-        steps, latency = process.steps, process.latency
+        steps = process.steps
         waits = [
             (self.peers[w.process].begun, w.count.tolist(), w.delay, self.peers[w.process].process.steps)
             for w in process.waits
@@ -110,7 +111,7 @@ class _Running:
                     now = max(now, offered[len(taken)])
             if blocked:
                 break
-            for flags, offered, taken, depth in self.makes:
+            for flags, offered, taken, depth, _ in self.makes:
                 if flags[step] and len(offered) >= depth:
                     if len(taken) <= len(offered) - depth:
                         blocked = True
@@ -131,7 +132,7 @@ class _Running:
             for flags, _, taken in self.takes:
                 if flags[step]:
                     taken.append(now)
-            for flags, offered, taken, _ in self.makes:
+            for flags, offered, taken, _, latency in self.makes:
                 if flags[step]:
                     offered.append(now + latency)
                     if id(offered) in sinks:
@@ -186,18 +187,30 @@ def size_fifos(netlist: Netlist, frames: int = 4, trials: int = 80) -> Timeline:
         trials: evaluations spent on making FIFOs smaller.
     """
     period = max(u.interval for u in netlist.units)
-    passage = sum(max(p.latency for p in u.processes) for u in netlist.units)
+    passage = sum(u.latency for u in netlist.units)
     frames = max(frames, min(3 + passage // period, MOST_FRAMES))
     fifos = [(u, prefix) for u in netlist.units for prefix in u.depths]
+    for unit in netlist.units:
+        unit.deep = set()
+    while True:
+        _size(netlist, fifos, frames, period, trials)
+        found = [(u, p) for u, p in fifos if u.depths[p] > BLOCK_DEPTH and p not in u.deep]
+        if not found:
+            return evaluate(netlist, frames)
+        for unit, prefix in found:  # offers later, so others may have to hold more
+            unit.deep.add(prefix)
+
+
+def _size(netlist: Netlist, fifos: list[tuple[Unit, str]], frames: int, period: int, trials: int) -> None:
+    """`size_fifos` where it is known which FIFOs are in block memory."""
     for unit, prefix in fifos:
         unit.depths[prefix] = UNBOUNDED
     line = evaluate(netlist, frames, period)
     for unit, prefix in fifos:
-        latency = max(p.latency for p in unit.processes if p.makes)
+        latency = max(p.latency for p in unit.processes if p.makes) + unit.late(prefix)
         held = line.occupancy(unit.outputs[prefix].name, latency)
         unit.depths[prefix] = max(unit.least_depth(prefix), held)
-    fifos.sort(key=lambda f: -f[0].depths[f[1]] * f[0].outputs[f[1]].width)
-    for unit, prefix in fifos:
+    for unit, prefix in sorted(fifos, key=lambda f: -f[0].depths[f[1]] * f[0].outputs[f[1]].width):
         enough, least = unit.depths[prefix], unit.least_depth(prefix)
         for depth in sorted({least, enough // 4, enough // 2}):
             if not least <= depth < enough or trials <= 0:
@@ -207,7 +220,6 @@ def size_fifos(netlist: Netlist, frames: int = 4, trials: int = 80) -> Timeline:
             if _keeps(netlist, frames, period):
                 break
             unit.depths[prefix] = enough
-    return evaluate(netlist, frames)
 
 
 def _keeps(netlist: Netlist, frames: int, period: int) -> bool:

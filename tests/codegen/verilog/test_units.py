@@ -8,11 +8,11 @@ import node_cases as cases
 import numpy as np
 import pytest
 
-from qcompile.codegen.fixed.nodes import MatVec, Normalize
+from qcompile.codegen.fixed.nodes import Add, MatVec, Normalize, Transpose
 from qcompile.codegen.fixed.program import Program
 from qcompile.codegen.fixed.stream import Stream
 from qcompile.codegen.verilog import build, hardware, simulate, timing, tools, top
-from qcompile.codegen.verilog.netlist import Netlist
+from qcompile.codegen.verilog.netlist import BLOCK_DEPTH, Netlist
 from qcompile.errors import TargetError
 from qcompile.formats.fixed import IntType
 from qcompile.targets.fpga import TARGETS
@@ -127,6 +127,28 @@ def test_inputs_too_wide_to_square_are_refused_by_name(bits, fits):
         return
     with pytest.raises(TargetError, match="norm: its input has 18 bits"):
         build.elaborate(node, netlist, inputs)
+
+
+@pytest.mark.slow
+def test_what_waits_for_a_long_branch_is_held_in_block_memory(tmp_path):
+    rng = np.random.default_rng(6)
+    x = Stream.of("x", 24, 6, IntType(8, True))
+    once = Transpose("once", (x,))
+    twice = Transpose("twice", (once.output,))
+    program = Program("dut", (x,), (once, twice, Add("both", (x, twice.output), (5, 3), 3, -128, 127)), ("both",))
+    netlist = hardware.make_netlist(program)
+    (fork,) = (u for u in netlist.units if u.deep)
+    assert fork.depths["m0"] > BLOCK_DEPTH or fork.depths["m1"] > BLOCK_DEPTH
+    assert timing.evaluate(netlist, 12).interval(netlist) == 24 * 6
+    frames = rng.integers(-128, 128, (50, 24, 6))
+    files = top.write(netlist, tmp_path)
+    compiled = simulate.build(tmp_path, "dut", files, netlist.inputs, netlist.outputs)
+    for stalls in (0, 1, 2):
+        results, traffic = compiled.run({"x": frames}, stalls)
+        np.testing.assert_array_equal(results["both"], program.reference({"x": frames})["both"].ravel())
+        if not stalls:
+            cycles = timing.evaluate(netlist, len(frames)).cycles(netlist)
+            assert traffic["both"].last - traffic["x"].first + 1 == cycles
 
 
 def chain(rng):

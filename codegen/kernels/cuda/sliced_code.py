@@ -53,7 +53,7 @@ class SlicedKernel(Tail):
         self.tile = e.let(T.min(self.bx * s.tn, s.tiles - s.tn))
         self._registers()
         for step in range(s.stages - 1):
-            self._copy(step, step % s.tn, self.warp + step // s.tn * s.kw)
+            self._copy(self.slots + step * (s.stage_bytes // 4), step % s.tn, self.warp + step // s.tn * s.kw)
         if s.overlap:
             e.await_previous()
         self._load_x(self.warp)

@@ -72,6 +72,34 @@ def _overlap(text: str) -> str:
     return "".join(parts)
 
 
+TENSOR_MAPS = """
+// The driver is asked for when a kernel that needs it is called: libraries load without one.
+template <typename... Args>
+static CUresult encode_tensor_map(Args... args) {
+  static const auto function = [] {
+    void* found = nullptr;
+    cudaDriverEntryPointQueryResult result;
+    cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, &result);
+    return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(found);
+  }();
+  return function ? function(args...) : CUDA_ERROR_NOT_SUPPORTED;
+}
+static void describe_error(CUresult, const char**) {}
+#define cuTensorMapEncodeTiled encode_tensor_map
+#define cuGetErrorString describe_error
+"""
+
+HOST = "#include <cuda_runtime.h>\n"
+
+
+def _tensor_maps(text: str) -> str:
+    """Look the driver's function up instead of linking to it."""
+    if "cuTensorMapEncodeTiled" not in text:
+        return text
+    assert HOST in text
+    return text.replace(HOST, HOST + TENSOR_MAPS, 1)
+
+
 def generate(functions: dict[str, Any], target: CudaTarget) -> str:
     """CUDA C++ of PrimFuncs by name, with checked host wrappers of the same names."""
     import tvm
@@ -112,14 +140,14 @@ def source(
     target: CudaTarget,
     tail: str = "",
     resident: Mapping[str, int] | None = None,
-    clusters: Mapping[str, int] | None = None,
+    clusters: Mapping[str, int | tuple[int, int]] | None = None,
 ) -> Path:
     """The cached source for ``description``; ``make()`` returns the PrimFuncs by name if it must be generated.
 
     Args:
         tail: C++ that follows, and follows from the description.
         resident: blocks of a kernel that are to fit a multiprocessor, by name: nvcc then bounds registers.
-        clusters: blocks along y that are a cluster, by name of the kernel.
+        clusters: blocks along y, or along x and y, that are a cluster, by name of the kernel.
     """
     path = place(description, target)
     if not path.exists():
@@ -127,17 +155,35 @@ def source(
 
         with emit.overlapping(target.has("pdl")):
             functions = make()
-        text = _overlap(generate(functions, target))
+        text = _tensor_maps(_overlap(generate(functions, target)))
         for name, blocks in (resident or {}).items():
             bounds = rf"__launch_bounds__\((\d+)\)( {name}_kernel\()"
             text = re.sub(bounds, rf"__launch_bounds__(\1, {blocks})\2", text)
         for name, blocks in (clusters or {}).items():
+            across, along = blocks if isinstance(blocks, tuple) else (1, blocks)
             text, places = re.subn(
-                rf"(?=__launch_bounds__\([^)]*\) {name}_kernel\()", f"__cluster_dims__(1, {blocks}, 1) ", text
+                rf"(?=__launch_bounds__\([^)]*\) {name}_kernel\()", f"__cluster_dims__({across}, {along}, 1) ", text
             )
             assert places, f"{name} adds up across a cluster it is not launched in"
         _write(path, text + tail)
     return path
+
+
+def dispatch(name: str, choices: Sequence[tuple[int, str]]) -> str:
+    """C++ of a function ``name`` that calls the first function of ``(most rows, function)`` that takes the rows of its first
+    argument; the last one takes any number, and no rows need no call."""
+    tests = "".join(f"  if (rows <= {rows}) return __tvm_ffi_{f}(self, args, count, result);\n" for rows, f in choices[:-1])
+    return f"""
+extern "C" TVM_DLL int32_t __tvm_ffi_{name}(void* self, void* args, int32_t count, void* result) {{
+  const TVMFFIAny* given = static_cast<const TVMFFIAny*>(args);
+  const char* place = static_cast<const char*>(given[0].v_ptr);
+  const DLTensor* x = reinterpret_cast<const DLTensor*>(
+      given[0].type_index == kTVMFFITensor ? place + sizeof(TVMFFIObject) : place);
+  const int64_t rows = x->shape[0];
+  if (rows == 0) return 0;
+{tests}  return __tvm_ffi_{choices[-1][1]}(self, args, count, result);
+}}
+"""
 
 
 def text_source(text: str, target: CudaTarget) -> Path:

@@ -3,6 +3,7 @@ the rest in passes through shared memory."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from math import log2
 from typing import Any
 
@@ -11,8 +12,7 @@ from tvm.script import tirx as T
 from tvm.tirx.script.builder import ir as B
 
 from qcompile.codegen.kernels.cuda import emit as e
-from qcompile.codegen.kernels.cuda.rotation_code import multiply_signs
-from qcompile.codegen.kernels.cuda.rowwise import SCRATCH, CudaRowwise
+from qcompile.codegen.kernels.cuda.rowwise import CudaRowwise
 from qcompile.formats.hadamard import factors, hadamard_signs
 
 RADIX = 5
@@ -30,7 +30,7 @@ class Butterflies:
 
     def _place(self, index: Any) -> Any:
         """Where element ``index`` of the row lies in shared memory; a word is left out after 32 against bank conflicts."""
-        return 3 * SCRATCH + index + index // 32
+        return self.k.row_at + index + index // 32
 
     def _rotate(self) -> None:
         k = self.k
@@ -120,3 +120,36 @@ class Butterflies:
                 for i in range(radix):
                     B.buffer_store(self.arena, T.reinterpret("uint32", points[i]), [place[i]])
         T.evaluate(T.cuda.cta_sync())
+
+
+def multiply_signs(points: e.Registers, index: Callable[[int], Any], signs: np.ndarray) -> None:
+    """``points @ signs`` in place, point r at ``index(r)``. Of every four points a, b, c, d the sums a +- b +- c +- d by the signs of b, c and d: every
+    column of the matrix is a quarter of them added up (Arlazarov et al., 1970)."""
+    radix = len(signs)
+    sums, pair = e.Registers((radix // 4, 8), "float32"), e.Registers((4,), "float32")
+    for q in range(radix // 4):
+        for k in range(2):
+            first, second = (index(4 * q + 2 * k + i) for i in range(2))
+            pair[2 * k] = points[first] + points[second]
+            pair[2 * k + 1] = points[first] - points[second]
+        for b in range(2):
+            for c in range(2):
+                for d in range(2):
+                    other = pair[2 + (c ^ d)]
+                    sums[q, 4 * b + 2 * c + d] = pair[b] - other if c else pair[b] + other
+    for r in range(radix):
+        points[index(r)] = _signed_sum(sums, signs[:, r])
+
+
+def _signed_sum(sums: e.Registers, signs: np.ndarray) -> Any:
+    """Points times a column of signs."""
+    total = None
+    for q in range(len(signs) // 4):
+        first, *rest = (int(s) for s in signs[4 * q : 4 * q + 4])
+        b, c, d = (int(s != first) for s in rest)
+        part = sums[q, 4 * b + 2 * c + d]
+        if total is None:
+            total = part if first > 0 else T.float32(0) - part
+        else:
+            total = total + part if first > 0 else total - part
+    return total

@@ -148,6 +148,20 @@ def pair(low: Any, high: Any, dtype: str) -> Any:
     return out[0]
 
 
+def all_of(conditions: Sequence[Any]) -> Any:
+    """Whether all of one or more conditions hold."""
+    first, *rest = conditions
+    return T.And(first, all_of(rest)) if rest else first
+
+
+def largest_of_warp(value: Any) -> Any:
+    """The largest word (uint32) of the lanes of a warp."""
+    source = """
+__forceinline__ __device__ unsigned int largest_of_warp(unsigned int value) { return __reduce_max_sync(0xffffffffu, value); }
+"""
+    return T.cuda.func_call("largest_of_warp", value, source_code=source, return_type="uint32")
+
+
 def activate(value: Any, epilogue: Epilogue) -> Any:
     """The activation function on a float32."""
     if epilogue.activation == "relu":

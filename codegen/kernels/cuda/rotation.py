@@ -4,17 +4,26 @@ An order ``core 2^p`` is a Kronecker product, so its factors may be applied one 
 
     8 bits of the index (or p, if fewer)   two products of 16 x 16 signs with 16 x 16 elements, by one warp, in registers
     up to 2 more                           butterflies between the 256-element vectors a warp holds
-    the rest, and the core                 a pass through shared memory: `radix` points, `stride` apart, to a thread
+    the rest, and the core                 through shared memory: a product of ``radix x radix`` signs, filled up with zeros to
+                                           multiples of 16, with 32 columns, by one warp
 
-A warp holds a vector of 256 elements as it is loaded: lane l has elements 8 l .. 8 l + 7. With l = 4 g + t these are the
-second operand of `mma` (PTX ISA, "Matrix fragments for mma.m16n8k8 / m16n8k16"), if bits of the index are named so:
+A warp holds a vector of 256 elements as it is loaded: lane l has elements 8 l .. 8 l + 7, in words of two. With l = 4 g + t
+these are the second operand of `mma` (PTX ISA, "Matrix fragments for mma.m16n8k16"), if bits of the index are named so:
 
     first product    its 16 positions are bits 0, 3, 4, 1; the other bits, 5, 6, 7 and 2, tell its columns apart
     second product   positions 5, 6, 7, 2; columns 0, 3, 4, 1
 
 What the first one leaves in a lane is what the second one takes, and what that leaves are elements 8 l .. 8 l + 7 again:
-nothing is exchanged between lanes. Operands are tf32; a float32 is split in two of them, 22 bits in all. Float16 and bfloat16
-rows go into the first product as they are.
+nothing is exchanged between lanes. In shared memory word j of lane l is word 32 j + l of its vector, so that four lanes' words
+j are a row of eight columns of the third product, read by ``ldmatrix.trans``; what a lane gets of four such products are
+eight neighbours.
+
+Elements are float16 between the products, signs are +-1/4, sums float32. So every step keeps the length of a row and rounds by
+what float16 rows were rounded by before. Rows of other types, and rows that leave float16's range on the way, are multiplied
+with a power of two that is found by trying again.
+
+A row may be shared by the blocks of a cluster: each transforms its vectors, puts the results where their columns are multiplied,
+and multiplies its columns.
 
 Sources: Fino and Algazi, "Unified matrix treatment of the fast Walsh-Hadamard transform" (1976); Agarwal et al., "HadaCore:
 Tensor Core Accelerated Hadamard Transform Kernel" (2024), for the idea of a transform by chained products.
@@ -22,9 +31,10 @@ Tensor Core Accelerated Hadamard Transform Kernel" (2024), for the idea of a tra
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from qcompile.formats.hadamard import factors
+from qcompile.targets.cuda import CudaTarget
 
 VECTOR = 256
 """Elements a warp transforms in registers."""
@@ -32,7 +42,34 @@ VECTOR = 256
 FIRST, SECOND = (0, 3, 4, 1), (5, 6, 7, 2)
 """Bits of the index that are positions of the two products, the lowest bit of the position first."""
 
-MOST_THREADS = 512
+COLUMNS = 32
+"""Of the third product, by one warp."""
+
+MOST_RADIX = 48
+"""Its signs are held in registers."""
+
+MOST_WARPS = 32
+
+
+@dataclass(frozen=True)
+class RotationConfig:
+    """How a row is divided.
+
+    Attributes:
+        warps: of a block.
+        held: vectors a warp holds that are neighbours, with butterflies between them; 1, 2 or 4.
+        blocks: that share a row, a cluster.
+        resident: blocks that are to fit a multiprocessor.
+        twice: the third product is computed for the maximum and again for the codes, instead of being kept.
+        ahead: the next row of a block is loaded while one is computed.
+    """
+
+    warps: int
+    held: int
+    blocks: int = 1
+    resident: int = 1
+    twice: bool = False
+    ahead: bool = False
 
 
 @dataclass(frozen=True)
@@ -41,24 +78,24 @@ class WarpRotation:
 
     Attributes:
         bits: of the index within a vector that are transformed.
-        held: vectors a warp holds that are neighbours, with butterflies between them; 1, 2 or 4.
-        radix: points of the pass through shared memory; 1 if there is none.
-        neighbours: columns of a thread in that pass.
-        warps: of the block that computes a row.
+        radix: points of the third product; 1 if there is none.
     """
 
     width: int
     order: int
     bits: int
-    held: int
     radix: int
-    neighbours: int
-    warps: int
+    config: RotationConfig
+
+    @property
+    def held(self) -> int:
+        """See `RotationConfig`."""
+        return self.config.held
 
     @property
     def threads(self) -> int:
-        """Of the block."""
-        return 32 * self.warps
+        """Of a block."""
+        return 32 * self.config.warps
 
     @property
     def tasks(self) -> int:
@@ -66,40 +103,113 @@ class WarpRotation:
         return self.width // (VECTOR * self.held)
 
     @property
+    def share(self) -> int:
+        """Tasks of a block, at most."""
+        return -(-self.tasks // self.config.blocks)
+
+    @property
     def rounds(self) -> int:
         """Tasks of a warp, at most."""
-        return -(-self.tasks // self.warps)
+        return -(-self.share // self.config.warps)
 
     @property
     def stride(self) -> int:
-        """Distance of the points of the pass through shared memory."""
+        """Distance of the points of the third product."""
         return self.order // self.radix
 
+    @property
+    def quads(self) -> int:
+        """Products with 32 columns for what a vector holds of a point."""
+        return (1 << self.bits) // COLUMNS
 
-def warp_rotation(width: int, order: int) -> WarpRotation | None:
-    """How to rotate such rows; None if they are not made of whole vectors, or blocks are too small for the pass that is left."""
+    @property
+    def pieces(self) -> int:
+        """Products with 32 columns that make a row."""
+        return self.width // (self.radix * COLUMNS)
+
+    @property
+    def piece_share(self) -> int:
+        """Those of a block, at most."""
+        return -(-self.pieces // self.config.blocks)
+
+    @property
+    def piece_rounds(self) -> int:
+        """Those of a warp, at most."""
+        return -(-self.piece_share // self.config.warps)
+
+    @property
+    def tiles(self) -> int:
+        """Of 16 points."""
+        return -(-self.radix // 16)
+
+    @property
+    def row_words(self) -> int:
+        """Words of shared memory: four are left out after `held` vectors, so that eight points lie in different banks."""
+        return self.width // 2 + 4 * self.tasks if self.radix > 1 else 0
+
+    def vector_place(self, vector: int) -> int:
+        """First word of a vector."""
+        return vector * (VECTOR // 2) + vector // self.held * 4
+
+    def point_place(self, block: int, point: int, part: int, quad: int) -> int:
+        """First word of 8 columns of a point in product j = 0; those of product j are 32 j words further."""
+        if self.bits == 8:
+            return (block * self.radix + point) * (self.held * VECTOR // 2 + 4) + part * (VECTOR // 2) + quad * 4
+        index = block * self.radix + point
+        vector, lane = index >> 8 - self.bits, (index & (1 << 8 - self.bits) - 1) << self.bits - 3
+        return self.vector_place(vector) + lane + quad * 4
+
+    def piece_of(self, vector: int, lane: int) -> int:
+        """The product with 32 columns that an element of a lane is for."""
+        if self.bits == 8:
+            return (vector // (self.held * self.radix) * self.held + vector % self.held) * self.quads + lane // 4
+        index = (vector << 8 - self.bits) + (lane >> self.bits - 3)
+        return index // self.radix * self.quads + lane % (1 << self.bits - 3) // 4
+
+    def piece(self, number: int) -> tuple[int, int, int]:
+        """Hadamard block, vector of those held together, columns / 32 within it."""
+        group, quad = number // self.quads, number % self.quads
+        return group // self.held, group % self.held, quad
+
+    def column(self, block: int, point: int, part: int, quad: int) -> int:
+        """First of 32 columns."""
+        return block * self.order + point * self.stride + part * VECTOR + quad * COLUMNS
+
+
+def rotations(width: int, order: int) -> list[WarpRotation]:
+    """The ways to divide such a row over the vectors of a warp and the third product, for one block per row; none if rows are not
+    made of whole vectors or the third product would be too large or too small."""
     if not order or width % VECTOR:
-        return None
-    _, power = factors(order)
+        return []
+    power = factors(order)[1]
     bits = min(power, 8)
-    vectors = width // VECTOR
-    more = min(max(power - 8, 0), 2)
-    while vectors % (1 << more):
-        more -= 1
-    while more and order >> bits + more > 1 and vectors >> more < 8:  # work for eight warps
-        more -= 1
-    held = 1 << more
-    radix = order >> bits + more
-    if radix == 1:
-        tasks = vectors // held
-        rounds = -(-tasks // (MOST_THREADS // 32))
-        return WarpRotation(width, order, bits, held, 1, 1, -(-tasks // rounds))
-    if order // radix < 64 or radix > 48:
+    found = []
+    for held in (1, 2, 4):
+        more = held.bit_length() - 1
+        radix = order >> bits + more
+        if power - bits < more or width % (VECTOR * held):
+            continue
+        if radix > 1 and (bits < 5 or not 8 <= radix <= MOST_RADIX):
+            continue
+        tasks = width // (VECTOR * held)
+        pieces = width // (radix * COLUMNS) if radix > 1 else tasks
+        rounds = -(-max(tasks, pieces) // 16)
+        warps = -(-max(tasks, pieces) // rounds)
+        found.append(WarpRotation(width, order, bits, radix, RotationConfig(warps, held)))
+    return found
+
+
+def warp_rotation(width: int, order: int, config: RotationConfig | None = None) -> WarpRotation | None:
+    """How to rotate such rows, with ``config`` if that is given; None if tensor cores do not."""
+    found = rotations(width, order)
+    if config is not None:
+        found = [replace(w, config=config) for w in found if w.held == config.held]
+    if not found:
         return None
-    columns = width // radix
-    for neighbours in (1, 2, 4):
-        threads = columns // neighbours
-        few_enough = threads <= MOST_THREADS and (threads <= 32 * vectors // held or neighbours == 4)
-        if columns % neighbours == 0 and threads % 32 == 0 and few_enough:
-            return WarpRotation(width, order, bits, held, radix, neighbours, threads // 32)
-    return None
+    # The fewest vectors to a warp whose third product takes 32 points at most.
+    return next((w for w in found if w.radix <= 32), found[0])
+
+
+def rotation_configs(rotation: WarpRotation, target: CudaTarget, direct: bool) -> list[tuple[int, RotationConfig]]:
+    """Configs for up to so many rows, in this order; the last one takes any number."""
+    return [(0, rotation.config)]

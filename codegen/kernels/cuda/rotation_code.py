@@ -1,9 +1,8 @@
-"""The code of `rotation.WarpRotation`: products of signs with what a warp holds, butterflies, the pass through shared memory."""
+"""The code of `rotation.WarpRotation`: products of signs with what a warp holds, butterflies, the product through shared memory."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from math import log2
 from typing import Any
 
@@ -13,39 +12,33 @@ from tvm.tirx.script.builder import ir as B
 
 from qcompile.codegen.kernels.cuda import emit as e
 from qcompile.codegen.kernels.cuda.rotation import FIRST, SECOND, WarpRotation
-from qcompile.formats.hadamard import factors, hadamard_signs
+from qcompile.formats.hadamard import hadamard_signs
 
-TF32 = "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32"
-HALVES = {
-    "float16": ("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32", 0x3C00),
-    "bfloat16": ("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32", 0x3F80),
-}
-"""Instruction and one, by type."""
-
-ONE = 0x3F800000
-KEPT = 0xFFFFE000
-"""Bits of a float32 that tf32 has."""
+MMA = "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32"
+ONE = 0x3C00
+"""Float16; a power of two less is 0x400 less."""
 
 
 class Signs:
     """The first operand of a product: rows m, positions k, entry ``(-1)^(m . k)`` over the bits that are transformed; where
-    a bit is not, ones where m and k agree in it.
+    a bit is not, ones where m and k agree in it. Times the power of two that about keeps the length of a row.
 
-    Lane 4 g + t holds rows g and g + 8. Position bits: of tf32 operands, register column, t, t, step; of 16-bit ones, half of
-    the register, t, t, register column.
+    Lane 4 g + t holds rows g and g + 8. Position bits: half of the register, t, t, register column.
     """
 
     def __init__(self, axes: tuple[int, ...], bits: int, lane: Any) -> None:
         self.active = [axis < bits for axis in axes]
-        self.lane = lane
+        self.exponent = sum(self.active) // 2
         g, t = lane // 4, lane % 4
         self.row = [g % 2, g // 2 % 2, g // 4]
         self.position = {1: t % 2, 2: t // 2}
-        self.kept: dict[tuple[int, int], Any] = {}
+        self.kept = {high: e.Registers((1,), "uint32") for high in {self._third(r, c) for r in (0, 1) for c in (0, 1)}}
+        for high, register in self.kept.items():
+            register[0] = self._entry(0, high) | self._entry(1, high) << e.u32(16)
 
-    def _entry(self, low: int, high: int, first: int) -> Any:
-        """As bits of a float32, or of a 16-bit number whose one is ``first``: position bit 0 is ``low``; ``high`` whether the
-        third bits of row and position are both set, or -1 if they differ and that makes it zero."""
+    def _entry(self, low: int, high: int) -> Any:
+        """Bits of a float16: position bit 0 is ``low``; ``high`` whether the fourth bits of row and position are both set, or -1
+        if they differ and that makes it zero."""
         sign, same = T.int32(0), T.bool(True)
         for bit in range(3):
             k = T.int32(low) if bit == 0 else self.position[bit]
@@ -56,100 +49,57 @@ class Signs:
         if high < 0:
             return e.u32(0)
         sign = (sign + high) % 2
-        top = 31 if first == ONE else 15
-        return T.Select(same, T.cast(sign, "uint32") << e.u32(top) | e.u32(first), e.u32(0))
+        return T.Select(same, T.cast(sign, "uint32") << e.u32(15) | e.u32(ONE - 0x400 * self.exponent), e.u32(0))
 
     def _third(self, row: int, position: int) -> int:
         if self.active[3]:
             return row & position
         return 0 if row == position else -1
 
-    def _once(self, key: tuple[int, int], make: Callable[[], Any]) -> Any:
-        if key not in self.kept:
-            self.kept[key] = e.Registers((1,), "uint32")
-            self.kept[key][0] = make()
-        return self.kept[key][0]
-
-    def prepare(self, halves: int) -> None:
-        """Compute the registers; ``halves`` is the one of a 16-bit type, or 0 for tf32."""
-        for column in range(2):
-            for row in range(2):
-                for step in range(1 if halves else 2):
-                    self._register(row, column, step, halves)
-
-    def _register(self, row: int, column: int, step: int, halves: int) -> Any:
-        if halves:
-            high = self._third(row, column)
-            make = lambda: self._entry(0, high, halves) | self._entry(1, high, halves) << e.u32(16)  # noqa: E731
-            return self._once((2, high), make)
-        high = self._third(row, step)
-        return self._once((column, high), lambda: self._entry(column, high, ONE))
-
-    def operand(self, step: int, halves: int = 0) -> list[Any]:
-        """Four (tf32, 16-bit) registers of a step: rows g, g + 8, then the other columns."""
-        return [self._register(row, column, step, halves) for column in range(2) for row in range(2)]
+    def operand(self, kept: dict[int, e.Registers] | None = None) -> list[Any]:
+        """Four registers: rows g, g + 8, then the other columns; of others like `kept`, if given."""
+        kept = kept or self.kept
+        return [kept[self._third(row, column)][0] for column in range(2) for row in range(2)]
 
 
 class WarpRotate:
     """Rotation of what the warps of a block hold; `rowwise_code` sets the names it uses."""
 
     rotation: WarpRotation
-    dtype: str
     tx: Any
     arena: Any
     lane: Any
     warp: Any
+    rank: Any
+    row_at: int
 
-    def _prepare_signs(self, direct: bool) -> None:
+    def _prepare_signs(self) -> None:
         w = self.rotation
-        self.direct = direct
         self.first = Signs(FIRST, w.bits, self.lane)
-        self.second = Signs(SECOND, w.bits, self.lane)
-        self.first.prepare(HALVES[self.dtype][1] if direct else 0)
-        self.second.prepare(0)
+        self.second = self.first if w.bits == 8 else Signs(SECOND, w.bits, self.lane)
+        self.exponent = self.first.exponent + self.second.exponent
+        if w.radix > 1:
+            self._prepare_points()
 
-    def _transform(self, value: Any, words: Any) -> None:
-        """Rotate the 256 elements ``value[0..7]`` of all lanes, or those in ``words[0..3]`` as they were loaded."""
+    # Vectors
+
+    def _transform(self, value: Any, words: list[Any], first: list[Any]) -> None:
+        """Rotate the 256 elements in the four words of all lanes to ``value[0..7]``; ``first`` is the operand of the first product."""
         between = e.Registers((2, 4), "float32")
-        self._clear(between)
         for j in range(2):
-            sums = [between[j, c] for c in range(4)]
-            if self.direct:
-                name, one = HALVES[self.dtype]
-                e.ptx(name, *sums, *self.first.operand(0, one), words[2 * j], words[2 * j + 1], *sums)
-            else:
-                for step in range(2):
-                    self._multiply(sums, self.first, step, [value[4 * j + 2 * step + c] for c in range(2)])
-        after = e.Registers((2, 4), "float32")
-        self._clear(after)
+            self._multiply([between[j, c] for c in range(4)], first, words[2 * j : 2 * j + 2])
         for h in range(2):
-            sums = [after[h, c] for c in range(4)]
-            for step in range(2):
-                self._multiply(sums, self.second, step, [between[step, 2 * h + c] for c in range(2)])
-        for h in range(2):
-            for c in range(4):
-                value[c % 2 + 2 * h + 4 * (c // 2)] = after[h, c]
+            pairs = [e.pair(between[j, 2 * h], between[j, 2 * h + 1], "float16") for j in range(2)]
+            self._multiply([value[c % 2 + 2 * h + 4 * (c // 2)] for c in range(4)], self.second.operand(), pairs)
 
-    def _clear(self, registers: e.Registers) -> None:
-        for j in range(2):
-            for c in range(4):
-                registers[j, c] = T.float32(0)
+    def _multiply(self, sums: list[Any], signs: list[Any], operand: list[Any], start: list[Any] | None = None) -> None:
+        e.ptx(MMA, *sums, *signs, *operand, *(start or [T.float32(0)] * 4))
 
-    def _multiply(self, sums: list[Any], signs: Signs, step: int, pair: list[Any]) -> None:
-        """Add a step of eight positions, elements split in two parts of 11 bits."""
-        high, low = e.Registers((2,), "uint32"), e.Registers((2,), "uint32")
-        for c in range(2):
-            high[c] = T.reinterpret("uint32", pair[c]) & e.u32(KEPT)
-            low[c] = T.reinterpret("uint32", pair[c] - T.reinterpret("float32", high[c]))
-        for part in (high, low):
-            e.ptx(TF32, *sums, *signs.operand(step), part[0], part[1], *sums)
-
-    def _butterflies(self, value: Any, start: int) -> None:
+    def _butterflies(self, value: e.Registers, start: int) -> None:
         """Between the vectors a warp holds."""
-        w = self.rotation
         difference = e.Registers((1,), "float32")
-        for level in range(int(log2(w.held))):
-            for c in range(w.held):
+        for level in range(int(log2(self.rotation.held))):
+            for c in range(self.rotation.held):
                 if c >> level & 1:
                     continue
                 for i in range(8):
@@ -158,63 +108,140 @@ class WarpRotate:
                     value[a] = value[a] + value[b]
                     value[b] = difference[0]
 
-    # Shared memory: four words are exchanged with the next four after every 32, so that no banks collide.
+    # Points
 
-    def _put(self, at: Any, values: list[Any], scratch: int) -> None:
-        """Eight neighbours from element ``at`` on."""
-        for half in range(2):
-            piece = e.let((at + 4 * half) // 4)
-            place = T.bitwise_xor(piece, piece // 8 % 2) * 4 + scratch
-            words = [T.reinterpret("uint32", v) for v in values[4 * half : 4 * half + 4]]
-            e.ptx("st.shared.v4.b32", self.arena.ptr_to([place]), *words)
-
-    def _column(self) -> Any:
-        """First element of the columns of this thread."""
+    def _prepare_points(self) -> None:
+        """The signs of the third product: of powers of two those of the first, else made from a mask per row."""
         w = self.rotation
-        first = self.tx * w.neighbours
-        return e.let(first // w.stride * w.order + first % w.stride)
+        signs = hadamard_signs(w.radix).T
+        self.point_exponent = self.first.exponent if w.radix in (16, 32) else 0
+        self.points: dict[tuple[int, int], list[Any]] = {}
+        if self.point_exponent:
+            minus = None
+            for m in range(w.tiles):
+                for k in range(w.tiles):
+                    if not m & k:
+                        self.points[m, k] = self.first.operand()
+                        continue
+                    if minus is None:
+                        minus = {high: e.Registers((1,), "uint32") for high in self.first.kept}
+                        for high, register in minus.items():
+                            register[0] = T.bitwise_xor(self.first.kept[high][0], e.u32(0x80008000))
+                    self.points[m, k] = [minus[r & c][0] for c in range(2) for r in range(2)]
+            return
+        g, t = self.lane // 4, self.lane % 4
+        made = e.Registers((w.tiles, w.tiles, 4), "uint32")
+        for m in range(w.tiles):
+            for half in range(2):
+                first = 16 * m + 8 * half
+                for word in range(-(-w.tiles // 2)):
+                    mask = e.let(self._row_masks(signs, first, 32 * word, g) >> T.cast(2 * t, "uint32"))
+                    for k in range(2 * word, min(2 * word + 2, w.tiles)):
+                        for column in range(2):
+                            made[m, k, 2 * column + half] = self._point_signs(
+                                mask, first, 16 * k + 8 * column, k % 2, column, g, t
+                            )
+        for m in range(w.tiles):
+            for k in range(w.tiles):
+                self.points[m, k] = [made[m, k, i] for i in range(4)]
 
-    def _pass_columns(self, column: Any, scratch: int) -> e.Registers:
-        """Points of this thread's columns, transformed: ``[point, neighbour]``."""
+    def _row_masks(self, signs: np.ndarray, first: int, start: int, g: Any) -> Any:
+        """Which of 32 entries from ``start`` on are negative in row ``first + g``."""
+        masks = [
+            sum(1 << i for i, s in enumerate(signs[first + r][start : start + 32]) if s < 0)
+            if first + r < len(signs)
+            else 0
+            for r in range(8)
+        ]
+
+        bit = 1
+        words = [e.u32(mask) for mask in masks]
+        while len(words) > 1:
+            odd = g // bit % 2 == 1
+            words = [e.let(T.Select(odd, b, a)) for a, b in zip(words[::2], words[1::2])]
+            bit *= 2
+        return words[0]
+
+    def _point_signs(self, mask: Any, first: int, start: int, k: int, column: int, g: Any, t: Any) -> Any:
+        """Entries ``start + 2 t``, one more, of row ``first + g``; zeros outside the matrix."""
+        radix, bit = self.rotation.radix, 16 * k + 8 * column
+        if first >= radix or start >= radix:
+            return e.u32(0)
+        low = (mask >> e.u32(bit)) << e.u32(15) & e.u32(0x8000)
+        high = (mask >> e.u32(bit + 1)) << e.u32(31)
+        word = low | high | e.u32(ONE << 16 | ONE)
+        inside = [g < radix - first] if first + 8 > radix else []
+        inside += [2 * t < radix - start] if start + 8 > radix else []
+        for condition in inside:
+            word = T.Select(condition, word, e.u32(0))
+        return word
+
+    def _put(self, vector: Any, words: list[Any]) -> None:
+        """A vector, as it is transformed, to where its columns are multiplied."""
         w = self.rotation
-        core, power = factors(w.radix)
-        piece = e.let(column // 4)
-        place = e.let(T.bitwise_xor(piece, piece // 8 % 2) * 4 + column % 4 + scratch)
-        points = e.Registers((w.radix, w.neighbours), "float32")
-        words = e.Registers((w.neighbours,), "uint32")
-        for r in range(w.radix):
-            e.read_shared([words[v] for v in range(w.neighbours)], self.arena.ptr_to([place + r * w.stride]))
-            for v in range(w.neighbours):
-                points[r, v] = T.reinterpret("float32", words[v])
-        for v in range(w.neighbours):
-            if core == 1:
-                self._radix_two(points, v, power)
-            else:
-                multiply_signs(points, partial(_neighbour, v), hadamard_signs(w.radix))
-        return points
+        place = e.let(self.row_at + w.vector_place(vector) + self.lane)
+        if w.config.blocks == 1:
+            for j, word in enumerate(words):
+                B.buffer_store(self.arena, word, [place + 32 * j])
+            return
+        owner = e.let(w.piece_of(vector, self.lane) // w.piece_share)
+        there = self._remote(place, owner)
+        for j, word in enumerate(words):
+            e.ptx("st.shared::cluster.b32", there + e.u32(128 * j), word)
 
-    def _radix_two(self, points: e.Registers, v: int, power: int) -> None:
-        difference = e.Registers((1,), "float32")
-        for level in range(power):
-            for r in range(1 << power):
-                if r >> level & 1 == 0:
-                    other = r | 1 << level
-                    difference[0] = points[r, v] - points[other, v]
-                    points[r, v] = points[r, v] + points[other, v]
-                    points[other, v] = difference[0]
+    def _remote(self, place: Any, owner: Any) -> Any:
+        """Address of a word in the shared memory of another block of the cluster."""
+        there = e.Registers((1,), "uint32")
+        here = T.cuda.cvta_generic_to_shared(self.arena.ptr_to([place]))
+        e.ptx("mapa.shared::cluster.u32", there[0], here, T.cast(owner, "uint32"))
+        return there[0]
+
+    def _pieces(self, use: Callable[[int, Any, Any, Any], None]) -> None:
+        """Call ``use(turn, block, part, quad)`` for every product with 32 columns of this warp."""
+        w = self.rotation
+        warps, share = w.config.warps, w.piece_share
+        for turn in range(w.piece_rounds):
+            within = turn * warps + self.warp
+            number = e.let(self.rank * share + within if w.config.blocks > 1 else within)
+            conditions = [] if (turn + 1) * warps <= share else [within < share]
+            conditions += [] if w.config.blocks * share <= w.pieces or w.config.blocks == 1 else [number < w.pieces]
+            block, part, quad = (e.let(x) for x in w.piece(number))
+            if not conditions:
+                use(turn, block, part, quad)
+                continue
+            with T.If(e.all_of(conditions)), T.Then():
+                use(turn, block, part, quad)
+
+    def _product(self, value: e.Registers, first: int, block: Any, part: Any, quad: Any) -> None:
+        """32 columns of all points; point ``8 h + g``, columns ``8 t ..`` to ``value[first + h, 0..7]``."""
+        w = self.rotation
+        k = 0
+        rows: list[tuple[int, bool, Any]] = []  # first tile, whether it is two, place of this lane's point
+        while k < w.tiles:
+            two = k + 1 < w.tiles
+            point = 16 * k + (self.lane if two else self.lane % 16)
+            if 16 * k + (32 if two else 16) > w.radix:
+                point = T.min(point, w.radix - 1)  # any number: its signs are zeros
+            place = self.row_at + w.point_place(block, point, part, quad)
+            rows.append((k, two, e.let(place if two else place + self.lane // 16 * 32)))
+            k += 2 if two else 1
+        operand = e.Registers((w.tiles, 4, 2), "uint32")
+        for k, two, place in rows:
+            for j in range(0, 4, 1 if two else 2):
+                registers = [operand[k + i, j, c] if two else operand[k, j + i, c] for i in range(2) for c in range(2)]
+                e.ptx("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16", *registers, self.arena.ptr_to([place + 32 * j]))
+        for m in range(w.tiles):
+            for j in range(4):
+                sums = [value[first + 2 * m + c // 2, 2 * j + c % 2] for c in range(4)]
+                for k in range(w.tiles):
+                    pair = [operand[k, j, c] for c in range(2)]
+                    self._multiply(sums, self.points[m, k], pair, sums if k else None)
 
     def _store_bytes(self, codes: Any, row: Any, at: Any, bytes_: list[Any]) -> None:
-        """Codes of 1, 2, 4 or 8 neighbours, in the low bytes of words."""
-        if len(bytes_) == 1:
-            B.buffer_store(codes, T.cast(T.cast(bytes_[0], "int32"), "int8"), [row, at])
-            return
+        """Codes of 4 or 8 neighbours, in the low bytes of words."""
         pairs = e.Registers((len(bytes_) // 2,), "uint32")
         for h in range(len(bytes_) // 2):
             e.ptx("prmt.b32", pairs[h], bytes_[2 * h], bytes_[2 * h + 1], e.u32(0x0040))
-        if len(bytes_) == 2:
-            half = T.cast(pairs[0] & e.u32(0xFFFF), "uint16")
-            e.ptx("st.global.b16", codes.ptr_to([row, at]), half)
-            return
         words = e.Registers((len(bytes_) // 4,), "uint32")
         for h in range(len(bytes_) // 4):
             e.ptx("prmt.b32", words[h], pairs[2 * h], pairs[2 * h + 1], e.u32(0x5410))
@@ -224,41 +251,3 @@ class WarpRotate:
             codes.ptr_to([row, at]),
             *[words[h] for h in range(count)],
         )
-
-
-def _neighbour(v: int, r: int) -> tuple[int, int]:
-    """Index of point r of column v."""
-    return r, v
-
-
-def multiply_signs(points: e.Registers, index: Callable[[int], Any], signs: np.ndarray) -> None:
-    """``points @ signs`` in place, point r at ``index(r)``. Of every four points a, b, c, d the sums a +- b +- c +- d by the signs of b, c and d: every
-    column of the matrix is a quarter of them added up (Arlazarov et al., 1970)."""
-    radix = len(signs)
-    sums, pair = e.Registers((radix // 4, 8), "float32"), e.Registers((4,), "float32")
-    for q in range(radix // 4):
-        for k in range(2):
-            first, second = (index(4 * q + 2 * k + i) for i in range(2))
-            pair[2 * k] = points[first] + points[second]
-            pair[2 * k + 1] = points[first] - points[second]
-        for b in range(2):
-            for c in range(2):
-                for d in range(2):
-                    other = pair[2 + (c ^ d)]
-                    sums[q, 4 * b + 2 * c + d] = pair[b] - other if c else pair[b] + other
-    for r in range(radix):
-        points[index(r)] = _signed_sum(sums, signs[:, r])
-
-
-def _signed_sum(sums: e.Registers, signs: np.ndarray) -> Any:
-    """Points times a column of signs."""
-    total = None
-    for q in range(len(signs) // 4):
-        first, *rest = (int(s) for s in signs[4 * q : 4 * q + 4])
-        b, c, d = (int(s != first) for s in rest)
-        part = sums[q, 4 * b + 2 * c + d]
-        if total is None:
-            total = part if first > 0 else T.float32(0) - part
-        else:
-            total = total + part if first > 0 else total - part
-    return total

@@ -19,8 +19,9 @@ transform" (1976).
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,16 +29,13 @@ import numpy as np
 
 from qcompile.codegen.kernels.base import ACTIVATIONS
 from qcompile.codegen.kernels.cuda import build
-from qcompile.codegen.kernels.cuda.rotation import VECTOR, WarpRotation, warp_rotation
+from qcompile.codegen.kernels.cuda.rotation import VECTOR, RotationConfig, WarpRotation, rotation_configs, warp_rotation
 from qcompile.errors import TargetError
 from qcompile.formats.hadamard import hadamard_matrix
 from qcompile.targets.cuda import CudaTarget
 
 MOST_COLUMNS = 1024 * 32
 """A row is held by one block."""
-
-SCRATCH = 32
-"""Words of shared memory for one reduction."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +54,7 @@ class CudaRowwise:
         quantize: ``""``, ``"token"`` (scale = clip max|y| / (2^(bits-1) - 1), or 1 for a zero row) or ``"tensor"``.
         zero_point: of the static quantizer, in signed codes.
         dtype, out: of x and y: ``float32``, ``float16`` or ``bfloat16``; ``out`` may be ``""``.
+        config: how tensor cores rotate the row; chosen by width and order if it is None.
     """
 
     width: int
@@ -72,6 +71,7 @@ class CudaRowwise:
     zero_point: int = 0
     dtype: str = "float32"
     out: str = ""
+    config: RotationConfig | None = None
 
     def __post_init__(self) -> None:
         if self.hadamard and self.width % self.hadamard:
@@ -81,15 +81,15 @@ class CudaRowwise:
         if not (self.out or self.quantize):
             raise TargetError("a row kernel without output")
 
-    @property
+    @functools.cached_property
     def rotation(self) -> WarpRotation | None:
         """How tensor cores rotate the row, if they do."""
-        return warp_rotation(self.width, self.hadamard) if self.quantize else None
+        return warp_rotation(self.width, self.hadamard, self.config) if self.quantize else None
 
     @property
     def direct(self) -> bool:
-        """Whether elements are rotated as they are loaded."""
-        return self.dtype != "float32" and not (self.norm or self.activation or self.gated or self.out)
+        """Whether tensor cores take elements as they are loaded."""
+        return self.dtype == "float16" and not (self.norm or self.activation or self.gated or self.out)
 
     @property
     def vector(self) -> int:
@@ -116,41 +116,49 @@ class CudaRowwise:
         return -(-self.width // (self.threads * self.vector))
 
     @property
-    def shared_bytes(self) -> int:
-        """Scratch of three reductions, and the row if it is rotated through shared memory."""
-        if self.rotation:
-            row = self.width if self.rotation.radix > 1 else 0
-        else:
-            row = padded_words(self.width) if self.hadamard else 0
-        return 4 * (3 * SCRATCH + row)
+    def slots(self) -> int:
+        """Words of shared memory for one reduction: a warp each, of all blocks of a row."""
+        return max(32, self.threads // 32 * (self.rotation.config.blocks if self.rotation else 1))
 
     @property
-    def persistent(self) -> bool:
-        """Whether a block takes several rows, loading one while it computes the one before: where nothing else does, because
-        one block fills a multiprocessor or there is no barrier between."""
-        w = self.rotation
-        if w is None or not self.direct or self.quantize != "token":
-            return False
-        return w.radix == 1 or self.resident == 1
+    def row_at(self) -> int:
+        """Where in shared memory the row begins: reductions have scratch of their own, twice if a block takes several rows."""
+        reductions = {"": 0, "rms": 1, "layer": 2}[self.norm] + 1
+        return self.slots * reductions * (2 if self.rotation else 1)
+
+    @property
+    def shared_bytes(self) -> int:
+        """Scratch of the reductions, and the row if it is rotated through shared memory."""
+        if self.rotation:
+            row = self.rotation.row_words
+        else:
+            row = padded_words(self.width) if self.hadamard else 0
+        return 4 * (self.row_at + row)
 
     @property
     def resident(self) -> int:
-        """Blocks that are to fit a multiprocessor: what a thread holds of rows and points decides, next to shared memory."""
-        w = self.rotation
-        if w is None:
-            return 1
-        held = max(8 * self.chunks, w.radix * w.neighbours)
-        return max(1, (1024 if held <= 32 else 512) // w.threads)
+        """Blocks that are to fit a multiprocessor."""
+        return self.rotation.config.resident if self.rotation else 1
 
-    def place(self, chunk: int, thread: Any) -> tuple[Any, Any]:
-        """First column of a thread's vector, and whether it is inside the row: True or an expression."""
+    def place(self, chunk: int, thread: Any, rank: Any = 0) -> tuple[Any, list[Any]]:
+        """First column of a thread's vector, and what must hold for it to be inside the row. ``rank`` is that of the block among
+        those that share the row."""
         if w := self.rotation:
             turn, c = divmod(chunk, w.held)
-            task = turn * w.warps + thread // 32
-            inside = True if (turn + 1) * w.warps <= w.tasks else task < w.tasks
-            return (task * w.held + c) * VECTOR + thread % 32 * 8, inside
+            within = turn * w.config.warps + thread // 32
+            task = rank * w.share + within
+            conditions = [] if (turn + 1) * w.config.warps <= w.share else [within < w.share]
+            conditions += [] if w.config.blocks * w.share == w.tasks else [task < w.tasks]
+            return (task * w.held + c) * VECTOR + thread % 32 * 8, conditions
         at = (chunk * self.threads + thread) * self.vector
-        return at, True if (chunk + 1) * self.threads * self.vector <= self.width else at < self.width
+        return at, [] if (chunk + 1) * self.threads * self.vector <= self.width else [at < self.width]
+
+    def variants(self, target: CudaTarget) -> list[tuple[int, CudaRowwise]]:
+        """Kernels for up to so many rows, in this order; the last one takes any number."""
+        if self.config is not None or self.rotation is None:
+            return [(0, self)]
+        chosen = rotation_configs(self.rotation, target, self.direct)
+        return [(rows, replace(self, config=config)) for rows, config in chosen]
 
     def build(self, target: Any, name: str) -> Any:
         """The PrimFunc.
@@ -193,11 +201,22 @@ class CudaRowwise:
 
 
 def source(kernels: Mapping[str, CudaRowwise], target: CudaTarget) -> Path:
-    """One cached CUDA source with kernels by name."""
-    described = {name: repr(kernel) for name, kernel in kernels.items()}
-    make = lambda: {name: kernel.build(target, name) for name, kernel in kernels.items()}  # noqa: E731
-    resident = {name: kernel.resident for name, kernel in kernels.items() if kernel.resident > 1}
-    return build.source({"row kernels": described}, make, target, resident=resident)
+    """One cached CUDA source with kernels by name. A name with kernels for several numbers of rows is a function that picks one."""
+    built, tail = {}, ""
+    for name, kernel in kernels.items():
+        variants = kernel.variants(target)
+        if len(variants) == 1:
+            built[name] = variants[0][1]
+            continue
+        parts = [(rows, f"{name}_{i}") for i, (rows, _) in enumerate(variants)]
+        built |= {part: variant for (_, part), (_, variant) in zip(parts, variants)}
+        tail += build.dispatch(name, parts)
+    described = {name: repr(kernel) for name, kernel in built.items()} | ({"names": list(kernels)} if tail else {})
+    make = lambda: {name: kernel.build(target, name) for name, kernel in built.items()}  # noqa: E731
+    resident = {name: kernel.resident for name, kernel in built.items() if kernel.resident > 1}
+    rotations = {name: kernel.rotation for name, kernel in built.items() if kernel.rotation}
+    clusters = {name: w.config.blocks for name, w in rotations.items() if w.config.blocks > 1}
+    return build.source({"row kernels": described}, make, target, tail, resident=resident, clusters=clusters)
 
 
 def padded_words(words: int) -> int:

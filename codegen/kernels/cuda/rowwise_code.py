@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -13,7 +12,7 @@ from qcompile.codegen.kernels.base import Epilogue
 from qcompile.codegen.kernels.cuda import emit as e
 from qcompile.codegen.kernels.cuda.butterflies_code import Butterflies
 from qcompile.codegen.kernels.cuda.rotation_code import WarpRotate
-from qcompile.codegen.kernels.cuda.rowwise import SCRATCH, CudaRowwise
+from qcompile.codegen.kernels.cuda.rowwise import CudaRowwise
 
 MAGIC = 12582912.0
 """1.5 2^23: adding it to a number below 2^22 rounds that to an integer, half to even, in the low bits of the sum."""
@@ -21,6 +20,9 @@ MAGIC = 12582912.0
 NEAR = 2.0**-14
 """More than what ``v (1 / s)`` can differ from ``v / s`` where that is below 2^7: four roundings, 2^7 2 2^-23. Not much more:
 one element of a warp that is nearer to a tie makes all of it divide."""
+
+LEAST, TRIES = 2.0**-10, 12
+"""Rows whose largest element is less than that, times what it is multiplied with, are multiplied with more; how often at most."""
 
 
 def emit(kind: CudaRowwise, name: str, multiprocessors: int) -> Any:
@@ -47,42 +49,45 @@ class _Kernel(WarpRotate, Butterflies):
         self.codes = e.argument("codes", (m, k.width), "int8") if k.quantize else None
         self.scale = e.argument("scale", (m,), "float32") if k.quantize else None
         T.device_entry()
-        launched = T.min(m, self.most) if k.persistent else m
-        self.row = T.cta_id([launched])
+        launched = T.min(m, self.most) if k.rotation else m
+        self.blocks = k.rotation.config.blocks if k.rotation else 1
+        self.rank: Any = 0
+        if self.blocks > 1:
+            self.row, self.rank = T.cta_id([launched, self.blocks])
+        else:
+            self.row = T.cta_id([launched])
         self.tx = T.thread_id([k.threads])
-        e.start()
-        self.arena = e.shared(k.shared_bytes)
-        self.reductions, self.parity = 0, T.int32(0)
-        self.value = e.Registers((k.chunks, k.vector), "float32")
+        self.arena, self.row_at = e.shared(k.shared_bytes), k.row_at
+        self.reductions, self.parity = 0, 0
         if k.rotation:
-            self.rotation = k.rotation
-            self.lane, self.warp = e.let(self.tx % 32), e.let(self.tx // 32)
-            self._prepare_signs(k.direct)
-            if k.direct:
-                self._rotate_rows(m, launched)
-                return
+            self._rotate_rows(m, launched)
+            return
+        e.start()
+        self.value = e.Registers((k.chunks, k.vector), "float32")
         self._load()
         self._normalise()
-        if self.y is not None:
-            self._each(lambda c, at: self._write(self.y, at, [self.value[c, i] for i in range(k.vector)], k.out))
-        if k.rotation:
-            self._rotate_warps(None)
-        elif k.quantize:
+        self._store_values()
+        if k.quantize:
             if k.hadamard:
                 self._rotate()
-            self._quantize(self.value, self._each, self._store_vector, 1.0)
+            self._quantize()
+
+    def _store_values(self) -> None:
+        k = self.k
+        if self.y is not None:
+            self._each(lambda c, at: self._write(self.y, at, [self.value[c, i] for i in range(k.vector)], k.out))
 
     # Elements
 
     def _each(self, use: Any, otherwise: Any = None) -> None:
         """Call ``use(chunk, column)`` for every vector of this thread inside the row."""
         for c in range(self.k.chunks):
-            place, inside = self.k.place(c, self.tx)
+            place, conditions = self.k.place(c, self.tx, self.rank)
             at = e.let(place)
-            if inside is True:
+            if not conditions:
                 use(c, at)
                 continue
-            with T.If(inside):
+            with T.If(e.all_of(conditions)):
                 with T.Then():
                     use(c, at)
                 if otherwise is not None:
@@ -150,23 +155,55 @@ class _Kernel(WarpRotate, Butterflies):
         self._each(load, zero)
 
     def _reduce(self, value: Any, operator: str) -> Any:
-        """Over the block; zero must be neutral. Every reduction has scratch of its own, and those of two rows that follow each
-        other have, so that one barrier is enough."""
+        """Over the block, or all blocks of the row; zero must be neutral, and maxima not negative. Every reduction has scratch of
+        its own, and those of two rows that follow each other have, so that one barrier is enough."""
         warps = self.k.threads // 32
-        value = e.let(T.cuda.warp_reduce(value, operator))
-        if warps == 1:
+        used = warps * self.blocks
+        if operator == "max":
+            value = T.reinterpret("float32", e.largest_of_warp(T.reinterpret("uint32", value)))
+        value = e.let(value if operator == "max" else T.cuda.warp_reduce(value, operator))
+        if used == 1:
             return value
-        place = (self.reductions + self.parity) * SCRATCH
+        place = self.reductions * self.k.slots
+        if self.k.rotation:
+            place = (2 * self.reductions + self.parity) * self.k.slots
         self.reductions += 1
-        lane = self.tx % 32
-        with T.If(lane == 0), T.Then():
-            B.buffer_store(self.arena, T.reinterpret("uint32", value), [place + self.tx // 32])
-        T.evaluate(T.cuda.cta_sync())
-        part = e.Registers((1,), "float32")
-        part[0] = T.float32(0)
-        with T.If(lane < warps), T.Then():
-            part[0] = T.reinterpret("float32", self.arena[place + lane])
+        lane, word = self.tx % 32, T.reinterpret("uint32", value)
+        if self.blocks > 1:
+            with T.If(lane < self.blocks), T.Then():
+                there = self._remote(place + self.rank * warps + self.tx // 32, lane)
+                e.ptx("st.shared::cluster.b32", there, word)
+        else:
+            with T.If(lane == 0), T.Then():
+                B.buffer_store(self.arena, word, [place + self.tx // 32])
+        self._meet()
+        if operator == "max":  # of words: NaN counts as largest
+            part, zero = e.Registers((1,), "uint32"), e.u32(0)
+        else:
+            part, zero = e.Registers((1,), "float32"), T.float32(0)
+        part[0] = zero
+        for start in range(0, used, 32):
+
+            def add(start: int = start) -> None:
+                other = self.arena[place + lane + start]
+                part[0] = T.max(part[0], other) if operator == "max" else part[0] + T.reinterpret("float32", other)
+
+            if start + 32 <= used:
+                add()
+            else:
+                with T.If(lane < used - start), T.Then():
+                    add()
+        if operator == "max":
+            return e.let(T.reinterpret("float32", e.largest_of_warp(part[0])))
         return e.let(T.cuda.warp_reduce(part[0], operator))
+
+    def _meet(self) -> None:
+        """Of all threads of the row."""
+        if self.blocks == 1:
+            T.evaluate(T.cuda.cta_sync())
+            return
+        e.ptx("barrier.cluster.arrive.release.aligned")
+        e.ptx("barrier.cluster.wait.acquire.aligned")
 
     def _sum(self, term: Any) -> Any:
         """Of ``term(value)`` over the row."""
@@ -207,85 +244,205 @@ class _Kernel(WarpRotate, Butterflies):
     # Rotation by tensor cores
 
     def _rotate_rows(self, m: Any, launched: Any) -> None:
-        """Rows of this block one after another; the next one is loaded while the one before is finished."""
+        """Rows of this block one after another. A row whose sums leave float16's range, or come near its lower end, is computed
+        again, times another power of two."""
         k = self.k
-        words = e.Registers((k.chunks, 4), "uint32")
+        w = self.rotation = k.rotation
+        e.share_device()
+        self.lane, self.warp = e.let(self.tx % 32), e.let(self.tx // 32)
+        if self.blocks > 1:  # before others write here
+            e.ptx("barrier.cluster.arrive.relaxed.aligned")
+        self._prepare_signs()
+        self.value = e.Registers((k.chunks, 8), "float32")
+        self.words = e.Registers((k.chunks, 4), "uint32")
+        row, parity, tries = (e.Registers((1,), "int32") for _ in range(3))
+        scale = e.Registers((1,), "float32")
+        row[0], parity[0], tries[0], scale[0] = self.row, T.int32(0), T.int32(0), T.float32(1)
+        e.await_previous()
+        if w.config.ahead:
+            self._load_words(row[0])
+        if self.blocks > 1:
+            e.ptx("barrier.cluster.wait.aligned")
+        with T.While(row[0] < m):
+            self.row, self.parity, self.reductions = e.let(row[0]), e.let(parity[0]), 0
+            following = e.let(self.row + launched)
+            parity[0] = 1 - self.parity
+            if not k.direct:
+                self._load()
+                self._normalise()
+                self._store_values()
+            elif not w.config.ahead:
+                self._load_words(self.row)
+            self._rotate_vectors(scale[0])
+            if w.config.ahead:
+                with T.If(following < m), T.Then():
+                    self._load_words(following)
+            largest = self._largest()
+            with T.If(self._again(largest, scale, tries)):
+                with T.Then():
+                    if w.config.ahead:
+                        self._load_words(self.row)
+                with T.Else():
+                    self._quantize_rotated(largest, scale[0])
+                    row[0], tries[0], scale[0] = following, T.int32(0), T.float32(1)
+            if w.radix > 1 and w.config.twice:
+                self._meet()
+
+    def _load_words(self, row: Any) -> None:
+        """Elements as they are."""
 
         def load(c: int, at: Any) -> None:
-            for i, word in enumerate(self._read_words(self.x, [self.following, at], 4)):
-                words[c, i] = word
+            for i, word in enumerate(self._read_words(self.x, [row, at], 4)):
+                self.words[c, i] = word
 
-        def zero(c: int) -> None:
-            for i in range(4):
-                words[c, i] = e.u32(0)
+        self._each(load)
 
-        first = self.following = self.row
-        self._each(load, zero)
-        if not k.persistent:
-            self._rotate_warps(words)
-            return
-        count = e.let((m - first + (launched - 1)) // launched)
-        with T.serial(count) as turn:
-            self.row = e.let(first + turn * launched)
-            self.following = e.let(self.row + launched)
-            self.parity = e.let(turn % 2)
-
-            def load_next() -> None:
-                with T.If(self.following < m), T.Then():
-                    self._each(load)
-
-            self.reductions = 0
-            self._rotate_warps(words, load_next)
-
-    def _rotate_warps(self, words: Any, loaded: Callable[[], None] = lambda: None) -> None:
-        """Rotate and quantize; the scale of the orthonormal transform is that of the steps, not of every element. ``loaded`` is
-        called where ``words`` are free again."""
+    def _rotate_vectors(self, scale: Any) -> None:
+        """All but the third product."""
         k, w = self.k, self.rotation
-        factor = float(1 / np.sqrt(w.order))
-        scratch = 3 * SCRATCH
-        for turn in range(w.rounds):
+        first = self.first.operand()
+        if k.direct:
+            factor = e.pair(scale, scale, "float16")
+            scaled = {high: e.Registers((1,), "uint32") for high in self.first.kept}
+            for high, register in scaled.items():
+                e.ptx("mul.rn.f16x2", register[0], self.first.kept[high][0], factor)
+            first = self.first.operand(scaled)
+
+        def rotate(turn: int, task: Any) -> None:
             start = turn * w.held
             for c in range(start, start + w.held):
-                self._transform(e.View(self.value, c), None if words is None else e.View(words, c))
+                if k.direct:
+                    words = [self.words[c, i] for i in range(4)]
+                else:
+                    scaled = [self.value[c, i] * scale for i in range(8)]
+                    words = [e.pair(scaled[i], scaled[i + 1], "float16") for i in range(0, 8, 2)]
+                self._transform(e.View(self.value, c), words, first)
             self._butterflies(self.value, start)
             if w.radix > 1:
-                for c in range(start, start + w.held):
-                    place, inside = k.place(c, self.tx)
-                    values = [self.value[c, i] for i in range(8)]
-                    if inside is True:
-                        self._put(place, values, scratch)
-                    else:
-                        with T.If(inside), T.Then():
-                            self._put(place, values, scratch)
-        loaded()
-        if w.radix == 1:
-            self._quantize(self.value, self._each, self._store_vector, factor)
-            return
-        T.evaluate(T.cuda.cta_sync())
-        column = self._column()
-        points = self._pass_columns(column, scratch)
+                for c in range(w.held):
+                    v = [self.value[start + c, i] for i in range(8)]
+                    self._put(task * w.held + c, [e.pair(v[i], v[i + 1], "float16") for i in range(0, 8, 2)])
 
-        def every(use: Any, otherwise: Any = None) -> None:
-            for r in range(w.radix):
-                use(r, column + r * w.stride)
+        for turn in range(w.rounds):
+            _, conditions = k.place(turn * w.held, self.tx, self.rank)
+            task = e.let(self.rank * w.share + turn * w.config.warps + self.warp)
+            if not conditions:
+                rotate(turn, task)
+            else:
+                with T.If(e.all_of(conditions)), T.Then():
+                    rotate(turn, task)
+        if w.radix > 1:
+            self._meet()
+            turns = 1 if w.config.twice else w.piece_rounds
+            self.products = e.Registers((turns * 2 * w.tiles, 8), "float32")
 
-        def store(code: e.Registers, r: int, at: Any) -> None:
-            self._store_bytes(self.codes, self.row, at, [code[r, v] for v in range(w.neighbours)])
+    def _multiply_points(self, turn: int, block: Any, part: Any, quad: Any) -> int:
+        """The third product of a piece; the first index of its results."""
+        w = self.rotation
+        first = 0 if w.config.twice else turn * 2 * w.tiles
+        self._product(self.products, first, block, part, quad)
+        return first
 
-        self._quantize(points, every, store, factor)
+    def _largest(self) -> Any:
+        """The row's largest absolute value, before the factors that are left."""
+        w = self.rotation
+        largest = e.Registers((1,), "float32")
+        largest[0] = T.float32(0)
+
+        def grow(values: e.Registers, index: int) -> None:
+            for i in range(8):  # NaN counts as largest
+                e.ptx("max.NaN.f32", largest[0], largest[0], T.abs(values[index, i]))
+
+        def piece(turn: int, block: Any, part: Any, quad: Any) -> None:
+            first = self._multiply_points(turn, block, part, quad)
+            for h in range(-(-w.radix // 8)):
+                grow(self.products, first + h)
+
+        if w.radix > 1:
+            self._pieces(piece)
+        else:
+            self._each(lambda c, at: grow(self.value, c))
+        return self._reduce(largest[0], "max")
+
+    def _again(self, largest: Any, scale: e.Registers, tries: e.Registers) -> Any:
+        """Whether the row must be computed again, and with which factor. Float16 rows leave the range upwards only: their small
+        elements lose no more than they had lost. A row of zeros is known by being zero times 2^64, too."""
+        finite = largest < T.float32(np.inf)
+        factor = T.float32(2.0**-8)
+        again = e.Registers((1,), "int32")
+        if self.k.direct:
+            again[0] = T.Select(T.And(tries[0] == 0, T.Not(finite)), T.int32(1), T.int32(0))
+        else:
+            zero, small = largest == T.float32(0), largest < T.float32(LEAST)
+            fits = T.And(finite, T.Not(small))
+            fits = T.bitwise_or(fits, T.And(zero, scale[0] > T.float32(1)))
+            again[0] = T.Select(T.And(tries[0] < TRIES, T.Not(fits)), T.int32(1), T.int32(0))
+            factor = T.Select(zero, T.float32(2.0**64), T.Select(small, T.float32(2.0**20), T.float32(2.0**-20)))
+        factor = e.let(factor)
+        with T.If(again[0] == 1), T.Then():
+            scale[0] = scale[0] * factor
+            tries[0] = tries[0] + 1
+            self._meet()  # scratch is written again
+        return again[0] == 1
+
+    def _quantize_rotated(self, largest: Any, scale: Any) -> None:
+        """Codes from one rounding of products with the inverse of the step."""
+        k, w = self.k, self.rotation
+        exponent = self.exponent + (self.point_exponent if w.radix > 1 else 0)
+        undone = T.reinterpret(
+            "float32", e.u32(0x7F000000) - T.reinterpret("uint32", scale)
+        )  # 1 / scale, a power of two
+        factor = e.let(T.float32(2.0**exponent / np.sqrt(w.order)) * undone)
+        top = (1 << k.bits - 1) - 1
+        step, inverse = e.Registers((1,), "float32"), e.Registers((1,), "float32")
+        if self.static is not None:
+            low, high, zero = -top - 1 - k.zero_point, top - k.zero_point, k.zero_point
+            step[0] = self.static[0]
+            e.ptx("div.rn.f32", inverse[0], factor, step[0])
+        else:
+            low, high, zero = -top, top, 0
+            e.ptx("div.full.f32", inverse[0], T.float32(top / k.clip), largest)
+            inverse[0] = T.Select(largest == T.float32(0), T.float32(0), inverse[0])
+        bounded = self.static is not None or k.clip < 1
+        number = e.Registers((1,), "float32")
+
+        def store(values: e.Registers, index: int, at: Any) -> None:
+            codes = e.Registers((8,), "uint32")
+            for i in range(8):
+                if bounded:
+                    number[0] = T.max(T.min(values[index, i] * inverse[0], T.float32(high)), T.float32(low))
+                    number[0] = number[0] + T.float32(MAGIC)
+                else:
+                    e.ptx("fma.rn.f32", number[0], values[index, i], inverse[0], T.float32(MAGIC))
+                codes[i] = T.reinterpret("uint32", number[0]) + e.u32(zero & 0xFFFFFFFF)
+            self._store_bytes(self.codes, self.row, at, [codes[i] for i in range(8)])
+
+        def piece(turn: int, block: Any, part: Any, quad: Any) -> None:
+            first = self._multiply_points(turn, block, part, quad) if w.config.twice else turn * 2 * w.tiles
+            start = e.let(w.column(block, self.lane // 4, part, quad) + self.lane % 4 * 8)
+            for h in range(-(-w.radix // 8)):
+                if 8 * h + 8 <= w.radix:
+                    store(self.products, first + h, start + 8 * h * w.stride)
+                    continue
+                with T.If(self.lane // 4 < w.radix - 8 * h), T.Then():
+                    store(self.products, first + h, start + 8 * h * w.stride)
+
+        if w.radix > 1:
+            self._pieces(piece)
+        else:
+            self._each(lambda c, at: store(self.value, c, at))
+        with T.If(self.tx == 0 if self.blocks == 1 else T.And(self.tx == 0, self.rank == 0)), T.Then():
+            if self.static is None:
+                e.ptx("div.rn.f32", step[0], largest * factor * T.float32(k.clip), T.float32(top))
+                step[0] = T.Select(step[0] == T.float32(0), T.float32(1), step[0])
+            B.buffer_store(self.scale, step[0], [self.row])
 
     # Quantizer
 
-    def _quantize(self, value: e.Registers, each: Any, store: Any, factor: float) -> None:
+    def _quantize(self) -> None:
         """Codes from products with 1 / step; where one is near a tie, the whole thread divides, as ``QuantizePerToken``
-        does, and stores again: the products differ from quotients by less than `NEAR`.
-
-        Args:
-            value: registers ``[piece, element]``. each: calls a function with every piece inside the row and its column.
-            store: of the codes of a piece.
-            factor: what values have yet to be multiplied with.
-        """
-        k = self.k
+        does, and stores again: the products differ from quotients by less than `NEAR`."""
+        k, value = self.k, self.value
         pieces, size = value.shape
         top = (1 << k.bits - 1) - 1
         step, inverse = e.Registers((1,), "float32"), e.Registers((1,), "float32")
@@ -301,13 +458,13 @@ class _Kernel(WarpRotate, Butterflies):
                 for i in range(size):
                     largest[0] = T.max(largest[0], T.abs(value[c, i]))
 
-            each(grow)
-            most = self._reduce(largest[0], "max") * T.float32(factor)
+            self._each(grow)
+            most = self._reduce(largest[0], "max")
             e.ptx("div.rn.f32", step[0], most * T.float32(k.clip), T.float32(top))
             step[0] = T.Select(step[0] == T.float32(0), T.float32(1), step[0])
         with T.If(self.tx == 0), T.Then():
             B.buffer_store(self.scale, step[0], [self.row])
-        e.ptx("div.rn.f32", inverse[0], T.float32(factor), step[0])
+        e.ptx("div.rn.f32", inverse[0], T.float32(1), step[0])
         bounded = self.static is not None or k.clip < 1
         code = e.Registers((pieces, size), "uint32")
         farthest = e.Registers((1,), "float32")
@@ -323,18 +480,18 @@ class _Kernel(WarpRotate, Butterflies):
                 rounded[0] = q[0] + T.float32(MAGIC)
                 code[c, i] = T.reinterpret("uint32", rounded[0]) + e.u32(zero & 0xFFFFFFFF)
                 farthest[0] = T.max(farthest[0], T.abs(q[0] - (rounded[0] - T.float32(MAGIC))))
-            store(code, c, at)
+            self._store_vector(code, c, at)
 
         def divide(c: int, at: Any) -> None:
             for i in range(size):
-                e.ptx("div.rn.f32", q[0], value[c, i] * T.float32(factor), step[0])
+                e.ptx("div.rn.f32", q[0], value[c, i], step[0])
                 rounded[0] = bound(q[0]) + T.float32(MAGIC)
                 code[c, i] = T.reinterpret("uint32", rounded[0]) + e.u32(zero & 0xFFFFFFFF)
-            store(code, c, at)
+            self._store_vector(code, c, at)
 
-        each(multiply)
+        self._each(multiply)
         with T.If(farthest[0] > T.float32(0.5 - NEAR)), T.Then():
-            each(divide)
+            self._each(divide)
 
     def _store_vector(self, code: e.Registers, c: int, at: Any) -> None:
         """Codes of neighbours, one byte each."""

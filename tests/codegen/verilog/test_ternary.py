@@ -1,6 +1,5 @@
 """Adders of three: sums of two are joined without changing what is computed, and the tables named for 7 series add."""
 
-import shutil
 import subprocess
 
 import numpy as np
@@ -8,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qcompile.codegen.verilog import ternary
+from qcompile.codegen.verilog import ternary, tools
 from qcompile.codegen.verilog.adder_graph import constant_matrix
 from qcompile.codegen.verilog.dataflow import Dataflow, adder_tables
 from qcompile.codegen.verilog.top import RTL
@@ -55,7 +54,7 @@ def test_joined_sums_are_the_same_matrix_in_fewer_tables(k, n, bits, signed, see
         assert len(word.operands) < 3 or word.operands[0].sign > 0 or any(t.sign > 0 for t in word.operands)
 
 
-@pytest.mark.skipif(shutil.which("yosys") is None, reason="needs yosys")
+@pytest.mark.skipif(tools.find("yosys") is None, reason="needs yosys")
 def test_tables_of_7_series_equal_the_portable_adder(tmp_path):
     script = []
     for width, masks in ((1, (0, 6)), (6, range(7))):
@@ -72,7 +71,7 @@ def test_tables_of_7_series_equal_the_portable_adder(tmp_path):
             ]
     (tmp_path / "cells.v").write_text(CELLS)
     (tmp_path / "prove.ys").write_text("\n".join(script) + "\n")
-    done = subprocess.run(["yosys", "-q", "prove.ys"], cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run([*tools.require("yosys"), "-q", "prove.ys"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
 
 

@@ -11,7 +11,7 @@ import tvm
 from tvm.script import tirx as T
 
 from qcompile.codegen.kernels.cpu import vector as v
-from qcompile.codegen.kernels.cpu.gemm import Register
+from qcompile.codegen.kernels.cpu.emission import Register
 from qcompile.codegen.kernels.x86.instructions import prefetch
 from qcompile.targets.target import Target
 

@@ -11,7 +11,7 @@ from qcompile.codegen.kernels.arm.products import BYTES
 from qcompile.codegen.kernels.base import LinearProblem
 from qcompile.codegen.kernels.cpu import float_tables, floats, minifloats
 from qcompile.codegen.kernels.cpu import vector as v
-from qcompile.codegen.kernels.cpu.gemm import Emission
+from qcompile.codegen.kernels.cpu.emission import Emission
 from qcompile.codegen.kernels.cpu.levels import ENTRIES
 from qcompile.codegen.kernels.cpu.lut import group_scales
 from qcompile.codegen.kernels.cpu.panels import Panels, integer_format

@@ -18,11 +18,11 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
-from tvm import tirx
 from tvm.script import tirx as T
 from tvm.tirx.script.builder import ir as B
 
 from qcompile.codegen.kernels.arm import bits
+from qcompile.codegen.kernels.arm.activations import load_words, over_rows
 from qcompile.codegen.kernels.arm.panels import UnsignedPanels
 from qcompile.codegen.kernels.arm.products import (
     BYTES,
@@ -36,7 +36,8 @@ from qcompile.codegen.kernels.arm.products import (
 from qcompile.codegen.kernels.base import LinearProblem
 from qcompile.codegen.kernels.cpu import vector as v
 from qcompile.codegen.kernels.cpu import vmath
-from qcompile.codegen.kernels.cpu.gemm import ON_STACK, Emission, Register, TiledGemm
+from qcompile.codegen.kernels.cpu.emission import ON_STACK, Emission, Register
+from qcompile.codegen.kernels.cpu.gemm import TiledGemm
 from qcompile.codegen.kernels.cpu.lut import group_scales
 from qcompile.codegen.kernels.cpu.panels import Panels, integer_format, largest
 from qcompile.formats import Format, IntFormat, Quantized
@@ -191,18 +192,18 @@ class ArmGemm(TiledGemm):
         return rows > 1 and rows * p.group <= HELD_BYTES and len(self.parts(p, rows)) == 1
 
     def group_operands(self, e: Emission, first: Any, rows: int, group: Any) -> list[list[Any]]:
-        """What the codes of a whole group are multiplied by, ``[position in the group][as in operands]``."""
+        """What the codes of a whole group are multiplied by, ``[position in the group][as in factors]``."""
         p = e.panels
         words = BYTES // p.depth
         starts = range(0, p.group, BYTES)
-        loaded = [[self._load(e, first + r, group * p.group + at, words) for at in starts] for r in range(rows)]
+        loaded = [[load_words(e, first + r, group * p.group + at, words) for at in starts] for r in range(rows)]
 
         def indexed(r: int, at: int) -> Word:
             return Word(loaded[r][at // words], words, at % words, p.depth)
 
-        return [self.operands(rows, indexed, at) for at in range(p.group // p.depth)]
+        return [self.factors(rows, indexed, at) for at in range(p.group // p.depth)]
 
-    def operands(self, rows: int, activations: Callable[[int, int], Word], at: int) -> list[Any]:
+    def factors(self, rows: int, activations: Callable[[int, int], Word], at: int) -> list[Any]:
         """What codes at position ``at`` are multiplied by, one register of bytes per row."""
         return [v.let(repeated(activations(r, at))) for r in range(rows)]
 
@@ -295,7 +296,7 @@ class ArmGemm(TiledGemm):
                                 accumulators[vec][part].add(codes, operand)
 
         def chunk(line: Any, count: int, activations: Callable[[int, int], Word]) -> None:
-            body(line, count, lambda at: self.operands(rows, activations, at))
+            body(line, count, lambda at: self.factors(rows, activations, at))
 
         def flush() -> None:
             for line in tile:
@@ -306,7 +307,7 @@ class ArmGemm(TiledGemm):
         if held is not None:
             body(v.let(group * p.rows_per_group), p.rows_per_group, held.__getitem__)
         else:
-            self.over_rows(e, first, rows, group, chunk, flush, self.chunks_between_flushes(p))
+            over_rows(e, first, rows, group, chunk, flush, self.chunks_between_flushes(p))
 
     def zero_codes(self, e: Emission, panel: Any, group: Any, quads: range | None = None) -> list[Any]:
         return self._by_quad(e, "zero", panel, group, "int32", quads)
@@ -331,86 +332,3 @@ class ArmGemm(TiledGemm):
             ]
             for vec in vectors or range(p.vectors)
         ]
-
-    def over_rows(
-        self,
-        e: Emission,
-        first: Any,
-        rows: int,
-        group: Any,
-        body: Callable[[Any, int, Callable[[int, int], Word]], None],
-        flush: Callable[[], None],
-        every: int,
-    ) -> None:
-        """Emit ``body(line, count, activations)`` over the panel rows of a group.
-
-        ``line`` is the first of ``count`` panel rows; ``activations(r, i)`` are consecutive activations of row ``first + r``,
-        as many as a lane of weights has (``depth``), from ``depth * i`` after the first k of ``line`` on. Rows go in chunks of
-        16 activations or more; where a row of activations ends earlier, one by one with its last activations read again (see
-        `Panels`). ``flush()`` is emitted after every ``every`` chunks, and after the last.
-        """
-        p = e.panels
-        chunk = max(1, BYTES // p.step)
-        loads = max(1, p.step // BYTES)
-        words = BYTES // p.depth
-        whole = chunk * p.step
-        full = p.group // whole  # of a group that is not the last
-        last = (p.k - (p.groups - 1) * p.group) // whole
-        chunks = v.let(T.min(T.truncdiv(p.k - group * p.group, whole), full)) if last < full else full
-        base = v.let(group * p.rows_per_group)
-
-        def one(i: Any) -> None:
-            k = v.let(group * p.group + i * whole)
-            wide = [[self._load(e, first + r, k + at * BYTES, words) for at in range(loads)] for r in range(rows)]
-
-            def indexed(r: int, at: int) -> Word:
-                return Word(wide[r][at // words], words, at % words, p.depth)
-
-            body(base + i * chunk, chunk, indexed)
-
-        def run(begin: Any, count: Any, together: int = 1) -> None:
-            with T.serial(self._kept(e, count // together) if isinstance(count, int) else count) as j:
-                for i in range(together):
-                    one(begin + j * together + i)
-
-        if full and (not every or full <= every):
-            # One row leaves registers for two chunks at a time, which halves the cost of the loop.
-            run(0, chunks, 2 if rows == 1 and isinstance(chunks, int) and chunks % 2 == 0 else 1)
-            flush()
-        elif full:
-            with T.serial(T.truncdiv(chunks + (every - 1), every)) as block:
-                run(block * every, v.let(T.min(chunks - block * every, every)))
-                flush()
-        if last < full or p.rows_per_group > full * chunk:
-            with T.serial(p.rows_per_group - chunks * chunk) as i:
-                row = v.let(chunks * chunk + i)
-
-                def single(r: int, at: int) -> Word:
-                    return Word(self._last(e, first + r, self.position(e, group, row, at)), 1, 0, p.depth)
-
-                body(base + row, 1, single)
-                flush()
-
-    @staticmethod
-    def _kept(e: Emission, count: int) -> Any:
-        """``count`` as a bound that LLVM takes for an open one; it would unroll the loop beyond the registers it has."""
-        return T.max(count, e.m - (1 << 30)) if count > 4 else count
-
-    @staticmethod
-    def _load(e: Emission, row: Any, k: Any, words: int) -> Any:
-        """``words * depth`` consecutive activations, as integers of ``depth`` bytes."""
-        depth = e.panels.depth
-        return v.let(v.bits_of(signed(v.load(e.names["x"], [row, k], words * depth)), f"int{8 * depth}", words))
-
-    def _last(self, e: Emission, row: Any, k: Any) -> Any:
-        """``depth`` consecutive activations, or all there are, as one integer."""
-        depth, width = e.panels.depth, e.problem.k
-        if width >= depth:
-            return self._load(e, row, k, 1)
-        kind = f"int{8 * depth}"
-        word = tirx.const(0, kind)
-        for i in range(width):
-            code = T.bitwise_xor(e.names["x"][row, i], T.uint8(128))
-            byte = T.shift_left(T.cast(code, kind), tirx.const(8 * i, kind))
-            word = T.bitwise_or(word, byte)
-        return v.let(word)

@@ -27,13 +27,15 @@ from qcompile.codegen.kernels.arm.products import BYTES, LANES, schedule_barrier
 from qcompile.codegen.kernels.base import LinearProblem, Support
 from qcompile.codegen.kernels.cpu import vector as v
 from qcompile.codegen.kernels.cpu import vmath
-from qcompile.codegen.kernels.cpu.gemm import BANDWIDTH, CLOCK, ON_STACK, Register, finish, opaque
+from qcompile.codegen.kernels.cpu.emission import ON_STACK, Register, opaque
+from qcompile.codegen.kernels.cpu.gemm import BANDWIDTH, CLOCK
 from qcompile.codegen.kernels.cpu.look_up import LookUpGemm, over_tiles
 from qcompile.codegen.kernels.cpu.superblocks import (
     NESTED,
     planes_of,
     super_place,
 )
+from qcompile.codegen.kernels.cpu.tail import finish
 from qcompile.formats import SuperBlock
 from qcompile.targets.target import Target
 

@@ -13,7 +13,7 @@ from qcompile.codegen.kernels.arm.lut_tables import STEP, TableBuffers, pairs
 from qcompile.codegen.kernels.arm.products import LANES
 from qcompile.codegen.kernels.base import LinearProblem
 from qcompile.codegen.kernels.cpu import vector as v
-from qcompile.codegen.kernels.cpu.gemm import ON_STACK, Register
+from qcompile.codegen.kernels.cpu.emission import ON_STACK, Register
 from qcompile.codegen.kernels.cpu.lut import PlanePanels
 from qcompile.formats import BitLayout
 

@@ -20,7 +20,7 @@ from tvm.tirx.script.builder import ir as B
 
 from qcompile.codegen.kernels.arm.products import BYTES, LANES
 from qcompile.codegen.kernels.cpu import vector as v
-from qcompile.codegen.kernels.cpu.gemm import ON_STACK, Register
+from qcompile.codegen.kernels.cpu.emission import ON_STACK, Register
 from qcompile.codegen.kernels.cpu.lut import LARGEST, PlanePanels
 
 STEP = 16

@@ -17,7 +17,7 @@ from qcompile.codegen.kernels.arm.integers import PLANES, DotGemm
 from qcompile.codegen.kernels.arm.products import BYTES, LANES, DotSum, Word
 from qcompile.codegen.kernels.base import LinearProblem
 from qcompile.codegen.kernels.cpu import vector as v
-from qcompile.codegen.kernels.cpu.gemm import Emission
+from qcompile.codegen.kernels.cpu.emission import Emission
 from qcompile.targets.target import Target
 
 
@@ -43,10 +43,10 @@ class MmlaGemm(DotGemm):
         """One row fills half of a register's lanes with a column each, and takes half as many instructions more."""
         return super().cost(problem, config, target, m) * (1.5 if m == 1 else 1.0)
 
-    def operands(self, rows: int, activations: Callable[[int, int], Word], at: int) -> list[Any]:
+    def factors(self, rows: int, activations: Callable[[int, int], Word], at: int) -> list[Any]:
         """What codes at position ``at`` are multiplied by: two rows in a register, or the only one twice."""
         if rows == 1:
-            return super().operands(rows, activations, at)
+            return super().factors(rows, activations, at)
         return [v.let(_interleaved(activations(r, at), activations(s, at))) for r, s in _pairs(rows)]
 
     def products(

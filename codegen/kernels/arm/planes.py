@@ -14,13 +14,14 @@ import numpy as np
 from tvm.script import tirx as T
 
 from qcompile.codegen.kernels.arm import bits
+from qcompile.codegen.kernels.arm.activations import over_rows
 from qcompile.codegen.kernels.arm.integers import DotGemm, NeonGemm
 from qcompile.codegen.kernels.arm.panels import UnsignedPanels
 from qcompile.codegen.kernels.arm.products import LANES, Word, repeated
 from qcompile.codegen.kernels.base import LinearProblem
 from qcompile.codegen.kernels.cpu import vector as v
 from qcompile.codegen.kernels.cpu import vmath
-from qcompile.codegen.kernels.cpu.gemm import Emission, Register
+from qcompile.codegen.kernels.cpu.emission import Emission, Register
 from qcompile.codegen.kernels.cpu.lut import group_scales
 from qcompile.formats import BitPlane, Format, IntFormat, Quantized
 
@@ -121,7 +122,7 @@ class PlaneDotGemm(DotGemm):
                     for accumulator in planes:
                         accumulator.flush()
 
-        self.over_rows(e, first, rows, group, body, flush, self.chunks_between_flushes(p))
+        over_rows(e, first, rows, group, body, flush, self.chunks_between_flushes(p))
         return [
             [[v.let(bits.combine([part], [acc.total()], zero)) for acc in planes] for planes in line] for line in tile
         ]

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 from tvm.script import tirx as T
 
 from qcompile.codegen.kernels.cpu import vector as v
-from qcompile.codegen.kernels.cpu.gemm import Register
+from qcompile.codegen.kernels.cpu.emission import Register
 
 LANES = 4
 """32-bit lanes of a register."""

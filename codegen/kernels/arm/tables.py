@@ -27,7 +27,7 @@ from qcompile.codegen.kernels.arm.panels import UnsignedPanels
 from qcompile.codegen.kernels.arm.products import BYTES, Accumulator, ProductSum
 from qcompile.codegen.kernels.base import LinearProblem, StoredCodes
 from qcompile.codegen.kernels.cpu import vector as v
-from qcompile.codegen.kernels.cpu.gemm import Emission
+from qcompile.codegen.kernels.cpu.emission import Emission
 from qcompile.codegen.kernels.cpu.levels import (
     ENTRIES,
     Levels,

@@ -20,7 +20,7 @@ from tvm.script import tirx as T
 
 from qcompile.codegen.kernels.cpu import vector as v
 from qcompile.codegen.kernels.cpu import vmath
-from qcompile.codegen.kernels.cpu.gemm import Register
+from qcompile.codegen.kernels.cpu.emission import Register
 from qcompile.codegen.kernels.cpu.tail import quantized
 from qcompile.errors import TargetError
 from qcompile.targets.target import Target

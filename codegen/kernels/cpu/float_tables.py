@@ -13,8 +13,8 @@ import numpy as np
 
 from qcompile.codegen.kernels.base import LinearProblem, StoredCodes
 from qcompile.codegen.kernels.cpu import vector as v
+from qcompile.codegen.kernels.cpu.emission import Emission
 from qcompile.codegen.kernels.cpu.floats import FloatGemm
-from qcompile.codegen.kernels.cpu.gemm import Emission
 from qcompile.codegen.kernels.cpu.levels import ENTRIES, entries, is_table, real_levels, zero_code
 from qcompile.codegen.kernels.cpu.panels import Panels
 from qcompile.codegen.kernels.cpu.tables import after_weight

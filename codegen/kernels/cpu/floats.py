@@ -14,7 +14,8 @@ from tvm.script import tirx as T
 from qcompile.codegen.kernels.base import LinearProblem
 from qcompile.codegen.kernels.cpu import vector as v
 from qcompile.codegen.kernels.cpu import vmath
-from qcompile.codegen.kernels.cpu.gemm import Emission, Tile, TiledGemm
+from qcompile.codegen.kernels.cpu.emission import Emission, Tile, position
+from qcompile.codegen.kernels.cpu.gemm import TiledGemm
 from qcompile.codegen.kernels.cpu.panels import Panels
 from qcompile.codegen.kernels.cpu.unpack import field, signed_field, unsigned_field
 
@@ -44,7 +45,7 @@ class FloatGemm(TiledGemm):
         with T.serial(e.rolled(p.rows_per_group)) as row:
             raw = self.load_row(e, panel, group * p.rows_per_group + row)
             for index in range(p.per_byte):
-                k = self.position(e, group, row, index)
+                k = position(e, group, row, index)
                 for offset, weights in self.floats(e, raw, index, zeros):
                     at = T.min(k + offset, p.k - 1) if p.k < p.depth else k + offset
                     for r, accumulators in enumerate(sums):

@@ -18,7 +18,6 @@ from __future__ import annotations
 import itertools
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -28,6 +27,7 @@ from tvm.tirx.script.builder import ir as B
 from qcompile.codegen.kernels.base import LinearKernel, LinearProblem, StoredCodes, Support
 from qcompile.codegen.kernels.cpu import vector as v
 from qcompile.codegen.kernels.cpu import vmath
+from qcompile.codegen.kernels.cpu.emission import ON_STACK, Emission, Register, Tile, beside, opaque, vectors
 from qcompile.codegen.kernels.cpu.lut import group_scales
 from qcompile.codegen.kernels.cpu.panels import Panels, integer_format
 from qcompile.codegen.kernels.cpu.tail import finish, tail_params
@@ -42,56 +42,6 @@ BANDWIDTH = 40e9
 
 ITEMS_PER_THREAD = 4
 """Items each thread should get at least, where the rows alone do not make as many."""
-
-ON_STACK = {"disable_lower_builtin": True}
-"""Annotation of a buffer that lives on the stack whatever its size."""
-
-
-class Register:
-    """One vector register that is assigned more than once; LLVM turns the stack slot into a register."""
-
-    def __init__(self, dtype: str, lanes: int) -> None:
-        self.dtype, self.lanes = dtype, lanes
-        self.slot = B.alloc_buffer((lanes,), dtype, annotations=ON_STACK)
-
-    def get(self) -> Any:
-        """The current value."""
-        return v.load(self.slot, [0], self.lanes)
-
-    def set(self, value: Any) -> None:
-        """Assign."""
-        v.store(self.slot, [0], value, self.lanes)
-
-
-Tile = list[list[Register]]
-"""Accumulators by row and vector."""
-
-
-@dataclass
-class Emission:
-    """What a micro-kernel needs while its PrimFunc is written.
-
-    Attributes:
-        names: parameters of the PrimFunc and run-time extents.
-        m: number of rows, int32, at least 1 where a micro-kernel runs.
-        tile: the tile's result ``(mr, width)``, int32 or float32.
-        extra: buffers a family allocates for itself.
-    """
-
-    problem: LinearProblem
-    panels: Panels
-    config: dict[str, Any]
-    names: dict[str, Any]
-    m: Any
-    tile: Any
-    extra: dict[str, Any] = field(default_factory=dict)
-
-    def rolled(self, count: int) -> Any:
-        """``count`` as a loop bound LLVM cannot limit from above, so that it keeps the loop.
-
-        It would unroll a short one and reorder the body until the accumulators no longer fit in registers.
-        """
-        return T.max(count, count - self.m)
 
 
 class TiledGemm(LinearKernel):
@@ -266,18 +216,25 @@ class TiledGemm(LinearKernel):
     # Code
 
     def build(self, problem: LinearProblem, config: dict[str, Any], target: Target, name: str) -> Any:
-        panels = self.panels(problem, config)
-        with v.kernel(name, self.params(problem, config, panels)) as (builder, names):
-            m = opaque(T.cast(names["m"], "int32"))
-            if config.get("streams", 1) == 1:
-                self._tiles(problem, config, panels, names, m)
-            else:
-                with T.If(m == 1):
-                    with T.Then():
-                        self._single_row(problem, config, panels, names, m)
-                    with T.Else():
-                        self._tiles(problem, config, panels, names, m)
+        with v.kernel(name, self.operands(problem, config)) as (builder, names):
+            self.emit(problem, config, names, opaque(T.cast(names["m"], "int32")))
         return builder.get()
+
+    def operands(self, problem: LinearProblem, config: dict[str, Any]) -> list[v.Param]:
+        """The parameters of the PrimFunc."""
+        return self.params(problem, config, self.panels(problem, config))
+
+    def emit(self, problem: LinearProblem, config: dict[str, Any], names: dict[str, Any], m: Any) -> None:
+        """Write the code for ``m`` rows and operands called ``names``."""
+        panels = self.panels(problem, config)
+        if config.get("streams", 1) == 1:
+            self._tiles(problem, config, panels, names, m)
+            return
+        with T.If(m == 1):
+            with T.Then():
+                self._single_row(problem, config, panels, names, m)
+            with T.Else():
+                self._tiles(problem, config, panels, names, m)
 
     def _tiles(self, problem: LinearProblem, config: dict[str, Any], panels: Panels, names: dict, m: Any) -> None:
         """Any number of rows, by tiles and panels."""
@@ -394,12 +351,6 @@ class TiledGemm(LinearKernel):
                     value = value if dtype == "float32" else v.cast(value, "float32", p.lanes)
                     v.store(e.tile, [r, vec * p.lanes], vmath.fma(value, scale, so_far), p.lanes)
 
-    def position(self, e: Emission, group: Any, row: Any, index: int) -> Any:
-        """First k of the codes at position ``index`` of a panel row, moved back where the matrix ends."""
-        p = e.panels
-        k = group * p.group + row * p.step + p.depth * index
-        return v.let(T.min(k, max(p.k - p.depth, 0)) if p.clamped else k)
-
     def _panel(self, e: Emission, panel: Any, first: Any, rows: Any) -> None:
         for height in range(e.config["mr"], 0, -1):
             with T.If(rows == height), T.Then():
@@ -407,25 +358,8 @@ class TiledGemm(LinearKernel):
         finish(e.problem, e.names, e.tile, e.panels, e.panels.lanes, panel, first, rows)
 
 
-def opaque(value: Any) -> Any:
-    """Evaluate an int32 once and hide how it was computed from TVM's index analyses, whose time grows with its size."""
-    slot = B.alloc_buffer((1,), "int32", annotations=ON_STACK)
-    B.buffer_store(slot, value, [0])
-    return v.let(slot[0])
-
-
 def usable(streams: Sequence[int], problem: LinearProblem, panels: int) -> list[int]:
     """Those of ``streams`` that leave every thread several times as many ``panels``; just 1 if there never is a single row."""
     if problem.m is not None and problem.m > 1:
         return [1]
     return [n for n in streams if n == 1 or panels >= 4 * n * max(problem.threads, 1)]
-
-
-def beside(panel: Any) -> tuple[Any, ...]:
-    """The panels of a tile: one, or several in a tuple."""
-    return panel if isinstance(panel, tuple) else (panel,)
-
-
-def vectors(panels: Panels, panel: Any) -> list[tuple[Any, int]]:
-    """The panel of each vector of a tile, and its first column there."""
-    return [(each, vec * panels.lanes) for each in beside(panel) for vec in range(panels.vectors)]

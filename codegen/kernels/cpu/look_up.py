@@ -14,7 +14,7 @@ from tvm.script import tirx as T
 
 from qcompile.codegen.kernels.base import LinearKernel, LinearProblem, StoredCodes
 from qcompile.codegen.kernels.cpu import vector as v
-from qcompile.codegen.kernels.cpu.gemm import opaque
+from qcompile.codegen.kernels.cpu.emission import opaque
 from qcompile.codegen.kernels.cpu.lut import PlanePanels, PlaneSum, group_scales
 from qcompile.codegen.kernels.cpu.superblocks import pack_super_blocks, planes_of, super_block_params
 from qcompile.codegen.kernels.cpu.tail import tail_params
@@ -68,6 +68,10 @@ class LookUpGemm(LinearKernel):
         panels = self.panels(problem, config)
         bias = panels.planes.bias if panels.planes.offset == "constant" else 0
         return StoredCodes(panels.layout, panels.source(), panels.planes.group, bias=bias)
+
+    def operands(self, problem: LinearProblem, config: dict[str, Any]) -> list[v.Param]:
+        """The parameters of the PrimFunc."""
+        return self.params(problem, config, self.panels(problem, config))
 
     def params(self, problem: LinearProblem, config: dict[str, Any], panels: PlanePanels) -> list[v.Param]:
         """The parameters of the PrimFunc in the order of `LinearKernel`."""

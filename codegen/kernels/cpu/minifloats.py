@@ -26,7 +26,8 @@ from tvm.tirx.script.builder import ir as B
 from qcompile.codegen.kernels.base import LinearProblem, StoredCodes
 from qcompile.codegen.kernels.cpu import vector as v
 from qcompile.codegen.kernels.cpu import vmath
-from qcompile.codegen.kernels.cpu.gemm import Emission, Register, Tile, TiledGemm
+from qcompile.codegen.kernels.cpu.emission import Emission, Register, Tile
+from qcompile.codegen.kernels.cpu.gemm import TiledGemm
 from qcompile.codegen.kernels.cpu.panels import IndexPanels
 from qcompile.codegen.kernels.cpu.unpack import field
 from qcompile.formats import Format, IntFormat, Quantized

@@ -14,7 +14,7 @@ from tvm.script import tirx as T
 from qcompile.codegen.kernels.base import LinearProblem
 from qcompile.codegen.kernels.cpu import float_tables, floats
 from qcompile.codegen.kernels.cpu import vector as v
-from qcompile.codegen.kernels.cpu.gemm import Emission
+from qcompile.codegen.kernels.cpu.emission import Emission
 from qcompile.codegen.kernels.cpu.levels import ENTRIES
 from qcompile.codegen.kernels.cpu.unpack import shift
 from qcompile.targets.target import Target

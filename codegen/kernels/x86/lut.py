@@ -25,7 +25,8 @@ from tvm.script import tirx as T
 
 from qcompile.codegen.kernels.base import LinearProblem, Support
 from qcompile.codegen.kernels.cpu import vector as v
-from qcompile.codegen.kernels.cpu.gemm import BANDWIDTH, CLOCK, opaque, usable
+from qcompile.codegen.kernels.cpu.emission import opaque
+from qcompile.codegen.kernels.cpu.gemm import BANDWIDTH, CLOCK, usable
 from qcompile.codegen.kernels.cpu.look_up import LookUpGemm, over_tiles
 from qcompile.codegen.kernels.cpu.lut import PAIR, PlanePanels
 from qcompile.codegen.kernels.cpu.superblocks import planes_of
@@ -140,19 +141,22 @@ class LutGemm(LookUpGemm):
     # Code
 
     def build(self, problem: LinearProblem, config: dict[str, Any], target: Target, name: str) -> Any:
-        panels, block = self.panels(problem, config), config["block_rows"]
-        with v.kernel(name, self.params(problem, config, panels)) as (builder, names):
-            m = opaque(T.cast(names["m"], "int32"))
-            tables = TableBuffers(panels, self.pairs_per_chunk(problem, panels), block)
-            signed, grouped = self.signed(problem, panels), self.grouped(panels.planes)
-            e = LutEmission(problem, panels, config, names, m, tables, signed, grouped)
-            with T.serial(T.truncdiv(m + (block - 1), block)) as index:
-                start = v.let(index * block)
-                here = v.let(T.min(m - start, block))
-                with T.serial(here) if problem.threads == 1 else T.parallel(here) as row:
-                    tables.build(names["x"], start + row, row)
-                self._panels(e, start, here)
+        with v.kernel(name, self.operands(problem, config)) as (builder, names):
+            self.emit(problem, config, names, opaque(T.cast(names["m"], "int32")))
         return builder.get()
+
+    def emit(self, problem: LinearProblem, config: dict[str, Any], names: dict[str, Any], m: Any) -> None:
+        """Write the code for ``m`` rows and operands called ``names``."""
+        panels, block = self.panels(problem, config), config["block_rows"]
+        tables = TableBuffers(panels, self.pairs_per_chunk(problem, panels), block)
+        signed, grouped = self.signed(problem, panels), self.grouped(panels.planes)
+        e = LutEmission(problem, panels, config, names, m, tables, signed, grouped)
+        with T.serial(T.truncdiv(m + (block - 1), block)) as index:
+            start = v.let(index * block)
+            here = v.let(T.min(m - start, block))
+            with T.serial(here) if problem.threads == 1 else T.parallel(here) as row:
+                tables.build(names["x"], start + row, row)
+            self._panels(e, start, here)
 
     @staticmethod
     def _panels(e: LutEmission, start: Any, here: Any) -> None:

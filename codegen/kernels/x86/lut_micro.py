@@ -16,7 +16,7 @@ from tvm.tirx.script.builder import ir as B
 from qcompile.codegen.kernels.base import LinearProblem
 from qcompile.codegen.kernels.cpu import vector as v
 from qcompile.codegen.kernels.cpu import vmath
-from qcompile.codegen.kernels.cpu.gemm import ON_STACK, beside
+from qcompile.codegen.kernels.cpu.emission import ON_STACK, beside
 from qcompile.codegen.kernels.cpu.lut import PlanePanels
 from qcompile.codegen.kernels.cpu.superblocks import NESTED, super_place
 from qcompile.codegen.kernels.x86.instructions import PSHUFB, prefetch

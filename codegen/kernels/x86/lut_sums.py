@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from tvm.script import tirx as T
 
 from qcompile.codegen.kernels.cpu import vector as v
-from qcompile.codegen.kernels.cpu.gemm import Register
+from qcompile.codegen.kernels.cpu.emission import Register
 from qcompile.codegen.kernels.x86.instructions import MADDUBS, MADDWD
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ from tvm.script import tirx as T
 from tvm.tirx.script.builder import ir as B
 
 from qcompile.codegen.kernels.cpu import vector as v
-from qcompile.codegen.kernels.cpu.gemm import ON_STACK, Register
+from qcompile.codegen.kernels.cpu.emission import ON_STACK, Register
 from qcompile.codegen.kernels.cpu.lut import LARGEST, PAIR, PlanePanels
 
 BYTES = 32

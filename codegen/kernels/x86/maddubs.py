@@ -14,7 +14,8 @@ from tvm.script import tirx as T
 
 from qcompile.codegen.kernels.base import LinearProblem
 from qcompile.codegen.kernels.cpu import vector as v
-from qcompile.codegen.kernels.cpu.gemm import Emission, Register, Tile, TiledGemm, beside
+from qcompile.codegen.kernels.cpu.emission import Emission, Register, Tile, beside
+from qcompile.codegen.kernels.cpu.gemm import TiledGemm
 from qcompile.codegen.kernels.cpu.panels import PaddedPanels, Panels
 from qcompile.codegen.kernels.cpu.unpack import as_bytes, field
 from qcompile.codegen.kernels.x86.instructions import MADDUBS, MADDWD, prefetch

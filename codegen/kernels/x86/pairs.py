@@ -23,7 +23,8 @@ from tvm.tirx.script.builder import ir as B
 
 from qcompile.codegen.kernels.base import LinearProblem
 from qcompile.codegen.kernels.cpu import vector as v
-from qcompile.codegen.kernels.cpu.gemm import ON_STACK, Emission, Register, Tile, TiledGemm, beside, vectors
+from qcompile.codegen.kernels.cpu.emission import ON_STACK, Emission, Register, Tile, beside, position, vectors
+from qcompile.codegen.kernels.cpu.gemm import TiledGemm
 from qcompile.codegen.kernels.cpu.panels import Panels
 from qcompile.codegen.kernels.x86.instructions import MADDUBS, MADDWD, prefetch
 from qcompile.targets.target import Target
@@ -124,7 +125,7 @@ class PairGemm(TiledGemm):
         lines = range(full * LANES, p.rows_per_group) if contiguous else range(p.rows_per_group)
         with T.serial(len(lines)) as i:
             line = v.let(i + lines.start)
-            k = self.position(e, group, line, 0)
+            k = position(e, group, line, 0)
             for b in range(4):
                 value = T.cast(e.names["x"][at, k + b], "int32") - 128 if b < p.k else T.int32(0)
                 B.buffer_store(main, T.cast(value, "int8"), [row, 4 * (begin + line) + b])

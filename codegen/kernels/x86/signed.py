@@ -15,7 +15,7 @@ from tvm.script import tirx as T
 from tvm.tirx.script.builder import ir as B
 
 from qcompile.codegen.kernels.cpu import vector as v
-from qcompile.codegen.kernels.cpu.gemm import Emission
+from qcompile.codegen.kernels.cpu.emission import Emission
 from qcompile.codegen.kernels.cpu.panels import PaddedPanels
 
 PAD = 64

@@ -21,7 +21,7 @@ from tvm.script import tirx as T
 
 from qcompile.codegen.kernels.base import LinearProblem
 from qcompile.codegen.kernels.cpu import vector as v
-from qcompile.codegen.kernels.cpu.gemm import Emission, Register, Tile, beside
+from qcompile.codegen.kernels.cpu.emission import Emission, Register, Tile, beside
 from qcompile.codegen.kernels.cpu.levels import ENTRIES, Levels, adds_halves, entries, exact_levels, rounded_levels
 from qcompile.codegen.kernels.cpu.minifloats import half_shift
 from qcompile.codegen.kernels.cpu.panels import IndexPanels

@@ -14,7 +14,8 @@ from tvm.script import tirx as T
 
 from qcompile.codegen.kernels.base import LinearProblem
 from qcompile.codegen.kernels.cpu import vector as v
-from qcompile.codegen.kernels.cpu.gemm import Emission, Tile, TiledGemm
+from qcompile.codegen.kernels.cpu.emission import Emission, Tile, position
+from qcompile.codegen.kernels.cpu.gemm import TiledGemm
 from qcompile.codegen.kernels.cpu.panels import Panels
 from qcompile.codegen.kernels.cpu.unpack import as_bytes, field, repeat_byte
 from qcompile.formats import IntFormat
@@ -70,7 +71,7 @@ class VnniGemm(TiledGemm):
         zeros = self.zero_vectors(e, panel, group)
         with T.serial(p.rows_per_group) as row:
             for index, weights in self.codes(e, panel, group * p.rows_per_group + row, zeros):
-                k = self.position(e, group, row, index)
+                k = position(e, group, row, index)
                 for r, line in enumerate(sums):
                     a = v.let(self.activations(e, first + r, k))
                     for acc, w in zip(line, weights):

@@ -14,7 +14,8 @@ from tvm.tirx.script.builder import ir as B
 
 from qcompile.codegen.kernels.base import LinearProblem
 from qcompile.codegen.kernels.cpu import vector as v
-from qcompile.codegen.kernels.cpu.gemm import Emission, Tile, TiledGemm, vectors
+from qcompile.codegen.kernels.cpu.emission import Emission, Tile, position, vectors
+from qcompile.codegen.kernels.cpu.gemm import TiledGemm
 from qcompile.codegen.kernels.cpu.panels import Panels
 from qcompile.codegen.kernels.x86.instructions import MADDWD
 from qcompile.codegen.kernels.x86.maddubs import products
@@ -100,7 +101,7 @@ class WideGemm(TiledGemm):
                     stored = v.bits_of(stored, "int8", half)
                 wide = v.cast(stored, "int16", half)
                 weights.append(v.let(wide if zeros is None else wide - zeros[i]))
-            k = self.position(e, group, row, 0)
+            k = position(e, group, row, 0)
             for r, accumulators in enumerate(sums):
                 word = v.bits_of(v.load(e.extra["wide"], [r, k], 2), "int32", 1)
                 a = v.let(v.bits_of(v.splat(word, p.lanes), "int16", half))

@@ -1,12 +1,12 @@
 """Linear operators on one row by integer tensor cores, for integer weights and float activations.
 
-    warp wk of a block takes every ``kw``-th block of 128 K, for all ``tn`` channel tiles of the block
+    a block (or ``split`` of a cluster, which divide K) has ``tn`` channel tiles; of K, a warp takes every so many-th 128
     per block of K:     x -> slices of eight bits           once for all tiles (`slices`)
                         codes and scales                    cp.async to shared memory, ``stages - 1`` tiles before they are
                                                             multiplied, read back by the same warp: no barrier
                         masked bytes -> mma.sync            u8 x s8, 16 channels by 32 positions; exact
                         sum of a group * exponent * scale   float32
-    at the end          sums of the warps, in order, through shared memory
+    at the end          sums of the warps, then of the cluster, in order, through shared memory
 
 Zero points leave before the codes enter: sums start at minus what codes equal to the zero point would give, or, where zero
 points differ, the sum of x times the zero point is subtracted.
@@ -14,6 +14,7 @@ points differ, the sum of x times the zero point is subtracted.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -36,14 +37,17 @@ class SlicedShape(LinearShape):
     """Everything static about one kernel.
 
     Attributes:
-        tn: channel tiles of a block. kw: its warps.
-        stages: of the pipeline of a warp, a channel tile and block of K each; a divisor or a multiple of ``tn``.
+        tn: channel tiles of a block. kw: its warps. split: blocks of a cluster.
+        wide: channel tiles a warp multiplies at a time, a divisor of ``tn``: as many chains of products.
+        stages: of the pipeline of a warp, ``wide`` channel tiles and a block of K each; a divisor or a multiple of their number.
         overlap: see `stream.StreamShape`.
     """
 
     tn: int
     kw: int
     stages: int
+    wide: int = 1
+    split: int = 1
     overlap: bool = False
 
     @property
@@ -62,13 +66,38 @@ class SlicedShape(LinearShape):
         return -(-self.tiles // self.tn)
 
     @property
+    def stride(self) -> int:
+        """Warps that divide K."""
+        return self.kw * self.split
+
+    @property
     def per_warp(self) -> int:
         """Blocks of K of one warp, at most."""
-        return -(-self.blocks // self.kw)
+        return -(-self.blocks // self.stride)
+
+    @property
+    def steps(self) -> int:
+        """Stages of a block of K."""
+        return self.tn // self.wide
+
+    @property
+    def cluster(self) -> bool:
+        """Whether blocks are launched in clusters, ``split`` along y."""
+        return self.split > 1
+
+    @property
+    def blocks_of_cluster(self) -> tuple[int, int]:
+        """Along x and y."""
+        return 1, self.split
 
     @property
     def stage_bytes(self) -> int:
-        """Shared memory of a channel tile and block of K."""
+        """Shared memory of a stage."""
+        return self.wide * self.tile_bytes
+
+    @property
+    def tile_bytes(self) -> int:
+        """Of a channel tile in it."""
         return self.code_bytes + 8 * self.meta_bytes * (BLOCK // self.chunk)
 
     @property
@@ -84,19 +113,15 @@ class SlicedShape(LinearShape):
     @property
     def shared_bytes(self) -> int:
         """Of a block."""
-        return self.totals_place + 4 * self.kw * self.columns
+        return self.totals_place + 4 * (self.kw + 1) * self.columns
 
     @property
     def registers(self) -> int:
         """Rough count per thread."""
         chunks = BLOCK // self.chunk
-        return (
-            50
-            + 2 * self.tn
-            + self.code_bytes // 128
-            + chunks * self.meta_bytes // 4
-            + (QUADS + 4 * chunks) * len(self.layout.planes)
-        )
+        planes = len(self.layout.planes)
+        held = self.code_bytes // 128 + chunks * self.meta_bytes // 4 + 4 + 4 * planes
+        return 38 + 2 * self.tn + self.wide * held + (QUADS + 4 * chunks) * planes
 
 
 class SlicedLinear(CudaLinear):
@@ -119,8 +144,12 @@ class SlicedLinear(CudaLinear):
 
     def shape(self, problem: LinearProblem, config: dict[str, Any]) -> SlicedShape:
         given = {key: config[key] for key in ("tn", "kw", "stages", "dtype", "out")}
-        overlap = bool(config.get("overlap"))
-        return SlicedShape(k=problem.k, n=problem.n, weight=problem.weight, overlap=overlap, **given)
+        given |= {
+            "wide": config.get("wide", 1),
+            "split": config.get("split", 1),
+            "overlap": bool(config.get("overlap")),
+        }
+        return SlicedShape(k=problem.k, n=problem.n, weight=problem.weight, **given)
 
     def configs(self, problem: LinearProblem, target: Target) -> list[dict[str, Any]]:
         """Configs that fit the chip, best first by `cost`; none for more rows than one."""
@@ -129,10 +158,14 @@ class SlicedLinear(CudaLinear):
         found = []
         for dtype in self.dtypes:
             for tn in (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16):
-                for kw in (4, 8, 16, 32):
-                    for stages in sorted({tn * v for v in range(1, 17)} | {v for v in range(3, tn) if tn % v == 0}):
-                        config = {"tn": tn, "kw": kw, "stages": stages, "dtype": dtype, "out": dtype, "overlap": True}
-                        if 3 <= stages <= 16 and self.fits(self.shape(problem, config), target):
+                for kw, split, wide in itertools.product((4, 8, 16, 32), (1, 2, 4), (1, 2)):
+                    for stages in (3, 4, 5, 6, 7, 8, 10, 12, 14, 16):
+                        config = {
+                            "tn": tn, "kw": kw, "stages": stages, "wide": wide, "split": split, "cluster": split > 1,
+                            "dtype": dtype, "out": dtype, "overlap": True,
+                        }  # fmt: skip
+                        able = tn % wide == 0 and (split == 1 or target.has("tma"))  # clusters came with it
+                        if able and self.fits(self.shape(problem, config), target):
                             found.append(config)
         order = {dtype: i for i, dtype in enumerate(self.dtypes)}
         return sorted(found, key=lambda c: (order[c["dtype"]], self.cost(problem, c, target, 1)))
@@ -142,8 +175,8 @@ class SlicedLinear(CudaLinear):
             shape.registers <= min(200, 65536 // shape.threads)
             and shape.shared_bytes <= target.shared
             and shape.tn <= shape.tiles
-            and (shape.kw <= shape.blocks or shape.kw == 4)
-            and (shape.tn % shape.stages == 0 or shape.stages % shape.tn == 0)
+            and (shape.stride <= shape.blocks or (shape.kw == 4 and shape.split == 1))
+            and (shape.steps % shape.stages == 0 or shape.stages % shape.steps == 0)
         )
 
     def cost(self, problem: LinearProblem, config: dict[str, Any], target: Any, m: int) -> float:
@@ -158,12 +191,12 @@ class SlicedLinear(CudaLinear):
                 target.shared_sm // (s.shared_bytes + 1024),
             ),
         )
-        work = s.grid_n * m
+        work = s.grid_n * m * s.split
         busiest = -(-work // sms)
         resident = min(fit, busiest)
-        flight = resident * s.kw * min(s.stages - 1, s.per_warp * s.tn) * s.stage_bytes
+        flight = resident * s.kw * min(s.stages - 1, s.per_warp * s.steps) * s.stage_bytes
         turns = busiest * s.kw * s.per_warp
-        memory = turns * s.tn * s.stage_bytes * sms / target.bandwidth * max(1.0, 40000 / flight)
+        memory = turns * s.tn * s.tile_bytes * sms / target.bandwidth * max(1.0, 40000 / flight)
         slots = turns * (70 * len(s.layout.planes) + s.tn * (20 * len(s.layout.planes) + 14 * (BLOCK // s.chunk))) / 4
         issue = slots * max(1.0, 16 / (resident * s.kw)) / 1.7e9
         crowded = 0.5e-6 if 2 * resident > fit else 0.0  # blocks of the next kernel find no place meanwhile

@@ -42,7 +42,7 @@ class SlicedKernel(Tail):
         s = self.s
         self._parameters()
         T.device_entry()
-        self.bx, self.bz = T.cta_id([s.grid_n, self.m])
+        self.bx, self.by, self.bz = T.cta_id([s.grid_n, s.split, self.m])
         self.tx = T.thread_id([s.threads])
         if s.overlap:
             e.share_device()
@@ -52,15 +52,17 @@ class SlicedKernel(Tail):
         # The last block repeats tiles of the one before instead of going beyond the last.
         self.tile = e.let(T.min(self.bx * s.tn, s.tiles - s.tn))
         self._registers()
-        for step in range(s.stages - 1):
-            self._copy(self.slots + step * (s.stage_bytes // 4), step % s.tn, self.warp + step // s.tn * s.kw)
+        self.first = e.let(self.by * s.kw + self.warp)
+        for stage in range(s.stages - 1):
+            block = self.first + stage // s.steps * s.stride
+            self._copy(self.slots + stage * (s.stage_bytes // 4), stage % s.steps, block)
         if s.overlap:
             e.await_previous()
-        self._load_x(self.warp)
+        self._load_x(self.first)
         self._slice()
-        turns = e.let(T.max((s.blocks - self.warp + (s.kw - 1)) // s.kw, 0))
+        turns = e.let(T.max((s.blocks - self.first + (s.stride - 1)) // s.stride, 0))
         with T.serial(turns) as i:
-            self._block(e.let(self.warp + i * s.kw))
+            self._block(e.let(self.first + i * s.stride))
         e.wait(0)
         self._keep()
         self._finish()
@@ -80,15 +82,15 @@ class SlicedKernel(Tail):
         s = self.s
         self.planes = sliced_planes(s.weight.bits)
         self.slicer = Slicer(s.weight.bits)
-        self.held = [e.Registers((p.vectors * p.vector // 4,), "uint32") for p in s.layout.planes]
-        self.meta_words = e.Registers((self.chunks, max(1, s.meta_bytes // 4)), "uint32")
+        self.held = [e.Registers((s.wide, p.vectors * p.vector // 4), "uint32") for p in s.layout.planes]
+        self.meta_words = e.Registers((s.wide, self.chunks, max(1, s.meta_bytes // 4)), "uint32")
         self.xw = e.Registers((len(self.planes), 2), "uint32")
         self.xs = e.Registers((len(self.planes), QUADS), "uint32")
         self.down = e.Registers((1,), "float32")
         # What the sums start at; unless zero points are the same everywhere, the sums of x.
         self.start = e.Registers((len(self.planes), self.chunks, 4), "uint32")
-        self.part = e.Registers((len(self.planes), 4), "uint32")
-        self.w = e.Registers((4,), "uint32")
+        self.part = e.Registers((s.wide, len(self.planes), 4), "uint32")
+        self.w = e.Registers((s.wide, 4), "uint32")
         self.total = e.Registers((s.tn, 2), "float32")
         self.one = e.Registers((1,), "uint32")
         for j in range(s.tn):
@@ -98,7 +100,7 @@ class SlicedKernel(Tail):
         # Words to the stages of this block of K and of the one before, where they move.
         self.base = e.Registers((2,), "int32")
         for which in range(2):
-            self.base[which] = self.slots + (which and (s.stages - min(s.tn, s.stages)) * (s.stage_bytes // 4))
+            self.base[which] = self.slots + (which and (s.stages - min(s.steps, s.stages)) * (s.stage_bytes // 4))
         self.exchange = e.let((s.exchange_place // 4) + self.warp * EXCHANGE)
         self.t = e.let(self.lane % 4)
         self.g = e.let(self.lane // 4)
@@ -108,51 +110,57 @@ class SlicedKernel(Tail):
     def _slot(self, step: int) -> Any:
         """Words to the stage of a step of this block of K; step -1 is the last one of the block before."""
         s = self.s
-        if s.tn % s.stages == 0:
+        if s.steps % s.stages == 0:
             return self.slots + step % s.stages * (s.stage_bytes // 4)
         if step < 0:
-            return self.base[1] + (s.tn - 1) * (s.stage_bytes // 4)
+            return self.base[1] + (s.steps - 1) * (s.stage_bytes // 4)
         return self.base[0] + step * (s.stage_bytes // 4)
 
-    def _copy(self, slot: Any, j: int, block: Any) -> None:
-        """Start copying the codes and scales of a channel tile, unless the block is beyond K."""
+    def _copy(self, slot: Any, step: int, block: Any) -> None:
+        """Start copying the codes and scales of a step, unless the block is beyond K."""
         s = self.s
         guard = T.cast(block < s.blocks, "uint32")
-        place = 0
-        for source, plane in zip(self.codes, s.layout.planes, strict=True):
-            for v in range(plane.vectors):
-                at = ((self.tile + j) * s.blocks + block) * plane.block_bytes + v * 32 * plane.vector
-                words = plane.vector // 4
-                target = self.arena.ptr_to([slot + place // 4 + self.lane * words])
-                e.copy_async(target, source.ptr_to([at + self.lane * plane.vector]), plane.vector, pred=guard)
-                place += 32 * plane.vector
-        if s.meta_bytes:
-            # 16 bytes to a lane; groups of a block lie one after the other.
-            per = s.meta_bytes // 2
-            chunk, piece = (self.lane // per, self.lane % per) if self.chunks > 1 else (T.int32(0), self.lane)
-            group = T.int32(0)
-            if s.group:
-                group = T.min((block * BLOCK + chunk * s.chunk) // s.group, s.meta_groups - 1)
-            at = ((self.tile + j) * s.meta_groups + group) * (8 * s.meta_bytes) + piece * 16
-            target = self.arena.ptr_to([slot + place // 4 + self.lane * 4])
-            some = T.cast(T.And(block < s.blocks, self.lane < per * self.chunks), "uint32")
-            e.copy_async(target, self.meta.ptr_to([at]), 16, pred=some)
+        for tile in range(s.wide):
+            j = step * s.wide + tile
+            place = tile * s.tile_bytes
+            for source, plane in zip(self.codes, s.layout.planes, strict=True):
+                for v in range(plane.vectors):
+                    at = ((self.tile + j) * s.blocks + block) * plane.block_bytes + v * 32 * plane.vector
+                    words = plane.vector // 4
+                    target = self.arena.ptr_to([slot + place // 4 + self.lane * words])
+                    e.copy_async(target, source.ptr_to([at + self.lane * plane.vector]), plane.vector, pred=guard)
+                    place += 32 * plane.vector
+            if s.meta_bytes:
+                self._copy_meta(slot + place // 4, j, block)
         e.commit()
+
+    def _copy_meta(self, place: Any, j: int, block: Any) -> None:
+        """Those of a channel tile, 16 bytes to a lane; groups of a block lie one after the other."""
+        s = self.s
+        per = s.meta_bytes // 2
+        chunk, piece = (self.lane // per, self.lane % per) if self.chunks > 1 else (T.int32(0), self.lane)
+        group = T.int32(0)
+        if s.group:
+            group = T.min((block * BLOCK + chunk * s.chunk) // s.group, s.meta_groups - 1)
+        at = ((self.tile + j) * s.meta_groups + group) * (8 * s.meta_bytes) + piece * 16
+        some = T.cast(T.And(block < s.blocks, self.lane < per * self.chunks), "uint32")
+        e.copy_async(self.arena.ptr_to([place + self.lane * 4]), self.meta.ptr_to([at]), 16, pred=some)
 
     def _read(self, slot: Any) -> None:
         """A stage into registers."""
         s = self.s
-        place = 0
-        for held, plane in zip(self.held, s.layout.planes, strict=True):
-            words = plane.vector // 4
-            for v in range(plane.vectors):
-                at = slot + place // 4 + self.lane * words
-                e.read_shared([held[v * words + c] for c in range(words)], self.arena.ptr_to([at]))
-                place += 32 * plane.vector
-        words = s.meta_bytes // 4
-        for chunk in range(self.chunks if words else 0):
-            at = slot + (place // 4 + chunk * 8 * words) + self.g * words
-            e.read_shared([self.meta_words[chunk, c] for c in range(words)], self.arena.ptr_to([at]))
+        for tile in range(s.wide):
+            place = tile * s.tile_bytes
+            for held, plane in zip(self.held, s.layout.planes, strict=True):
+                words = plane.vector // 4
+                for v in range(plane.vectors):
+                    at = slot + place // 4 + self.lane * words
+                    e.read_shared([held[tile, v * words + c] for c in range(words)], self.arena.ptr_to([at]))
+                    place += 32 * plane.vector
+            words = s.meta_bytes // 4
+            for chunk in range(self.chunks if words else 0):
+                at = slot + (place // 4 + chunk * 8 * words) + self.g * words
+                e.read_shared([self.meta_words[tile, chunk, c] for c in range(words)], self.arena.ptr_to([at]))
 
     def _load_x(self, block: Any) -> None:
         """The elements of this lane's quad; zeros beyond K."""
@@ -168,21 +176,20 @@ class SlicedKernel(Tail):
 
     def _block(self, block: Any) -> None:
         s = self.s
-        self._load_x(block + s.kw)
-        for j in range(s.tn):
+        self._load_x(block + s.stride)
+        for step in range(s.steps):
             e.wait(s.stages - 2)
             T.evaluate(T.cuda.warp_sync())
-            self._read(e.let(self._slot(j)))
-            turns, tile = divmod(j + s.stages - 1, s.tn)
-            self._copy(e.let(self._slot(j - 1)), tile, e.let(block + turns * s.kw))
+            self._read(e.let(self._slot(step)))
+            turns, following = divmod(step + s.stages - 1, s.steps)
+            self._copy(e.let(self._slot(step - 1)), following, e.let(block + turns * s.stride))
             for chunk in range(self.chunks):
-                self._multiply(j, chunk)
-        if s.tn % s.stages:
-            step = s.tn * (s.stage_bytes // 4)
-            following = e.let(self.base[0] + step)
+                self._multiply(step, chunk)
+        if s.steps % s.stages:
+            after = e.let(self.base[0] + s.steps * (s.stage_bytes // 4))
             self.base[1] = self.base[0]
             last = self.slots + s.stages * (s.stage_bytes // 4)
-            self.base[0] = T.Select(following == last, self.slots, following)
+            self.base[0] = T.Select(after == last, self.slots, after)
         # The next block's slices, while products of this one are under way.
         self._slice()
 
@@ -244,35 +251,35 @@ class SlicedKernel(Tail):
         rows = [self.xs[p, 2 * product + h] for h in range(2)]
         e.ptx(MMA, *out, *weights, *rows, *start)
 
-    def _multiply(self, j: int, chunk: int) -> None:
+    def _multiply(self, step: int, chunk: int) -> None:
         """The products of a chunk, and what they add to the sums."""
         s = self.s
         for p, plane in enumerate(self.planes):
-            words = [self.held[p][c] for c in range(self.held[p].shape[0])]
-            sums = [self.part[p, c] for c in range(4)]
             for i in range(self.products):
                 product = chunk * self.products + i
-                plane.operand(self.w, words, product)
-                first = [self.start[p, chunk, c] for c in range(4)] if s.symmetric else [e.u32(0)] * 4
-                self._mma(sums, [self.w[r] for r in range(4)], p, product, first if i == 0 else sums)
-        for a in range(2):
-            value = self._joined(self.part, a)
-            if not s.symmetric:
-                zero = self._zero(self.meta_words[chunk, s.meta_bytes // 4 - 1], a)
-                value = value - zero * self._joined(self.start, a, chunk)
-            value = value * self.down[0]
-            if s.scaled:
-                value = value * half_of(self.meta_words[chunk, 0], a)
-            self.total[j, a] = self.total[j, a] + value
+                for tile in range(s.wide):
+                    words = [self.held[p][tile, c] for c in range(self.held[p].shape[1])]
+                    sums = [self.part[tile, p, c] for c in range(4)]
+                    plane.operand(e.View(self.w, tile), words, product)
+                    first = [self.start[p, chunk, c] for c in range(4)] if s.symmetric else [e.u32(0)] * 4
+                    self._mma(sums, [self.w[tile, r] for r in range(4)], p, product, first if i == 0 else sums)
+        for tile in range(s.wide):
+            for a in range(2):
+                value = self._joined([[self.part[tile, p, c] for c in range(4)] for p in range(len(self.planes))], a)
+                if not s.symmetric:
+                    zero = self._zero(self.meta_words[tile, chunk, s.meta_bytes // 4 - 1], a)
+                    value = value - zero * self._joined([[self.start[0, chunk, c] for c in range(4)]], a)
+                value = value * self.down[0]
+                if s.scaled:
+                    value = value * half_of(self.meta_words[tile, chunk, 0], a)
+                j = step * s.wide + tile
+                self.total[j, a] = self.total[j, a] + value
 
-    def _joined(self, sums: e.Registers, a: int, *chunk: int) -> Any:
-        """Both slices of a lane and all planes as one float32, for channel half ``a``."""
+    def _joined(self, planes: list[list[Any]], a: int) -> Any:
+        """Both slices of a lane and all planes as one float32, for channel half ``a``. The sums of ones have one plane."""
         total = None
-        for p in range(len(self.planes)):
-            if p and chunk:
-                continue  # ones have no bit in it
-            low, high = (sums[(p, *chunk, 2 * a + c)] for c in range(2))
-            value = (high << e.u32(8)) + low
+        for p, sums in enumerate(planes):
+            value = (sums[2 * a + 1] << e.u32(8)) + sums[2 * a]
             # Planes beyond the first count 2^row more than it, like its own second half, after all prescaling.
             value = value << e.u32(a) if p and a else value
             total = value if total is None else total + value
@@ -301,18 +308,51 @@ class SlicedKernel(Tail):
                     B.buffer_store(self.arena, total, [base + j * TILE + a * 8])
 
     def _finish(self) -> None:
-        """Add the warps up, in order."""
+        """Add the warps up, in order, then the blocks of the cluster."""
         s = self.s
         T.evaluate(T.cuda.cta_sync())
+        place = s.totals_place // 4
+        mine = e.let(place + s.kw * s.columns)
         with T.serial(-(-s.columns // s.threads)) as i:
             channel = e.let(i * s.threads + self.tx)
             n = e.let(self.tile * TILE + channel)
             # Tiles that are repeated are stored by one block.
-            mine = T.And(n >= self.bx * s.columns, T.And(channel < s.columns, n < s.n))
-            with T.If(mine), T.Then():
+            wanted = T.And(n >= self.bx * s.columns, T.And(channel < s.columns, n < s.n))
+            with T.If(wanted), T.Then():
                 total = e.Registers((1,), "float32")
                 for warp in range(s.kw):
-                    word = self.arena[s.totals_place // 4 + warp * s.columns + channel]
-                    value = T.reinterpret("float32", word)
+                    value = T.reinterpret("float32", self.arena[place + warp * s.columns + channel])
                     total[0] = value if warp == 0 else total[0] + value
+                if s.cluster:
+                    B.buffer_store(self.arena, T.reinterpret("uint32", total[0]), [mine + channel])
+                else:
+                    self._store(self.bz, n, total[0])
+        if s.cluster:
+            self._reduce_cluster(mine)
+
+    def _reduce_cluster(self, mine: Any) -> None:
+        """Every block adds up and stores its share of the channels."""
+        s = self.s
+        meet()
+        address = T.cuda.cvta_generic_to_shared(self.arena.ptr_to([mine]))
+        share = -(-s.columns // s.split)
+        with T.serial(-(-share // s.threads)) as i:
+            within = e.let(i * s.threads + self.tx)
+            channel = e.let(self.by * share + within)
+            n = e.let(self.tile * TILE + channel)
+            wanted = T.And(T.And(within < share, channel < s.columns), T.And(n >= self.bx * s.columns, n < s.n))
+            with T.If(wanted), T.Then():
+                total, word = e.Registers((1,), "float32"), e.Registers((2,), "uint32")
+                for part in range(s.split):
+                    e.ptx("mapa.shared::cluster.u32", word[0], address, e.u32(part))
+                    e.ptx("ld.shared::cluster.b32", word[1], word[0] + T.cast(channel * 4, "uint32"))
+                    value = T.reinterpret("float32", word[1])
+                    total[0] = value if part == 0 else total[0] + value
                 self._store(self.bz, n, total[0])
+        meet()  # the others may still be reading
+
+
+def meet() -> None:
+    """Wait for all threads of the cluster."""
+    e.ptx("barrier.cluster.arrive.release.aligned")
+    e.ptx("barrier.cluster.wait.acquire.aligned")

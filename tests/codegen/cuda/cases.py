@@ -94,8 +94,9 @@ class Case:
             config = {"tn": 2 if self.bias else 1, "kw": 3 if self.k > 1000 else 2, "grid": 3, "stages": 4, "raw": raw}
             return {1: {"family": "cuda-stream-persistent" + integer, **config}}
         if self.variant == "sliced":
-            division = {"tn": 4, "stages": 4} if self.bias else {"tn": 3, "stages": 6}
-            return {1: {"family": "cuda-stream-sliced", "kw": 4, "overlap": self.k > 700, **division}}
+            division = {"tn": 4, "stages": 4, "wide": 2} if self.bias else {"tn": 3, "stages": 6}
+            division |= {"split": max(self.split, 1), "cluster": self.split > 1, "overlap": self.k > 700}
+            return {1: {"family": "cuda-stream-sliced", "kw": 4, **division}}
         if self.variant == "planes":
             forced = {rows: {**given, "family": "cuda-planes"} for rows, given in forced.items()}
         if self.variant == "raw":
@@ -229,14 +230,14 @@ CASES = [
     Case("int2/g128", 1100, 328, bias=True, variant="sliced"),
     Case("int2/g32/asym", 515, 77, variant="sliced"),
     Case("int2/asym", 700, 96, dtype="bfloat16", variant="sliced"),
-    Case("int2/g256", 2048, 136, variant="sliced"),
+    Case("int2/g256", 2048, 136, split=2, variant="sliced"),
     Case("int3/g64", 1031, 136, bias=True, variant="sliced"),
     Case("int3/g128/asym", 768, 128, dtype="bfloat16", variant="sliced"),
-    Case("int4/g128", 1031, 259, bias=True, dtype="bfloat16", variant="sliced"),
+    Case("int4/g128", 1031, 259, bias=True, dtype="bfloat16", split=2, variant="sliced"),
     Case("int4/g64/asym", 1100, 160, variant="sliced"),
     Case("int4", 777, 131, variant="sliced"),
     Case("int8/g128", 512, 72, bias=True, variant="sliced"),
-    Case("int8/asym", 333, 65, variant="sliced"),
+    Case("int8/asym", 2000, 65, split=4, variant="sliced"),
     Case("int8/g32/asym", 700, 80, dtype="bfloat16", variant="sliced"),
 ]
 """Odd and even extents, all bits, groups, both kinds of zero points, both float types, with and without split-k."""

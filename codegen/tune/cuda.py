@@ -31,7 +31,7 @@ from qcompile.targets.databases import check_writable
 MEASURED = {rows: rows for rows in ROWS} | {512: 1024}
 """Rows the config for a bucket is measured with."""
 
-DIVISION = ("rows", "tn", "nw", "kw", "grid", "raw", "wg", "mt", "split", "cluster", "wgmma")
+DIVISION = ("rows", "tn", "nw", "kw", "grid", "raw", "wg", "mt", "split", "cluster", "share", "wgmma")
 """What distinguishes two ways to divide the work; the rest is the pipeline's depth."""
 
 GOOD: tuple[dict[str, tuple[Any, ...]], ...] = (
@@ -74,7 +74,7 @@ def candidates(problem: LinearProblem, target: CudaTarget, rows: int, count: int
     able_ones = [kind for kind in (family(cls.name) for cls in FAMILIES) if kind.supports(problem, target)]
     for able in (kind for kind in able_ones if kind.packing == able_ones[0].packing):
         name = able.name
-        if ("stream" in name and rows > 16) or ("tiled" in name and rows < 8):
+        if ("stream" in name and rows > tuned.STREAMED) or ("tiled" in name and rows < 8):
             continue
         found = [(able.cost(known, c, target, m), name, c) for c in able.configs(known, target) if c["dtype"] == dtype]
         ranked += found

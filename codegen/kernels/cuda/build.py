@@ -23,7 +23,7 @@ from qcompile.errors import TargetError
 from qcompile.targets import folders
 from qcompile.targets.cuda import CudaTarget
 
-VERSION = 7
+VERSION = 8
 """Counted up whenever generated code changes for the same problem and config."""
 
 
@@ -172,7 +172,9 @@ def source(
 def dispatch(name: str, choices: Sequence[tuple[int, str]]) -> str:
     """C++ of a function ``name`` that calls the first function of ``(most rows, function)`` that takes the rows of its first
     argument; the last one takes any number, and no rows need no call."""
-    tests = "".join(f"  if (rows <= {rows}) return __tvm_ffi_{f}(self, args, count, result);\n" for rows, f in choices[:-1])
+    tests = "".join(
+        f"  if (rows <= {rows}) return __tvm_ffi_{f}(self, args, count, result);\n" for rows, f in choices[:-1]
+    )
     return f"""
 extern "C" TVM_DLL int32_t __tvm_ffi_{name}(void* self, void* args, int32_t count, void* result) {{
   const TVMFFIAny* given = static_cast<const TVMFFIAny*>(args);

@@ -1,9 +1,15 @@
-"""The loop of `tiled.TiledLinear` with weights in a ring of their own, deeper than that of x.
+"""The loop of `tiled.TiledLinear` with weights in a ring of their own.
 
-Bulk copies (`cp.async.bulk`, PTX ISA) bring the codes of a channel tile and stage, which are contiguous; an mbarrier counts
-their bytes. They need one thread each and start before the kernels that make x have ended: where the ring holds all weights
-of a block (`TiledShape.whole`) and two blocks fit a multiprocessor, memory works through the end of the kernel before.
-x comes by `cp.async` as in `tiled_code`; its barrier does not wait for weights that were asked for earlier.
+    weights   `cp.async` by all threads, as in `tiled_code`
+    x         `cp.async.bulk.tensor` by one thread, swizzled on the way; the blocks of a cluster that differ in channels only
+              (``share``) each read some rows and send them to all of them
+
+An mbarrier per slot says that its contents have arrived, another one that they have been read (by all sharers for x). PTX
+ISA, "Data movement and conversion instructions: tensor copy". Bulk copies of weights, a tile and stage each, were tried: one
+of 1 KiB takes 100 cycles or more, which is less than half of what memory delivers.
+
+Weights are asked for before the kernels that make x have ended: where the ring holds all weights of a block
+(`TiledShape.whole`) and two blocks fit a multiprocessor, memory works through the end of the kernel before.
 """
 
 from __future__ import annotations
@@ -11,99 +17,172 @@ from __future__ import annotations
 from typing import Any
 
 from tvm.script import tirx as T
+from tvm.tirx.script.builder import ir as B
 
 from qcompile.codegen.kernels.cuda import emit as e
+from qcompile.codegen.kernels.cuda.layout import BLOCK
 from qcompile.codegen.kernels.cuda.tiled_code import Kernel
 
-BULK = "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes"
+TENSOR = "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
+
+SWIZZLE_128 = 3
+"""CU_TENSOR_MAP_SWIZZLE_128B; 16-byte chunk c of row r of a panel lies at c ^ (r % 8)."""
 
 
 class RingKernel(Kernel):
     """Names of one kernel while it is written; products are by warpgroups."""
 
+    def _before(self) -> None:
+        """Describe x to the copy engine: panels of 128 bytes of the rows one block reads; zeros beyond its end."""
+        s = self.s
+        self.x_map = T.Var("x_map", ty=T.handle("tensormap").ty)
+        B.Bind(T.tvm_stack_alloca("tensormap", 1), var=self.x_map)
+        size = 1 if s.narrow else 2
+        kind = "uint8" if s.narrow else s.dtype
+        extents, strides, box = [s.x_width, self.m], [s.x_width * size], [128 // size, s.rows // s.share]
+        T.evaluate(
+            T.tensormap_encode_tiled(
+                self.x_map,
+                self.x.data,
+                *[T.cast(v, "uint64") for v in (*extents, *strides)],
+                *[T.uint32(v) for v in (*box, 1, 1)],
+                descriptor_dtype=kind,
+                rank=2,
+                swizzle=SWIZZLE_128,
+                l2_promotion=2,
+            )
+        )
+
     def _loop(self) -> None:
         s = self.s
         ahead = s.stages - 1
         early = s.ring if s.whole else s.ring - 1
-        self._start_barriers()
         warps = s.threads // 32
-        with T.serial(-(-min(early, s.per_split) // warps)) as turn:
-            stage = e.let(turn * warps + self.warp)
-            with T.If(T.And(stage < early, stage < self.count)), T.Then():
-                self._issue_ring(stage, self.start + stage)
+        self._start_barriers()
+        with T.serial(T.min(self.count, early)) as stage:
+            self._issue_ring(stage, self.start + stage)
+        e.ptx("prefetch.tensormap", T.address_of(self.x_map))
+        if s.share > 1:  # the barriers of the others have been initialised
+            e.ptx("barrier.cluster.wait.acquire.aligned")
         if s.overlap:
             e.await_previous()
-        for stage in range(ahead):
-            with T.If(self.count > stage), T.Then():
-                self._issue_x(T.int32(stage), self.start + stage)
-            self._landed(stage)
+        for stage in range(min(ahead, s.per_split)):
+            with T.If(T.And(self.warp == stage % warps, self.count > stage)), T.Then():
+                self._issue_rows(T.int32(stage), self.start + stage)
+        self._fetch_factors()
         with T.serial(self.count) as i:
             slot, place = e.let(i % s.stages), e.let(i % s.ring)
             following = e.let((i + ahead) % s.stages)  # also the slot of the stage before
             refilled = e.let((i + early) % s.ring)  # likewise
             T.evaluate(T.cuda.mbarrier_wait(self._ring_barrier(place), i // s.ring % 2))
             T.evaluate(T.cuda.mbarrier_wait(self._barrier(slot), i // s.stages % 2))
-            # What cp.async wrote is read by wgmma, that is, through the asynchronous proxy.
-            e.ptx("fence.proxy.async.shared::cta")
-
             weights = e.let(self.base + s.ring_place // 4 + place * (s.weight_bytes // 4))
             self._multiply(e.let(self.base + slot * (s.stage_bytes // 4)), weights)
-            with T.If(i + ahead < self.count), T.Then():
-                with T.If(i > 0), T.Then():
-                    T.evaluate(T.cuda.mbarrier_wait(self._barrier(following, empty=True), (i - 1) // s.stages % 2))
-                self._issue_x(following, self.start + i + ahead)
-                self._landed(following)
+            with T.If(self.warp == i % warps), T.Then():
+                if ahead < s.per_split:
+                    with T.If(i + ahead < self.count), T.Then():
+                        self._await_empty(i, s.stages, self._barrier(following, empty=True))
+                        self._issue_rows(following, self.start + i + ahead)
             if not s.whole:
-                with T.If(T.And(i + early < self.count, self.warp == i % warps)), T.Then():
-                    with T.If(i > 0), T.Then():
-                        empty = self._ring_barrier(refilled, empty=True)
-                        T.evaluate(T.cuda.mbarrier_wait(empty, (i - 1) // s.ring % 2))
+                with T.If(i + early < self.count), T.Then():
+                    self._await_empty(i, s.ring, self._ring_barrier(refilled, empty=True))
                     self._issue_ring(refilled, self.start + i + early)
             # None may be in flight at the end of the loop's body, or ptxas waits for every product (C7513).
             e.ptx("wgmma.wait_group.sync.aligned", 0)
+            self._release(slot, place)
+        e.wait(0)
+
+    def _fetch_factors(self) -> None:
+        """Scales of channels and rows, so that the end of the kernel does not wait for them."""
+        s = self.s
+        self.factors = e.let(self.base + s.factor_place // 4)
+        sources = [(s.columns, self.column, self.first_tile * 16, s.n)]
+        if self.x_scale is not None:
+            sources.append((s.rows, self.x_scale, self.first_row, self.m))
+        place = 0
+        for count, source, first, end in sources:
+            for i in range(-(-count // s.threads)):
+                index = e.let(self.tx + i * s.threads)
+                with T.If(T.And(index < count, first + index < end)), T.Then():
+                    at = self.arena.ptr_to([self.factors + place + index])
+                    e.copy_async(at, source.ptr_to([first + index]), 4)
+            place += count
+        e.commit()
+
+    def _factor(self, n: Any) -> Any:
+        word = self.arena[self.factors + n - self.first_tile * 16]
+        return T.reinterpret("float32", word) * T.float32(1 if self.s.narrow else 2.0 ** self.dequantizers[0].exponent)
+
+    def _row_factor(self, row: Any) -> Any:
+        return T.reinterpret("float32", self.arena[self.factors + self.s.columns + row - self.first_row])
+
+    def _await_empty(self, i: Any, slots: int, barrier: Any) -> None:
+        """Wait until nobody reads stage ``i - 1`` any more."""
+        with T.If(i > 0), T.Then():
+            T.evaluate(T.cuda.mbarrier_wait(barrier, (i - 1) // slots % 2))
+
+    def _release(self, slot: Any, place: Any) -> None:
+        """This thread has read a stage."""
+        s = self.s
+        if not s.whole:
+            e.ptx("mbarrier.arrive.shared::cluster.b64", self._ring_barrier(place, empty=True))
+        if s.share == 1:
             e.ptx("mbarrier.arrive.shared::cluster.b64", self._barrier(slot, empty=True))
-            if not s.whole:
-                e.ptx("mbarrier.arrive.shared::cluster.b64", self._ring_barrier(place, empty=True))
+            return
+        T.evaluate(T.cuda.warp_sync())
+        with T.If(self.lane < s.share), T.Then():
+            mine = T.cuda.cvta_generic_to_shared(self._barrier(slot, empty=True))
+            other = e.Registers((1,), "uint32")
+            e.ptx("mapa.shared::cluster.u32", other[0], mine, T.cast(self.lane + self.column_rank, "uint32"))
+            e.ptx("mbarrier.arrive.release.cluster.shared::cluster.b64", other[0])
+
+    # Barriers
 
     def _start_barriers(self) -> None:
         s = self.s
+        # Sharers are neighbours in the cluster.
+        self.column_rank = self.by * s.share if s.cluster else T.int32(0)
+        readers = s.threads if s.share == 1 else s.share * s.threads // 32
         with T.If(self.tx == 0), T.Then():
             for slot in range(s.stages):
-                for empty in (False, True):
-                    e.ptx("mbarrier.init.shared::cta.b64", self._barrier(slot, empty), e.u32(s.threads))
+                e.ptx("mbarrier.init.shared::cta.b64", self._barrier(slot), e.u32(1))
+                e.ptx("mbarrier.init.shared::cta.b64", self._barrier(slot, empty=True), e.u32(readers))
             for slot in range(s.ring):
-                e.ptx("mbarrier.init.shared::cta.b64", self._ring_barrier(slot), e.u32(1))
+                e.ptx("mbarrier.init.shared::cta.b64", self._ring_barrier(slot), e.u32(s.threads))
                 e.ptx("mbarrier.init.shared::cta.b64", self._ring_barrier(slot, empty=True), e.u32(s.threads))
             e.ptx("fence.mbarrier_init.release.cluster")
         T.evaluate(T.cuda.cta_sync())
+        if s.share > 1:
+            e.ptx("barrier.cluster.arrive.release.aligned")
 
     def _ring_barrier(self, slot: Any, empty: bool = False) -> Any:
         """Address of a barrier of a slot of weights."""
         place = (self.s.barrier_place + 16 * self.s.stages + (8 * self.s.ring if empty else 0)) // 4
         return self.arena.ptr_to([self.base + place + slot * 2])
 
-    def _issue_ring(self, slot: Any, block: Any) -> None:
-        """Start copying the weights of stage ``block`` into ``slot``: a lane of this warp for every channel tile."""
+    # Copies
+
+    def _issue_rows(self, slot: Any, block: Any) -> None:
+        """Start copying the rows of x of stage ``block`` into ``slot``, of all sharers."""
         s = self.s
-        full = self._ring_barrier(slot)
-        mine = e.let(self.first_tile + self.lane)
-        tiles = e.let(T.min(s.tiles - self.first_tile, s.block_tiles))
-        per_tile = s.weight_bytes // s.block_tiles
+        full = self._barrier(slot)
         with T.If(self.lane == 0), T.Then():
-            size = T.cast(tiles * per_tile, "uint32")
-            e.ptx("mbarrier.arrive.expect_tx.shared::cta.b64", full, size)
-        with T.If(self.lane < tiles), T.Then():
-            base = e.let(self.base + s.ring_place // 4 + slot * (s.weight_bytes // 4))
-            place = 0
-            for plane, source in zip(s.layout.planes, self.planes):
-                here = source.ptr_to([(mine * s.blocks + block) * plane.block_bytes])
-                at = base + place // 4 + self.lane * (plane.block_bytes // 4)
-                e.ptx(BULK, self.arena.ptr_to([at]), here, e.u32(plane.block_bytes), full)
-                place += s.block_tiles * plane.block_bytes
-            for chunk in range(s.stage_chunks if s.meta_bytes else 0):
-                group = T.int32(0)
-                if s.group:
-                    group = T.min((block * s.stage_chunks + chunk) * s.chunk // s.group, s.meta_groups - 1)
-                here = self.meta.ptr_to([(mine * s.meta_groups + group) * (8 * s.meta_bytes)])
-                at = base + place // 4 + (self.lane * s.stage_chunks + chunk) * (2 * s.meta_bytes)
-                e.ptx(BULK, self.arena.ptr_to([at]), here, e.u32(8 * s.meta_bytes), full)
+            e.ptx("mbarrier.arrive.expect_tx.shared::cta.b64", full, e.u32(s.x_bytes))
+            part = e.let(self.bx % s.share) if s.share > 1 else T.int32(0)
+            rows = s.rows // s.share
+            elements = BLOCK * 8 // s.chunks
+            for panel in range(s.chunks // 8):
+                at = self.base + slot * (s.stage_bytes // 4) + panel * (s.panel_bytes // 4) + part * (rows * 32)
+                where = [self.arena.ptr_to([at]), T.address_of(self.x_map)]
+                k, row = block * BLOCK + panel * elements, self.first_row + part * rows
+                if s.share == 1:
+                    e.ptx(TENSOR, *where, T.cast(k, "int32"), T.cast(row, "int32"), full)
+                else:
+                    mask = T.cast(e.u32((1 << s.share) - 1) << T.cast(self.column_rank, "uint32"), "uint16")
+                    e.ptx(f"{TENSOR}.multicast::cluster", *where, T.cast(k, "int32"), T.cast(row, "int32"), full, mask)
+
+    def _issue_ring(self, slot: Any, block: Any) -> None:
+        """Start copying the weights of stage ``block`` into ``slot``, by all threads."""
+        s = self.s
+        self._issue_codes(e.let(self.base + s.ring_place // 4 + slot * (s.weight_bytes // 4)), block)
+        e.ptx("cp.async.mbarrier.arrive.noinc.shared::cta.b64", self._ring_barrier(slot))

@@ -106,9 +106,14 @@ class StreamShape(LinearShape):
         return max(warps * self.stages * self.stage_bytes, warps * self.tn * self.mt * 4 * 32 * 4)
 
     @property
+    def factor_place(self) -> int:
+        """Where the scales of the channels and rows of a block lie."""
+        return self.table_place + (4 * PAIR_TABLE if self.layout.pairs else 0)
+
+    @property
     def shared_bytes(self) -> int:
         """Of a block."""
-        return self.table_place + (4 * PAIR_TABLE if self.layout.pairs else 0)
+        return self.factor_place + 4 * (self.columns + self.rows)
 
     @property
     def registers(self) -> int:
@@ -134,13 +139,13 @@ class StreamLinear(CudaLinear):
         return StreamShape(k=problem.k, n=problem.n, weight=problem.weight, **given)
 
     def configs(self, problem: LinearProblem, target: Target) -> list[dict[str, Any]]:
-        """Configs that fit the chip, for ``problem.m`` rows (1 if unknown), best first by `cost`; blocks of up to 16 rows."""
+        """Configs that fit the chip, for ``problem.m`` rows (1 if unknown), best first by `cost`; blocks of up to 64 rows."""
         m = problem.m or 1
-        rows = next((t for t in (1, 8, 16) if t >= m), 16)
+        rows = next((t for t in (1, 8, 16, 32, 64) if t >= m), 64)
         found = []
         for dtype in self.dtypes:
             for tn in (1, 2, 4):
-                for nw, kw in ((1, 4), (2, 4), (1, 8), (4, 2), (2, 2), (4, 1), (8, 1)):
+                for nw, kw in ((1, 4), (2, 4), (1, 8), (4, 2), (2, 2), (4, 1), (8, 1), (1, 5), (1, 6), (1, 7)):
                     for split in (1, 2, 3, 4, 6, 8, 16):
                         for stages in (3, 4, 6, 8):
                             config = {

@@ -219,8 +219,12 @@ class Kernel(Tail):
         for stage in range(s.stages - 1):
             with T.If(self.count > stage), T.Then():
                 self._issue_weights(T.int32(stage), self.start + stage)
+        self._fetch(0, self.column, self.bx * s.columns, s.columns, s.n)
         if self.s.overlap:
             e.await_previous()
+        if self.x_scale is not None:
+            self._fetch(s.columns, self.x_scale, self.first_row, s.rows, self.m)
+        self.fetched = True
         for stage in range(s.stages - 1):
             with T.If(self.count > stage), T.Then():
                 self._issue_x(T.int32(stage), self.start + stage)
@@ -237,6 +241,15 @@ class Kernel(Tail):
             e.commit()
             self._multiply(slot)
         e.wait(0)
+
+    def _fetch(self, place: int, source: Any, first: Any, count: int, end: Any) -> None:
+        """Start copying float32 factors, which the end of the kernel then need not wait for."""
+        s = self.s
+        for i in range(-(-count // s.threads)):
+            index = e.let(self.tx + i * s.threads)
+            with T.If(T.And(index < count, first + index < end)), T.Then():
+                at = self.arena.ptr_to([s.factor_place // 4 + place + index])
+                e.copy_async(at, source.ptr_to([first + index]), 4)
 
     def _read_stage(self, slot: Any) -> None:
         s = self.s

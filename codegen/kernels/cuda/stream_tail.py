@@ -32,6 +32,8 @@ class Tail:
     first_row: Any
     arena: Any
     x_scale: Any
+    fetched = False
+    """Whether factors of channels and rows are in shared memory."""
 
     def _tail_parameters(self) -> None:
         s = self.s
@@ -128,11 +130,11 @@ class Tail:
         s = self.s
         if self.sum_type == "uint32":
             value = T.cast(T.reinterpret("int32", value), "float32")
-        value = value * self.column[n]
+        value = value * self._factor(0, self.column, n, self.bx * s.columns)
         if s.float8 and s.dtype == "float16":
             value = value * T.float32(2.0**FLOAT8_EXPONENT)
         if self.x_scale is not None:
-            value = value * self.x_scale[row]
+            value = value * self._factor(s.columns, self.x_scale, row, self.first_row)
         if self.bias is not None:
             value = value + self.bias[n]
         y = e.Registers((1,), "float32")
@@ -142,3 +144,9 @@ class Tail:
         if self.residual is not None:
             value = value + T.cast(self.residual[row, n], "float32")
         B.buffer_store(self.out, T.cast(value, s.out), [row, n])
+
+    def _factor(self, place: int, source: Any, index: Any, first: Any) -> Any:
+        """Of a channel or row."""
+        if not self.fetched:
+            return source[index]
+        return T.reinterpret("float32", self.arena[self.s.factor_place // 4 + place + index - first])

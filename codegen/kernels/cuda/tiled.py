@@ -21,6 +21,7 @@ With 8-bit activations and scales per group, the sums of a group are added to fl
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import product
 from typing import Any, ClassVar
 
 from qcompile.codegen.kernels.base import LinearProblem, Support
@@ -54,6 +55,7 @@ class TiledShape(LinearShape):
         overlap: as in `stream`.
         cluster: whether blocks along K are a cluster and add up what they find in each other's shared memory.
         ring: stages of weights in shared memory if they are copied apart from x (`ring_code`), else 0.
+        share: blocks along N that read x together, in a cluster; with a ring only.
         resident: blocks that are to fit a multiprocessor, or 0: the compiler then bounds registers.
     """
 
@@ -66,6 +68,7 @@ class TiledShape(LinearShape):
     cluster: bool = False
     overlap: bool = False
     ring: int = 0
+    share: int = 1
     resident: int = 0
 
     @property
@@ -85,8 +88,13 @@ class TiledShape(LinearShape):
 
     @property
     def grid_n(self) -> int:
-        """Blocks along N."""
-        return -(-self.n // self.columns)
+        """Blocks along N, whole clusters."""
+        return -(-self.n // (self.share * self.columns)) * self.share
+
+    @property
+    def blocks_of_cluster(self) -> tuple[int, int]:
+        """Along N and K."""
+        return self.share, self.split if self.cluster else 1
 
     @property
     def per_split(self) -> int:
@@ -163,7 +171,13 @@ class TiledShape(LinearShape):
     @property
     def shared_bytes(self) -> int:
         """Of a block, with what aligning it may cost."""
-        return self.barrier_place + 16 * (self.stages + self.ring) + 1024
+        factors = 4 * (self.columns + self.rows) if self.ring else 0
+        return self.factor_place + factors + 1024
+
+    @property
+    def factor_place(self) -> int:
+        """Where kernels with rings keep the scales of their channels and rows, behind the barriers."""
+        return self.barrier_place + 16 * (self.stages + self.ring)
 
     @property
     def registers(self) -> int:
@@ -192,8 +206,11 @@ class TiledLinear(CudaLinear):
     def shape(self, problem: LinearProblem, config: dict[str, Any]) -> TiledShape:
         keys = ("rows", "wg", "mt", "split", "stages", "wgmma", "dtype", "out")
         given = {key: config[key] for key in keys} | {"overlap": bool(config.get("overlap"))}
-        given |= {key: config.get(key, 0) for key in ("ring", "resident")}
+        given |= {"ring": config.get("ring", 0), "share": config.get("share", 1), "resident": config.get("resident", 0)}
         cluster = bool(config.get("cluster")) and config["split"] > 1
+        blocks = given["share"] * config["split"]
+        if not given["ring"] or blocks > LARGEST_CLUSTER or (config["split"] > 1 and not cluster):
+            given["share"] = 1
         return TiledShape(k=problem.k, n=problem.n, weight=problem.weight, cluster=cluster, **given)
 
     def configs(self, problem: LinearProblem, target: Target) -> list[dict[str, Any]]:
@@ -216,24 +233,22 @@ class TiledLinear(CudaLinear):
                                 config["cluster"] = True
                             if self.fits(self.shape(problem, config), target):
                                 found.append(config)
-                            if stages <= 4 and rows <= RING_ROWS and target.has("wgmma"):
+                            if stages == 3 and rows <= RING_ROWS and target.has("wgmma"):
                                 found += self._rings(problem, config, target)
         order = {dtype: i for i, dtype in enumerate(self.dtypes)}
         return sorted(found, key=lambda c: (order[c["dtype"]], self.cost(problem, c, target, m)))
 
     def _rings(self, problem: LinearProblem, config: dict[str, Any], target: Any) -> list[dict[str, Any]]:
-        """A config with weights in rings of their own: as deep as one or two blocks of a multiprocessor may have them."""
+        """A config with rings: as deep as one or two blocks of a multiprocessor may have them, alone or sharing x."""
         found: list[dict[str, Any]] = []
-        for resident in (2, 1):
-            one = self.shape(problem, {**config, "ring": 1, "overlap": True})
-            room = min(target.shared_sm // resident - 1024, target.shared) - one.ring_place - 1024 - 32 * 16
-            ring = min(room // one.weight_bytes, one.per_split, DEEPEST_RING)
-            deep = {**config, "overlap": True, "ring": ring, "resident": resident}
-            if (
-                ring >= 3
-                and all(ring != other["ring"] for other in found)
-                and self.fits(self.shape(problem, deep), target)
-            ):
+        for resident, stages, share in product((2, 1), (4, 8), (1, 2, 4)):
+            deep = {**config, "overlap": True, "stages": stages, "ring": 1, "resident": resident, "share": share}
+            one = self.shape(problem, deep)
+            fixed = one.shared_bytes - one.barrier_place + one.ring_place
+            room = min(target.shared_sm // resident - 1024, target.shared) - fixed
+            deep["ring"] = min(room // (one.weight_bytes + 16), one.per_split, DEEPEST_RING)
+            enough = one.share == share and min(one.per_split, stages) <= deep["ring"]
+            if enough and self.fits(self.shape(problem, deep), target):
                 found.append(deep)
         return found
 
@@ -246,6 +261,19 @@ class TiledLinear(CudaLinear):
             and (shape.grid_n == 1 or shape.columns <= -(-shape.n // 64) * 64)
             and (shape.split == 1 or shape.split <= shape.blocks // 2)
             and not (shape.integer and shape.rows > 224)
+            and (shape.share == 1 or self._shares(shape))
+        )
+
+    @staticmethod
+    def _shares(shape: TiledShape) -> bool:
+        """Whether blocks along N can share x: whole swizzled groups of eight rows each, in a cluster."""
+        across, along = shape.blocks_of_cluster
+        whole = shape.rows % (8 * shape.share) == 0 and (shape.split == 1 or shape.cluster)
+        return (
+            bool(shape.ring)
+            and whole
+            and across * along <= LARGEST_CLUSTER
+            and shape.grid_n * shape.columns < 2 * shape.n
         )
 
     def cost(self, problem: LinearProblem, config: dict[str, Any], target: Any, m: int) -> float:
@@ -286,7 +314,7 @@ class TiledLinear(CudaLinear):
         waves = -(-work // (sms * resident))
         stages = waves * resident * s.per_split  # of a multiprocessor
         memory = stages * s.weight_bytes * sms / target.bandwidth * (1 if m <= 4 * s.rows else 0.25)
-        caches = stages * (s.weight_bytes + min(m, s.rows) * s.chunks * 16) * sms / 5.7e12
+        caches = stages * (s.weight_bytes + min(m, s.rows) * s.chunks * 16 / s.share) * sms / 5.5e12
         products = stages * s.columns * BLOCK * max(s.rows, 32) / (3300 if s.narrow else 1650) / clock
         chain = stages * (180 + s.mt * s.rows * 2) / min(resident, 2) / clock
         early = s.ring / s.per_split if s.overlap and fit >= 2 * resident and s.ring <= s.per_split else 0

@@ -43,6 +43,7 @@ class Kernel(Tail):
     def emit(self) -> None:
         s = self.s
         self._parameters()
+        self._before()
         T.device_entry()
         row_blocks = (self.m + (s.rows - 1)) // s.rows
         self.bx, self.by = T.cta_id([row_blocks * s.grid_n, s.split])
@@ -63,6 +64,11 @@ class Kernel(Tail):
             self._reduce()
         else:
             self._store()
+            if s.share > 1:
+                self._meet()  # others may still release slots
+
+    def _before(self) -> None:
+        """What the host does before the launch."""
 
     def _parameters(self) -> None:
         s = self.s
@@ -84,11 +90,12 @@ class Kernel(Tail):
     def _place_block(self, row_blocks: Any) -> None:
         """Channels and rows of this block: `RASTER` row blocks side by side, then the next channels."""
         s = self.s
-        band = e.let(self.bx // (RASTER * s.grid_n))
+        index, across = self.bx // s.share, s.grid_n // s.share
+        band = e.let(index // (RASTER * across))
         height = e.let(T.min(row_blocks - band * RASTER, RASTER))
-        within = e.let(self.bx - band * (RASTER * s.grid_n))
+        within = e.let(index - band * (RASTER * across))
         self.first_row = e.let((band * RASTER + within % height) * s.rows)
-        self.first_tile = e.let(within // height * s.block_tiles)
+        self.first_tile = e.let((within // height * s.share + self.bx % s.share) * s.block_tiles)
         self.rows = e.let(T.min(self.m - self.first_row, s.rows))
         self.start = e.let(self.by * s.per_split)
         self.count = e.let(T.max(T.min(s.blocks - self.start, s.per_split), 0))
@@ -159,8 +166,12 @@ class Kernel(Tail):
     def _issue_weights(self, slot: Any, block: Any) -> None:
         """Codes and metadata."""
         s = self.s
-        base = e.let(self.base + slot * (s.stage_bytes // 4))
-        place = s.x_bytes
+        self._issue_codes(e.let(self.base + slot * (s.stage_bytes // 4) + s.x_bytes // 4), block)
+
+    def _issue_codes(self, base: Any, block: Any) -> None:
+        """Start copying codes and metadata of stage ``block`` to ``base``."""
+        s = self.s
+        place = 0
         for plane, source in zip(s.layout.planes, self.planes):
             per = plane.block_bytes // 16
             self._pieces(
@@ -194,7 +205,7 @@ class Kernel(Tail):
             conditions = []
             if (i + 1) * s.threads > total:
                 conditions.append(c < total)
-            if s.tiles % s.block_tiles:
+            if s.grid_n * s.block_tiles > s.tiles:
                 conditions.append(tile < s.tiles)
             self._when(conditions, lambda: e.copy_async(self.arena.ptr_to([place + c * 4]), source(tile, c), 16))
 

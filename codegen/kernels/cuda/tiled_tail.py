@@ -93,7 +93,7 @@ class Tail:
         mine = T.cuda.cvta_generic_to_shared(self.arena.ptr_to([self.base]))
         places = e.Registers((s.split,), "uint32")
         for part in range(s.split):
-            e.ptx("mapa.shared::cluster.u32", places[part], mine, e.u32(part))
+            e.ptx("mapa.shared::cluster.u32", places[part], mine, self._rank(part))
         across = s.columns // 4
         share = -(-s.rows * across // s.split)
         with T.serial(-(-share // s.threads)) as p:
@@ -104,6 +104,11 @@ class Tail:
             with T.If(T.And(within < share, T.And(row < self.rows, n < s.n))), T.Then():
                 self._add_up(places, row, channel, n)
         self._meet()  # the others may still be reading
+
+    def _rank(self, part: int) -> Any:
+        """In the cluster, of the block with these channels and part ``part`` of K."""
+        share = self.s.share
+        return e.u32(part) if share == 1 else T.cast(self.bx % share, "uint32") + e.u32(part * share)
 
     def _meet(self) -> None:
         """Of all threads of the cluster."""
@@ -193,7 +198,7 @@ class Tail:
             value = T.cast(T.reinterpret("int32", value), "float32")
         value = value * column
         if self.x_scale is not None:
-            value = value * self.x_scale[row]
+            value = value * self._row_factor(row)
         if self.bias is not None:
             value = value + bias
         y = e.Registers((1,), "float32")
@@ -206,6 +211,10 @@ class Tail:
     def _factor(self, n: Any) -> Any:
         """Of the sums of a channel."""
         return self.column[n] * T.float32(1 if self.s.narrow else 2.0 ** self.dequantizers[0].exponent)
+
+    def _row_factor(self, row: Any) -> Any:
+        """Of the sums of a row."""
+        return self.x_scale[row]
 
     def _transpose(self, j: int, i: int, words: Any) -> None:
         """16 channels x 16 rows into rows of the tile in shared memory."""

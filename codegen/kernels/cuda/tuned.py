@@ -23,8 +23,8 @@ from qcompile.targets.cuda import CudaTarget
 
 FILE = Path(__file__).with_name("tuned.json")
 
-STREAMED = 16
-"""Up to so many rows the streaming kernels are considered; they hold x once per warp."""
+STREAMED, TILED = 64, 16
+"""Up to so many rows the streaming kernels are considered, from so many on the tiled ones."""
 
 
 def table() -> dict[str, dict[str, Any]]:
@@ -93,7 +93,7 @@ def expected(
             ranked.append((family.cost(known, fitting[0], target, rows), family.name, fitting[0]))
     few = [entry for entry in ranked if "stream" in entry[1]]
     many = [entry for entry in ranked if "tiled" in entry[1]]
-    return min((few if rows < STREAMED else many if rows > STREAMED else ranked) or ranked)[1:]
+    return min((few if rows < TILED else many if rows > STREAMED else ranked) or ranked, key=lambda entry: entry[0])[1:]
 
 
 def _split(entry: dict[str, Any]) -> tuple[str, dict[str, Any]]:

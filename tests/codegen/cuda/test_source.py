@@ -56,7 +56,7 @@ def test_integer_layers_use_integer_tensor_cores() -> None:
 def test_hopper_kernels_start_before_the_one_before_ends() -> None:
     """Weights are copied before `await_previous`, x after it; the launch allows it. Other chips have no such launches."""
     for rows in (8, 64):
-        early = {rows: {"overlap": True}}
+        early = {rows: {"overlap": True, "ring": 0}}
         text = small(plan(300, 70, "int4/g128", configs=early), rows).source().read_text()
         body = text[text.index("{", text.index(f" rows{rows}_kernel(", text.index(f" rows{rows}_kernel(") + 1)) :]
         before, after = body.split(WAIT)
@@ -67,8 +67,22 @@ def test_hopper_kernels_start_before_the_one_before_ends() -> None:
             assert "griddepcontrol" not in other and "programmatic" not in other
 
 
+def test_sharers_of_x_are_clusters_along_both_axes() -> None:
+    config = {"family": "cuda-tiled-int8", "rows": 32, "wg": 1, "mt": 1, "split": 2, "stages": 3, "wgmma": True, "cluster": True}
+    for share in (1, 2, 4, 8):
+        rings = {"ring": 3, "share": share, "overlap": True}
+        p = plan(300, 700, "int4", "int8/token", rows=(64,), configs={64: {**config, **rings}})
+        text = p.source().read_text()
+        taken = share if 2 * share <= 8 else 1
+        assert f"__cluster_dims__({taken}, 2, 1)" in text and ("multicast" in text) == (taken > 1)
+        assert p.shape().grid_n == -(-11 // taken) * taken and "cuTensorMapEncodeTiled" in text
+        body = text[text.index("{", text.index(" rows64_kernel(", text.index(" rows64_kernel(") + 1)) :]
+        before, after = body.split(WAIT)
+        assert "codes0_ptr" in before and "bulk_tensor" not in before and "bulk_tensor" in after
+
+
 def test_clusters_are_launched_where_splits_use_them() -> None:
-    config = {"family": "cuda-tiled", "rows": 32, "wg": 1, "mt": 1, "split": 2, "stages": 3, "wgmma": True}
+    config = {"family": "cuda-tiled", "rows": 32, "wg": 1, "mt": 1, "split": 2, "stages": 3, "ring": 0, "wgmma": True}
     for cluster in (True, False):
         p = plan(300, 70, "int4/g128", rows=(64,), configs={64: {**config, "cluster": cluster}})
         text = p.source().read_text()

@@ -20,7 +20,7 @@ module prepend #(
 );
   localparam B = $clog2(FIRST + REST);
   localparam FB = FIRST > 1 ? $clog2(FIRST) : 1;
-  reg [PE*Y_BITS-1:0] rows[0:FIRST-1];
+  reg [PE*Y_BITS-1:0] rows[0:(1<<FB)-1];  // those from FIRST on are read and not used
   reg [B-1:0] index;
   wire room;
   wire constant = index < FIRST;

@@ -17,6 +17,7 @@ import numpy as np
 import onnx_ir as ir
 
 from qcompile.codegen.kernels.base import StoredCodes
+from qcompile.codegen.kernels.cpu.experts import SHARED
 from qcompile.codegen.kernels.cpu.levels import ENTRIES
 from qcompile.formats import BitLayout
 from qcompile.formats.superblock import SUPER
@@ -40,6 +41,31 @@ class StoredWeight:
     def restore(self, emit: Emitter, node: ir.Node, array: Arrays) -> None:
         """Emit the weight in place of the node that dequantizes it."""
         _dequantize(emit, node, self, array)
+
+
+@dataclass(frozen=True)
+class StoredExperts(StoredWeight):
+    """The same where each packed array but the table of levels has a first axis that counts experts."""
+
+    def restore(self, emit: Emitter, node: ir.Node, array: Arrays) -> None:
+        """Emit what picks packed bytes of experts and makes floats of these alone, and the products that read them."""
+        products = list(dict.fromkeys(use.node for use in node.outputs[0].uses()))
+        ids = products[0].inputs[2]
+        assert ids is not None
+        flat = emit("Reshape", ids, emit.constant(np.array([-1], np.int64)))
+
+        def picked(name: str) -> tuple[ir.Value, list[int]]:
+            whole = array(self.names[name])
+            if name in SHARED:
+                return whole, _dims(whole)
+            return emit("Gather", whole, flat, axis=0), _dims(whole)[1:]
+
+        weights = _matrix(emit, self, picked, 1)
+        depth = int((self.codes.source >= 0).sum())
+        for product in products:
+            _expert_product(
+                Emitter(emit.graph, product, f"{emit.prefix}.{product.name}", emit.constants), product, weights, depth
+            )
 
 
 View = tuple[ir.DataType, tuple[int, ...]]
@@ -95,30 +121,34 @@ class Emitter:
         return node.outputs[0]
 
 
-def unpack(emit: Emitter, packed: ir.Value, layout: BitLayout, padded: tuple[int, int]) -> ir.Value:
-    """Emit the inverse of ``layout.pack``: a uint8 ``(K', N')`` value from the packed bytes."""
+def unpack(emit: Emitter, packed: ir.Value, layout: BitLayout, padded: tuple[int, int], lead: int = 0) -> ir.Value:
+    """Emit the inverse of ``layout.pack``: a uint8 ``(K', N')`` value from the packed bytes.
+
+    With ``lead`` 1 the first axis of both counts matrices.
+    """
     sizes = layout.factors(*padded)
     names = layout.order.split()
-    flat = emit("Reshape", packed, emit.constant(np.array([-1, 1], np.int64)))
+    same = [0] * lead  # what ONNX's Reshape leaves as it is
+    flat = emit("Reshape", packed, emit.constant(np.array([*same, -1, 1], np.int64)))
     fields = names[-1] == "b" and 8 % layout.bits == 0
     if fields:
         width, present = layout.bits, [n for n in names if n != "b"]
     else:
         width, present = 1, names
     if width < 8:
-        shifts = np.arange(0, 8, width, dtype=np.uint8)[None]
+        shifts = np.arange(0, 8, width, dtype=np.uint8)
         flat = emit("BitShift", flat, emit.constant(shifts), direction="RIGHT")
         flat = emit("BitwiseAnd", flat, emit.constant(np.array((1 << width) - 1, np.uint8)))
-    split = emit("Reshape", flat, emit.constant(np.array([sizes[n] for n in present], np.int64)))
+    split = emit("Reshape", flat, emit.constant(np.array([*same, *(sizes[n] for n in present)], np.int64)))
     axes = [f"k{i}" for i in range(len(layout.k))] + [f"n{i}" for i in range(len(layout.n))]
     target = axes if fields else [*axes, "b"]
-    ordered = emit("Transpose", split, perm=[present.index(a) for a in target])
+    ordered = emit("Transpose", split, perm=[*range(lead), *(lead + present.index(a) for a in target)])
     if not fields:
         weights = (1 << np.arange(layout.bits)).astype(np.int32)
         wide = emit("Mul", emit("Cast", ordered, to=int(ir.DataType.INT32)), emit.constant(weights))
         last = emit.constant(np.array([-1], np.int64))
         ordered = emit("Cast", emit("ReduceSum", wide, last, keepdims=0), to=int(ir.DataType.UINT8))
-    return emit("Reshape", ordered, emit.constant(np.array(padded, np.int64)))
+    return emit("Reshape", ordered, emit.constant(np.array([*same, *padded], np.int64)))
 
 
 def share_weights(
@@ -161,18 +191,25 @@ def share_weights(
     for index, node in enumerate(list(graph)):
         if not node.op_type.startswith("Dequantize") or node.inputs[0] is None:
             continue
-        if (place := stored.get(node.inputs[0].name or "")) is not None:
+        picked = node.inputs[0].producer()
+        codes = picked.inputs[0] if picked is not None and picked.op_type == "PickColumns" else node.inputs[0]
+        if codes is not None and (place := stored.get(codes.name or "")) is not None:
             # Short names: spelled out, they would take more room than the graph itself.
             place.restore(Emitter(graph, node, f"u{index}", constants), node, array)
-            before = [value.producer() for value in node.inputs if value is not None]
-            graph.remove(node, safe=True)
-            for product in before:  # of nested scales
-                if product is not None and not product.outputs[0].uses():
-                    graph.remove(product, safe=True)
+            _remove(graph, node)
     for name in [n for n, v in graph.initializers.items() if not v.uses() and not v.is_graph_output()]:
         del graph.initializers[name]
     _strip_metadata(emitted)
     return emitted
+
+
+def _remove(graph: ir.Graph, node: ir.Node) -> None:
+    """Remove a node nothing reads, and what computed its parameters: nested scales, and what picks experts."""
+    before = dict.fromkeys(value.producer() for value in node.inputs if value is not None)
+    graph.remove(node, safe=True)
+    for source in before:
+        if source is not None and source.op_type in ("Mul", "PickColumns") and not source.outputs[0].uses():
+            _remove(graph, source)
 
 
 def unchanged(model: ir.Model, params: Mapping[str, np.ndarray]) -> set[str]:
@@ -203,17 +240,33 @@ def _strip_metadata(model: ir.Model) -> None:
 
 
 def _dequantize(emit: Emitter, node: ir.Node, place: StoredWeight, array: Arrays) -> None:
-    """Emit ``(codes - zero) * scale``, or what a table or planes make of codes, in place of the node."""
+    """Emit the float matrix in place of the node."""
+    result = _matrix(emit, place, lambda name: (array(place.names[name]), _dims(array(place.names[name]))), 0)
+    result.shape, result.type = node.outputs[0].shape, node.outputs[0].type
+    ir.convenience.replace_all_uses_with(node.outputs[0], result)
+
+
+def _matrix(
+    emit: Emitter, place: StoredWeight, array: Callable[[str], tuple[ir.Value, list[int]]], lead: int
+) -> ir.Value:
+    """Emit ``(codes - zero) * scale``, or what a table or planes make of codes.
+
+    Args:
+        emit: receives the nodes.
+        place: where the codes lie.
+        array: a packed array by the packer's name, and the shape of one matrix's.
+        lead: 1 if all arrays but tables have a first axis that counts matrices, as the result then has.
+    """
     stored, names = place.codes, place.names
-    packed = array(names["weight"])
+    packed, dims = array("weight")
     k_padded = len(stored.source)
-    n_padded = 8 * math.prod(_dims(packed)) // (k_padded * stored.layout.bits)
-    codes = unpack(emit, packed, stored.layout, (k_padded, n_padded))
+    n_padded = 8 * math.prod(dims) // (k_padded * stored.layout.bits)
+    codes = unpack(emit, packed, stored.layout, (k_padded, n_padded), lead)
     position = np.flatnonzero(stored.source >= 0)
     position = position[np.argsort(stored.source[position], kind="stable")]
     k = len(position)
     if not np.array_equal(position, np.arange(k_padded)):
-        codes = emit("Gather", codes, emit.constant(position.astype(np.int64)), axis=0)
+        codes = emit("Gather", codes, emit.constant(position.astype(np.int64)), axis=lead)
 
     def columns(value: ir.Value) -> ir.Value:
         """The weight's own columns of a value whose last axis is N'."""
@@ -224,44 +277,59 @@ def _dequantize(emit: Emitter, node: ir.Node, place: StoredWeight, array: Arrays
 
     def per_row(name: str, length: int = stored.group) -> ir.Value:
         """Parameters ``(panels, groups, ..., width)`` as float32 ``(K, ..., N)``."""
-        value = array(name)
-        panels, groups, *planes, width = _dims(value)
+        value, (panels, groups, *planes, width) = array(name)
         order = [1, *range(2, 2 + len(planes)), 0, 2 + len(planes)]
-        flat = emit("Transpose", emit("Cast", value, to=int(ir.DataType.FLOAT)), perm=order)
-        flat = emit("Reshape", flat, emit.constant(np.array([groups, *planes, panels * width], np.int64)))
+        flat = emit("Cast", value, to=int(ir.DataType.FLOAT))
+        flat = emit("Transpose", flat, perm=[*range(lead), *(lead + axis for axis in order)])
+        shape = np.array([*[0] * lead, groups, *planes, panels * width], np.int64)
+        flat = emit("Reshape", flat, emit.constant(shape))
         index = np.minimum(np.arange(k, dtype=np.int64) // (length or k), groups - 1)
-        return emit("Gather", columns(flat), emit.constant(index), axis=0)
+        return emit("Gather", columns(flat), emit.constant(index), axis=lead)
 
-    scale = columns(emit("Mul", array(names["scale"]), emit.constant(np.array(stored.unit, np.float32))))
+    scale = columns(emit("Mul", array("scale")[0], emit.constant(np.array(stored.unit, np.float32))))
+    if lead:
+        scale = emit("Unsqueeze", scale, emit.constant(np.array([lead], np.int64)))
     codes = columns(codes)
     if "offset" in names:
-        result = emit(
-            "Mul",
-            _planes(emit, codes, stored.layout.bits, per_row(names["group_scale"]), per_row(names["offset"])),
-            scale,
-        )
-    else:
-        if stored.twos_complement:
-            # Inverting the sign bit adds its weight.
-            codes = emit("BitwiseXor", codes, emit.constant(np.array(stored.bias, np.uint8)))
-        real = emit("Cast", codes, to=int(ir.DataType.FLOAT))
-        if stored.levels is not None or "table" in names:
-            index = emit("Cast", codes, to=int(ir.DataType.INT32))
-            known = stored.levels
-            levels = _levels(emit, array(names["table"]), stored) if known is None else emit.constant(known)
-            real = emit("Gather", levels, index)
-        zero = per_row(names["zero"]) if "zero" in names else emit.constant(np.array(stored.bias, np.float32))
-        real = emit("Sub", real, zero)
-        if "super_scale" in names:
-            real = emit("Mul", real, emit("Mul", per_row(names["group_scale"]), per_row(names["super_scale"], SUPER)))
-            if "block_offset" in names:
-                shift = emit("Mul", per_row(names["block_offset"]), per_row(names["super_offset"], SUPER))
-                real = emit("Sub", real, shift)
-        elif "group_scale" in names:
-            scale = emit("Mul", per_row(names["group_scale"]), scale)
-        result = emit("Mul", real, scale)
-    result.shape, result.type = node.outputs[0].shape, node.outputs[0].type
-    ir.convenience.replace_all_uses_with(node.outputs[0], result)
+        parts = _planes(emit, codes, stored.layout.bits, per_row("group_scale"), per_row("offset"), lead)
+        return emit("Mul", parts, scale)
+    if stored.twos_complement:
+        # Inverting the sign bit adds its weight.
+        codes = emit("BitwiseXor", codes, emit.constant(np.array(stored.bias, np.uint8)))
+    real = emit("Cast", codes, to=int(ir.DataType.FLOAT))
+    if stored.levels is not None or "table" in names:
+        index = emit("Cast", codes, to=int(ir.DataType.INT32))
+        known = stored.levels
+        levels = _levels(emit, array("table")[0], stored) if known is None else emit.constant(known)
+        real = emit("Gather", levels, index)
+    zero = per_row("zero") if "zero" in names else emit.constant(np.array(stored.bias, np.float32))
+    real = emit("Sub", real, zero)
+    if "super_scale" in names:
+        real = emit("Mul", real, emit("Mul", per_row("group_scale"), per_row("super_scale", SUPER)))
+        if "block_offset" in names:
+            shift = emit("Mul", per_row("block_offset"), per_row("super_offset", SUPER))
+            real = emit("Sub", real, shift)
+    elif "group_scale" in names:
+        scale = emit("Mul", per_row("group_scale"), scale)
+    return emit("Mul", real, scale)
+
+
+def _expert_product(emit: Emitter, node: ir.Node, weights: ir.Value, depth: int) -> None:
+    """Emit an ExpertMatMul by ``weights`` ``(ids, K, N)`` in its place."""
+    x, _, ids = node.inputs
+    assert x is not None and ids is not None
+    n, repeat = int(node.attributes["n"].value), int(node.attributes["repeat"].value)
+    single = emit.constant(np.array([-1, 1, depth], np.int64))
+    rows = emit("Reshape", x, single)
+    if repeat > 1:
+        rows = emit("Expand", rows, emit.constant(np.array([1, repeat, 1], np.int64)))
+        rows = emit("Reshape", rows, single)
+    shape = emit("Concat", emit("Shape", ids), emit.constant(np.array([n], np.int64)), axis=0)
+    y, old = emit("Reshape", emit("MatMul", rows, weights), shape), node.outputs[0]
+    y.shape, y.type, name = old.shape, old.type, old.name
+    ir.convenience.replace_all_uses_with(old, y, replace_graph_outputs=True)
+    emit.graph.remove(node, safe=True)
+    old.name, y.name = None, name
 
 
 def _levels(emit: Emitter, table: ir.Value, stored: StoredCodes) -> ir.Value:
@@ -275,9 +343,9 @@ def _levels(emit: Emitter, table: ir.Value, stored: StoredCodes) -> ir.Value:
     return emit("ReduceSum", whole, emit.constant(np.array([0], np.int64)), keepdims=0)
 
 
-def _planes(emit: Emitter, codes: ir.Value, count: int, scales: ir.Value, offset: ir.Value) -> ir.Value:
+def _planes(emit: Emitter, codes: ir.Value, count: int, scales: ir.Value, offset: ir.Value, lead: int = 0) -> ir.Value:
     """Bit planes of codes ``(K, N)`` times their scales ``(K, P, N)``, added up, and the offset ``(K, N)``."""
-    middle = emit.constant(np.array([1], np.int64))
+    middle = emit.constant(np.array([1 + lead], np.int64))
     shifts = emit.constant(np.arange(count, dtype=np.uint8)[:, None])
     bits = emit("BitShift", emit("Unsqueeze", codes, middle), shifts, direction="RIGHT")
     bits = emit("BitwiseAnd", bits, emit.constant(np.array(1, np.uint8)))

@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from qcompile.codegen.onnx_export import StoredWeight, share_weights, unchanged
+from qcompile.codegen.onnx_export import StoredExperts, StoredWeight, share_weights, unchanged
 from qcompile.codegen.relax import (
     compile_relax,
     convolutions,  # noqa: F401  (registers its converters)
+    experts,  # noqa: F401  (the same)
     to_relax,
 )
 from qcompile.codegen.relax.kernels import KernelCalls, LinearRecord
@@ -84,6 +85,8 @@ def _places(record: LinearRecord) -> list[tuple[str, StoredWeight]]:
     codes = record.family.stored(record.problem, record.config)
     if codes is None:
         return []
+    if record.experts:
+        return [(name, StoredExperts(codes, record.packed, 0, record.problem.n)) for name in record.weights]
     found, start = [], 0
     for name, width in zip(record.weights, record.parts):
         found.append((name, StoredWeight(codes, record.packed, start, start + width)))

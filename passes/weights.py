@@ -211,7 +211,7 @@ def integer_tensor(codes: np.ndarray, bits: int) -> ir.TensorProtocol:
 
 
 def quantized_weight(value: ir.Value | None) -> QuantizedWeight | None:
-    """The constant ``(K, N)`` codes behind ``value``, as written by `write_weight`, or DequantizeLinear of others."""
+    """The constant codes behind ``value``, as written by `write_weight` or `write_stack`, or DequantizeLinear of others."""
     node = value.producer() if value is not None else None
     if is_op(node, *DEQUANTIZERS, domain=DOMAIN):
         assert node is not None
@@ -219,10 +219,10 @@ def quantized_weight(value: ir.Value | None) -> QuantizedWeight | None:
     if not is_op(node, "DequantizeLinear"):
         return None
     assert node is not None
-    codes, scale = node.inputs[0], node.inputs[1]
-    zero = node.inputs[2] if len(node.inputs) > 2 else None
+    codes, scale = _stored(node.inputs[0]), _stored(node.inputs[1])
+    zero = _stored(node.inputs[2]) if len(node.inputs) > 2 else None
     shape = constant_shape(codes)
-    if codes is None or scale is None or shape is None or len(shape) != 2:
+    if codes is None or scale is None or shape is None or len(shape) not in (2, 3):
         return None
     spelling = codes.metadata_props.get(FORMAT)
     if spelling is not None and (factors := _nested(scale)) is not None:
@@ -235,15 +235,21 @@ def quantized_weight(value: ir.Value | None) -> QuantizedWeight | None:
     return None if spelling is None else QuantizedWeight(codes, scale, zero, spelling)
 
 
+def _stored(value: ir.Value | None) -> ir.Value | None:
+    """The stack from which experts are picked; any other value itself."""
+    node = value.producer() if value is not None else None
+    return node.inputs[0] if is_op(node, "PickColumns", domain=DOMAIN) and node is not None else value
+
+
 def _of_domain(node: ir.Node) -> QuantizedWeight | None:
-    codes, second, third = node.inputs[:3]
+    codes, second, third, *more = map(_stored, node.inputs)
     assert codes is not None and second is not None and third is not None
     spelling = codes.metadata_props.get(FORMAT)
     if spelling is None or constant_shape(codes) is None:
         return None
     fmt = parse_format(spelling)
     if isinstance(fmt, SuperBlock):
-        used = list(zip(SUPER_BLOCKS, node.inputs[1:]))[: 2 if fmt.symmetric else 4]
+        used = list(zip(SUPER_BLOCKS, (second, third, *more)))[: 2 if fmt.symmetric else 4]
         return QuantizedWeight(codes, second, None, spelling, {name: v for name, v in used[1:] if v is not None})
     if node.op_type == "DequantizePlanes":
         return QuantizedWeight(codes, second, None, spelling, {"offset": third})
@@ -259,7 +265,7 @@ def _nested(scale: ir.Value) -> tuple[ir.Value, ir.Value] | None:
     if not is_op(node, "Mul"):
         return None
     assert node is not None
-    groups, whole = node.inputs
+    groups, whole = map(_stored, node.inputs)
     if groups is None or whole is None or constant_shape(groups) is None or constant_shape(whole) is None:
         return None
     return groups, whole

@@ -92,8 +92,17 @@ def families(kind: str) -> tuple[LinearKernel, ...]:
     return ()
 
 
-def select(problem: LinearProblem, target: Target, database: Tuned | None = None) -> Choice:
+def select(
+    problem: LinearProblem,
+    target: Target,
+    database: Tuned | None = None,
+    accept: Callable[[LinearKernel], Support] = lambda family: Support(True),
+) -> Choice:
     """Choose a kernel: the tuned one if the database knows one, otherwise the one the cost model expects to be fastest.
+
+    Args:
+        problem, target, database: what is wanted, where, and what has been measured.
+        accept: a further condition on families.
 
     Raises:
         TargetError: no family takes the operator; the message gives every family's reason.
@@ -104,6 +113,7 @@ def select(problem: LinearProblem, target: Target, database: Tuned | None = None
         support = family.supports(problem, target)
         if support and problem.epilogue.codes and not family.stores_codes:
             support = Support(False, f"{family.name} stores float32 results only, no codes")
+        support = support and accept(family)
         if support:
             able[family.name] = family
         else:

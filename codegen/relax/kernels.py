@@ -41,6 +41,7 @@ class LinearRecord:
         parts: their widths along N.
         problem, family, config, reason, refused: what was chosen and why.
         packed: name of every packed array in the program's parameters, by the packer's own name.
+        experts: number of matrices that are stacked in the packed arrays; 0 for one that is not.
     """
 
     sites: tuple[str, ...]
@@ -52,6 +53,17 @@ class LinearRecord:
     reason: str
     refused: dict[str, str]
     packed: dict[str, str] = field(default_factory=dict)
+    experts: int = 0
+
+    def store(self, ctx: Context, prefix: str | None, arrays: dict[str, np.ndarray]) -> list[Any]:
+        """Make packed arrays parameters of the program; returns them."""
+        variables = []
+        for part, array in arrays.items():
+            variable = ctx.param(f"{prefix}.{part}", array)
+            position = next(i for i, v in enumerate(ctx.param_vars) if v.same_as(variable))
+            self.packed[part] = list(ctx.params)[position]
+            variables.append(variable)
+        return variables
 
 
 @dataclass
@@ -164,12 +176,7 @@ def product(
         choice.reason,
         choice.refused,
     )
-    packed = []
-    for part, array in choice.family.pack(problem, choice.config, weight).items():
-        variable = ctx.param(f"{name}.{part}", array)
-        position = next(i for i, v in enumerate(ctx.param_vars) if v.same_as(variable))
-        record.packed[part] = list(ctx.params)[position]
-        packed.append(variable)
+    packed = record.store(ctx, name, choice.family.pack(problem, choice.config, weight))
     calls(ctx).linears.append(record)
     tensors = [x, *([scale] if activation.bits else []), *packed]
     if bias is not None:
@@ -189,11 +196,21 @@ def product(
     return out
 
 
-def quantized_operand(ctx: Context, node: ir.Node, fmt: Format) -> Quantized:
-    """The weight of a `Linear` or `Conv`: inputs 2 to 4, and those from 7 on that the attribute `weight_aux` names."""
-    codes, scale = ctx.constant(node.inputs[2]), ctx.constant(node.inputs[3])
-    zero = ctx.constant(node.inputs[4]) if len(node.inputs) > 4 and node.inputs[4] is not None else None
-    aux = {name: ctx.constant(value) for name, value in zip(attr(node, "weight_aux", ()), node.inputs[7:])}
+def quantized_operand(
+    ctx: Context, node: ir.Node, fmt: Format, view: Callable[[np.ndarray], np.ndarray] = lambda array: array
+) -> Quantized:
+    """The weight of a `Linear`, `Experts` or `Conv`: inputs 2 to 4, and those from 7 on that the attribute `weight_aux` names.
+
+    ``view`` makes matrices of arrays of another shape.
+    """
+
+    def known(value: ir.Value | None) -> np.ndarray:
+        assert value is not None
+        return view(ctx.constant(value))
+
+    codes, scale = known(node.inputs[2]), known(node.inputs[3])
+    zero = known(node.inputs[4]) if len(node.inputs) > 4 and node.inputs[4] is not None else None
+    aux = {name: known(value) for name, value in zip(attr(node, "weight_aux", ()), node.inputs[7:])}
     steps = np.atleast_2d(scale).astype(np.float32)
     signed = codes.dtype.name.startswith("int")
     narrow = codes.astype(np.int16).astype(np.int8 if signed else np.uint8)

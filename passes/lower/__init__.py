@@ -6,6 +6,7 @@ are what kernels compute in one go:
 | operator | inputs | outputs |
 |---|---|---|
 | `Linear` | x or codes, scale?, weight codes, weight scale, weight zero point?, bias?, residual? | y |
+| `Experts` | x or codes, scale?, weight codes (K, experts, N), weight scale, weight zero point?, ids | y (ids, N) |
 | `Rowwise` | x, gamma?, beta?, static scale?, factor?, left and right? | y?, codes?, scale? |
 | `Rope` | merged projections, cos, sin | same shape as the first input |
 | `Attention` | q, k, v or one merged matrix, mask? | y (batch, sequence, heads x head_dim) |
@@ -26,6 +27,7 @@ from qcompile.passes.graph import remove_unused_initializers
 from qcompile.passes.lower.attention import lower_attention
 from qcompile.passes.lower.convolution import lower_convolutions
 from qcompile.passes.lower.embedding import lower_embeddings
+from qcompile.passes.lower.experts import lower_experts
 from qcompile.passes.lower.kernel_ops import KERNEL_DOMAIN
 from qcompile.passes.lower.layout import sink_transposes
 from qcompile.passes.lower.linear import lower_linears
@@ -35,7 +37,7 @@ from qcompile.passes.lower.rowwise import lower_rowwise
 __all__ = ["KERNEL_DOMAIN", "lower"]
 
 
-def lower(model: ir.Model, *, codes: bool = False, factors: bool = False) -> ir.Model:
+def lower(model: ir.Model, *, codes: bool = False, factors: bool = False, experts: bool = False) -> ir.Model:
     """Return a lowered copy of ``model`` (weights shared).
 
     Args:
@@ -43,9 +45,12 @@ def lower(model: ir.Model, *, codes: bool = False, factors: bool = False) -> ir.
         codes: whether the target's convolutions can store codes instead of floats.
         factors: whether the target's row kernels can multiply by a vector, and by a Kronecker product of any matrices,
             before they quantize.
+        experts: whether the target has kernels for experts. Without, the codes that are picked become floats.
     """
     lowered = model.clone()
     lower_linears(lowered)
+    if experts:
+        lower_experts(lowered)
     lower_convolutions(lowered)
     common.RemoveUnusedNodesPass()(lowered)  # a dequantizer nothing reads must not look like a reader of the codes
     lower_attention(lowered)

@@ -47,9 +47,14 @@ def static_scale(node: ir.Node) -> ir.Value | None:
     return node.inputs[1]
 
 
+def _takes_codes(node: ir.Node) -> bool:
+    """Whether it reads codes as its first input, and their scale as the second."""
+    return is_kernel(node, "Linear") or is_kernel(node, "Experts")
+
+
 def _bias_codes(graph: ir.Graph, codes: ir.Value) -> None:
     """Give kernels their codes as ``signed code + 128``, where something else reads the signed ones too."""
-    readers = [(use.node, use.idx) for use in codes.uses() if is_kernel(use.node, "Linear")]
+    readers = [(use.node, use.idx) for use in codes.uses() if _takes_codes(use.node)]
     producer = codes.producer()
     assert producer is not None
     bias = add_initializer(graph, "code.bias", np.array(128, np.int32))
@@ -72,11 +77,11 @@ def _quantizer(graph: ir.Graph, quantize: ir.Node, factors: bool) -> None:
     x, codes = quantize.inputs[0], quantize.outputs[0]
     assert x is not None
     readers = [use.node for use in codes.uses()]
-    if not any(is_kernel(node, "Linear") for node in readers):
+    if not any(_takes_codes(node) for node in readers):
         return  # not before a kernel: it stays what it is
     static = static_scale(quantize)
     scales = [] if static is not None else [quantize.outputs[1]]
-    if not all(is_kernel(use.node, "Linear") for value in (codes, *scales) for use in value.uses()):
+    if not all(_takes_codes(use.node) for value in (codes, *scales) for use in value.uses()):
         _bias_codes(graph, codes)
         return
     width = x.shape[-1] if x.shape is not None else None
@@ -218,7 +223,7 @@ def _norm(node: ir.Node) -> tuple[str, list[ir.Value | None], dict[str, object]]
 
 
 def _gated(graph: ir.Graph, product: ir.Node) -> tuple[str, list[ir.Value | None], list[ir.Node]] | None:
-    """Match ``act(gate) * up`` of two parallel Linears; merges them so that one row holds [gate | up]."""
+    """Match ``act(gate) * up`` of the halves of a row, or of two parallel Linears, which are merged: a row [gate | up]."""
     if not is_op(product, "Mul"):
         return None
     for side in (0, 1):
@@ -229,6 +234,8 @@ def _gated(graph: ir.Graph, product: ir.Node) -> tuple[str, list[ir.Value | None
         if match is None:
             continue
         kind, gate, nodes = match
+        if (whole := _halves(gate, up)) is not None and sole_use(up) is product:
+            return kind, [whole], [product, *nodes, gate.producer()]  # type: ignore[list-item]
         if not is_kernel(gate.producer(), "Linear") or not is_kernel(up.producer(), "Linear"):
             continue
         if sole_use(up) is not product or gate is up:
@@ -239,6 +246,17 @@ def _gated(graph: ir.Graph, product: ir.Node) -> tuple[str, list[ir.Value | None
             continue
         return kind, [merged], [product, *nodes, *linears]  # type: ignore[list-item]
     return None
+
+
+def _halves(first: ir.Value, second: ir.Value) -> ir.Value | None:
+    """The value whose last axis a Split cuts into these two."""
+    node = first.producer()
+    if not is_op(node, "Split") or node is None or node.inputs[0] is None or node.inputs[0].shape is None:
+        return None
+    axis, rank = int(attribute(node, "axis", 0)), len(node.inputs[0].shape)  # type: ignore[call-overload]
+    if len(node.outputs) != 2 or list(node.outputs) != [first, second] or axis not in (-1, rank - 1):
+        return None
+    return node.inputs[0] if same_shape(first, second) else None
 
 
 def _gate(value: ir.Value) -> tuple[str, ir.Value, list[ir.Node]] | None:

@@ -35,7 +35,7 @@ class Cpu(Backend):
         from qcompile.passes.lower import lower
 
         with job.stage("lower"):
-            lowered = lower(job.quantized, codes=True, factors=True)
+            lowered = lower(job.quantized, codes=True, factors=True, experts=True)
             job.save("lowered", lowered)
         with job.stage("generate code"):
             program = build_program(lowered, job.target)

@@ -10,6 +10,7 @@ from qcompile.formats.base import (
     list_formats,
     parse_format,
     register_format,
+    separated,
 )
 from qcompile.formats.bitplane import BitPlane
 from qcompile.formats.codebook import Codebook
@@ -50,4 +51,5 @@ __all__ = [
     "parse_format",
     "quantize_rows",
     "register_format",
+    "separated",
 ]

@@ -17,6 +17,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -95,6 +96,17 @@ def joined(parts: Sequence[Quantized]) -> Quantized:
         None if first.zero_point is None else columns([p.zero_point for p in parts if p.zero_point is not None]),
         {n: columns([p.aux[n] for p in parts]) if first.aux[n].ndim > 1 else first.aux[n] for n in first.aux},
     )
+
+
+def separated(whole: Quantized, count: int) -> list[Quantized]:
+    """The inverse of `joined`, for ``count`` parts of the same width."""
+
+    def columns(array: np.ndarray | None) -> list[Any]:
+        return [None] * count if array is None else np.split(array, count, axis=-1)
+
+    aux = {n: columns(a) if a.ndim > 1 else [a] * count for n, a in whole.aux.items()}
+    parts = zip(columns(whole.codes), columns(whole.scale), columns(whole.zero_point))
+    return [Quantized(c, s, z, {n: aux[n][i] for n in aux}) for i, (c, s, z) in enumerate(parts)]
 
 
 class Format(ABC):

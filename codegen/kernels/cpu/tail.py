@@ -46,7 +46,7 @@ def finish(
     """Emit scale, bias, activation, residual and store of a tile; of the last panel only the columns that exist.
 
     Args:
-        problem, names: the operator and the parameters of its PrimFunc.
+        problem, names: the operator and the parameters of its PrimFunc; where each row goes, if ``out_row`` is among them.
         tile: ``(>= rows, width)``, int32 or float32.
         panels: geometry: ``width`` and ``count``.
         lanes: of a float32 register.
@@ -85,6 +85,7 @@ def _finish(
     wide = TAIL_VECTORS * lanes
     with T.serial(rows) as row:
         at = v.let(first + row)
+        to = v.let(names["out_row"][at]) if "out_row" in names else at
         factor = v.let(names["x_scale"][at]) if problem.activation.bits else None
         for column in range(0, columns, wide):
             here = min(wide, columns - column)
@@ -101,10 +102,10 @@ def _finish(
                 value = value * scale
             value = vmath.ACTIVATIONS[epilogue.activation](v.let(value))
             if epilogue.residual:
-                value = value + v.load(names["residual"], [at, n], here)
+                value = value + v.load(names["residual"], [to, n], here)
             if epilogue.codes:
                 value = quantized(v.let(value), names["limits"], here)
-            v.store(names["out"], [at, n], value, here)
+            v.store(names["out"], [to, n], value, here)
 
 
 def quantized(value: Any, limits: Any, lanes: int) -> Any:

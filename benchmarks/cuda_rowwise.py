@@ -21,7 +21,7 @@ from qcompile.targets.cuda import TARGETS
 WIDTHS = {4096: 4096, 8192: 8192, 11008: 256, 14336: 14336, 28672: 28672}
 """Orders of the Hadamard blocks by width; no order above 256 that divides 11008 is known."""
 
-ROWS = (1, 16, 256, 4096)
+ROWS = (1, 4, 16, 64, 256, 1024, 4096)
 
 KERNELS = {
     f"hadamard{width}_int{bits}": CudaRowwise(width, hadamard=order, quantize="token", bits=bits, dtype="float16")

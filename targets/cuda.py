@@ -7,6 +7,7 @@ Feature names are those kernels ask for with `Target.has`:
     fp8       E4M3 and E5M2 mma     cp_async  copies to shared memory that bypass registers
     wgmma     warpgroup mma with operands in shared memory            tma      bulk tensor copies
     pdl       programmatic dependent launch: a kernel starts while the one before ends
+    cluster   clusters of blocks, st.async between them; stmatrix
 
 Sources: CUDA C++ Programming Guide, "Compute Capabilities" (table of technical specifications); PTX ISA, target notes of
 the mma, cp.async and wgmma instructions.
@@ -23,7 +24,7 @@ from qcompile.targets.target import Target
 
 _AMPERE = frozenset({"mma_f16", "mma_bf16", "mma_s8", "mma_s4", "mma_b1", "cp_async"})
 _ADA = _AMPERE | {"fp8"}
-_HOPPER = (_ADA - {"mma_s4"}) | {"wgmma", "tma", "pdl"}
+_HOPPER = (_ADA - {"mma_s4"}) | {"wgmma", "tma", "pdl", "cluster"}
 
 
 @dataclass(frozen=True)

@@ -162,6 +162,17 @@ __forceinline__ __device__ unsigned int largest_of_warp(unsigned int value) { re
     return T.cuda.func_call("largest_of_warp", value, source_code=source, return_type="uint32")
 
 
+def store_remote(address: Any, word: Any, barrier: Any) -> None:
+    """Store a word in another block's shared memory; the mbarrier there counts its four bytes. Addresses are of the cluster."""
+    source = """
+__forceinline__ __device__ void store_remote(unsigned int address, unsigned int word, unsigned int barrier) {
+  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];"
+               :: "r"(address), "r"(word), "r"(barrier) : "memory");
+}
+"""
+    T.evaluate(T.cuda.func_call("store_remote", address, word, barrier, source_code=source))
+
+
 def activate(value: Any, epilogue: Epilogue) -> Any:
     """The activation function on a float32."""
     if epilogue.activation == "relu":

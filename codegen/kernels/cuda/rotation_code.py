@@ -11,10 +11,11 @@ from tvm.script import tirx as T
 from tvm.tirx.script.builder import ir as B
 
 from qcompile.codegen.kernels.cuda import emit as e
-from qcompile.codegen.kernels.cuda.rotation import FIRST, SECOND, WarpRotation
+from qcompile.codegen.kernels.cuda.rotation import ARRIVED, COLUMNS, FIRST, SECOND, WarpRotation
 from qcompile.formats.hadamard import hadamard_signs
 
 MMA = "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32"
+MMA_HALF = "mma.sync.aligned.m16n8k16.row.col.f16.f16.f16.f16"
 ONE = 0x3C00
 """Float16; a power of two less is 0x400 less."""
 
@@ -56,10 +57,9 @@ class Signs:
             return row & position
         return 0 if row == position else -1
 
-    def operand(self, kept: dict[int, e.Registers] | None = None) -> list[Any]:
-        """Four registers: rows g, g + 8, then the other columns; of others like `kept`, if given."""
-        kept = kept or self.kept
-        return [kept[self._third(row, column)][0] for column in range(2) for row in range(2)]
+    def operand(self) -> list[Any]:
+        """Four registers: rows g, g + 8, then the other columns."""
+        return [self.kept[self._third(row, column)][0] for column in range(2) for row in range(2)]
 
 
 class WarpRotate:
@@ -72,6 +72,7 @@ class WarpRotate:
     warp: Any
     rank: Any
     row_at: int
+    stmatrix: bool
 
     def _prepare_signs(self) -> None:
         w = self.rotation
@@ -83,30 +84,41 @@ class WarpRotate:
 
     # Vectors
 
-    def _transform(self, value: Any, words: list[Any], first: list[Any]) -> None:
-        """Rotate the 256 elements in the four words of all lanes to ``value[0..7]``; ``first`` is the operand of the first product."""
-        between = e.Registers((2, 4), "float32")
+    def _transform(self, words: list[Any]) -> e.Registers:
+        """Rotate the 256 elements in the four words of all lanes: words likewise, or eight float32 if they are the result."""
+        between = e.Registers((2, 2), "uint32")
         for j in range(2):
-            self._multiply([between[j, c] for c in range(4)], first, words[2 * j : 2 * j + 2])
+            self._multiply_half([between[j, r] for r in range(2)], self.first.operand(), words[2 * j : 2 * j + 2])
+        last = self.rotation.radix == 1
+        result = e.Registers((8,), "float32") if last else e.Registers((4,), "uint32")
         for h in range(2):
-            pairs = [e.pair(between[j, 2 * h], between[j, 2 * h + 1], "float16") for j in range(2)]
-            self._multiply([value[c % 2 + 2 * h + 4 * (c // 2)] for c in range(4)], self.second.operand(), pairs)
+            operand = [between[j, h] for j in range(2)]
+            if last:
+                sums = [result[c % 2 + 2 * h + 4 * (c // 2)] for c in range(4)]
+                self._multiply(sums, self.second.operand(), operand)
+            else:
+                self._multiply_half([result[h + 2 * r] for r in range(2)], self.second.operand(), operand)
+        return result
 
     def _multiply(self, sums: list[Any], signs: list[Any], operand: list[Any], start: list[Any] | None = None) -> None:
         e.ptx(MMA, *sums, *signs, *operand, *(start or [T.float32(0)] * 4))
 
-    def _butterflies(self, value: e.Registers, start: int) -> None:
-        """Between the vectors a warp holds."""
-        difference = e.Registers((1,), "float32")
+    def _multiply_half(self, sums: list[Any], signs: list[Any], operand: list[Any]) -> None:
+        """Sums are rounded to float16: rows g and g + 8, two columns to a word."""
+        e.ptx(MMA_HALF, *sums, *signs, *operand, e.u32(0), e.u32(0))
+
+    def _butterflies(self, words: e.Registers, start: int) -> None:
+        """Between the vectors a warp holds, words of two float16."""
+        difference = e.Registers((1,), "uint32")
         for level in range(int(log2(self.rotation.held))):
             for c in range(self.rotation.held):
                 if c >> level & 1:
                     continue
-                for i in range(8):
+                for i in range(4):
                     a, b = (start + c, i), (start + (c | 1 << level), i)
-                    difference[0] = value[a] - value[b]
-                    value[a] = value[a] + value[b]
-                    value[b] = difference[0]
+                    e.ptx("sub.rn.f16x2", difference[0], words[a], words[b])
+                    e.ptx("add.rn.f16x2", words[a], words[a], words[b])
+                    words[b] = difference[0]
 
     # Points
 
@@ -179,20 +191,50 @@ class WarpRotate:
     def _put(self, vector: Any, words: list[Any]) -> None:
         """A vector, as it is transformed, to where its columns are multiplied."""
         w = self.rotation
-        place = e.let(self.row_at + w.vector_place(vector) + self.lane)
-        if w.config.blocks == 1:
+        start = e.let(self.row_at + w.vector_place(vector))
+        if w.config.blocks > 1:
+            there = e.let(self._remote(w.piece_of(vector, self.lane) // w.piece_share))
             for j, word in enumerate(words):
-                B.buffer_store(self.arena, word, [place + 32 * j])
-            return
-        owner = e.let(w.piece_of(vector, self.lane) // w.piece_share)
-        there = self._remote(place, owner)
-        for j, word in enumerate(words):
-            e.ptx("st.shared::cluster.b32", there + e.u32(128 * j), word)
+                place = T.cast((start + self.lane + 32 * j) * 4, "uint32")
+                e.store_remote(there + place, word, there + e.u32(8 * ARRIVED))
+        elif self.stmatrix:
+            address = self.arena.ptr_to([start + 4 * self.lane])
+            e.ptx("stmatrix.sync.aligned.m8n8.x4.shared.b16", address, *words)
+        else:
+            for j, word in enumerate(words):
+                B.buffer_store(self.arena, word, [start + self.lane + 32 * j])
 
-    def _remote(self, place: Any, owner: Any) -> Any:
-        """Address of a word in the shared memory of another block of the cluster."""
+    # Blocks that share a row: words are sent with `st.async`, and an mbarrier of the receiver counts their bytes.
+
+    def _barrier(self, index: int) -> Any:
+        return self.arena.ptr_to([2 * index])
+
+    def _start_barriers(self, count: int) -> None:
+        """And let the other blocks know; `_await_others` must come before anything is sent."""
+        with T.If(self.tx == 0), T.Then():
+            for index in range(count):
+                e.ptx("mbarrier.init.shared::cta.b64", self._barrier(index), e.u32(1))
+            e.ptx("fence.mbarrier_init.release.cluster")
+        e.ptx("barrier.cluster.arrive.release.aligned")
+
+    def _await_others(self) -> None:
+        e.ptx("barrier.cluster.wait.acquire.aligned")
+
+    def _expect(self, count: int) -> None:
+        """How much arrives for one row: at barrier `ARRIVED` columns to be multiplied, at the others a word of every warp."""
+        w = self.rotation
+        mine = T.max(T.min(w.pieces - self.rank * w.piece_share, w.piece_share), 0)
+        with T.If(self.tx == 0), T.Then():
+            for index in range(count):
+                size = e.u32(4 * w.config.blocks * w.config.warps)
+                if index == ARRIVED:
+                    size = T.cast(mine * (w.radix * COLUMNS * 2), "uint32") if w.radix > 1 else e.u32(0)
+                e.ptx("mbarrier.arrive.expect_tx.shared::cta.b64", self._barrier(index), size)
+
+    def _remote(self, owner: Any) -> Any:
+        """Address of the shared memory of a block of the cluster."""
         there = e.Registers((1,), "uint32")
-        here = T.cuda.cvta_generic_to_shared(self.arena.ptr_to([place]))
+        here = T.cuda.cvta_generic_to_shared(self.arena.ptr_to([0]))
         e.ptx("mapa.shared::cluster.u32", there[0], here, T.cast(owner, "uint32"))
         return there[0]
 

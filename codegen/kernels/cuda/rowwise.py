@@ -31,7 +31,7 @@ from qcompile.codegen.kernels.base import ACTIVATIONS
 from qcompile.codegen.kernels.cuda import build
 from qcompile.codegen.kernels.cuda.rotation import VECTOR, RotationConfig, WarpRotation, rotation_configs, warp_rotation
 from qcompile.errors import TargetError
-from qcompile.formats.hadamard import hadamard_matrix
+from qcompile.formats.hadamard import factors, hadamard_matrix
 from qcompile.targets.cuda import CudaTarget
 
 MOST_COLUMNS = 1024 * 32
@@ -80,6 +80,10 @@ class CudaRowwise:
             raise TargetError(f"CUDA row kernels take up to {MOST_COLUMNS} columns, not {self.width}")
         if not (self.out or self.quantize):
             raise TargetError("a row kernel without output")
+        if self.config is not None and self.rotation is None:
+            raise TargetError(f"rows of {self.width} are not rotated in blocks of {self.hadamard} by {self.config}")
+        if self.config is not None and self.config.blocks > 1 and self.config.twice:
+            raise TargetError("blocks that share a row keep the third product of its rotation")
 
     @functools.cached_property
     def rotation(self) -> WarpRotation | None:
@@ -116,15 +120,34 @@ class CudaRowwise:
         return -(-self.width // (self.threads * self.vector))
 
     @property
+    def shares(self) -> int:
+        """Blocks that share a row."""
+        return self.rotation.config.blocks if self.rotation else 1
+
+    @property
     def slots(self) -> int:
         """Words of shared memory for one reduction: a warp each, of all blocks of a row."""
-        return max(32, self.threads // 32 * (self.rotation.config.blocks if self.rotation else 1))
+        return max(32, self.threads // 32 * self.shares)
+
+    @property
+    def barriers(self) -> int:
+        """The mbarriers of a block that shares rows with others: one for what is rotated, one per reduction."""
+        return 1 + self.reductions if self.shares > 1 else 0
+
+    @property
+    def reductions(self) -> int:
+        """Over a row."""
+        return {"": 0, "rms": 1, "layer": 2}[self.norm] + (self.quantize == "token" or self.rotation is not None)
+
+    @property
+    def scratch_at(self) -> int:
+        """Where in shared memory the scratch of reductions begins, after the mbarriers."""
+        return 2 * (self.barriers + self.barriers % 2)
 
     @property
     def row_at(self) -> int:
-        """Where in shared memory the row begins: reductions have scratch of their own, twice if a block takes several rows."""
-        reductions = {"": 0, "rms": 1, "layer": 2}[self.norm] + 1
-        return self.slots * reductions * (2 if self.rotation else 1)
+        """Where the row begins: reductions have scratch of their own, twice if a block takes several rows."""
+        return self.scratch_at + self.slots * self.reductions * (2 if self.rotation else 1)
 
     @property
     def shared_bytes(self) -> int:
@@ -157,20 +180,22 @@ class CudaRowwise:
         """Kernels for up to so many rows, in this order; the last one takes any number."""
         if self.config is not None or self.rotation is None:
             return [(0, self)]
-        chosen = rotation_configs(self.rotation, target, self.direct)
+        chosen = rotation_configs(self.width, self.hadamard, target, self.direct)
         return [(rows, replace(self, config=config)) for rows, config in chosen]
 
     def build(self, target: Any, name: str) -> Any:
         """The PrimFunc.
 
         Raises:
-            TargetError: the row does not fit the chip's shared memory.
+            TargetError: the row does not fit the chip's shared memory, or blocks share it and the chip has no clusters.
         """
+        if self.shares > 1 and not target.has("cluster"):
+            raise TargetError(f"{target} has no clusters of blocks to share rows of {self.width}")
         if self.shared_bytes > target.shared:
             raise TargetError(f"{target} has no room for rotating rows of {self.width}")
         from qcompile.codegen.kernels.cuda.rowwise_code import emit
 
-        return emit(self, name, target.multiprocessors)
+        return emit(self, name, target)
 
     def reference(self, x: np.ndarray, *vectors: np.ndarray) -> dict[str, np.ndarray]:
         """``y``, ``codes``, ``scale`` in numpy: float64, the quantizer in float32."""
@@ -185,7 +210,10 @@ class CudaRowwise:
         a = ACTIVATIONS[self.activation](a[:, :d]) * (a[:, d:] if self.gated else 1.0)
         result = {"y": a}
         if self.hadamard:
-            a = (a.reshape(len(a), -1, self.hadamard) @ hadamard_matrix(self.hadamard)).reshape(a.shape)
+            few = 1 << factors(self.hadamard)[1] // 2  # the matrix is the Kronecker product of two
+            blocks = a.reshape(len(a), -1, self.hadamard // few, few)
+            left, right = hadamard_matrix(self.hadamard // few), hadamard_matrix(few)
+            a = (left.T @ blocks @ right).reshape(a.shape)
         top = (1 << self.bits - 1) - 1
         b = a.astype(np.float32)
         if self.quantize == "token":

@@ -11,8 +11,10 @@ from tvm.tirx.script.builder import ir as B
 from qcompile.codegen.kernels.base import Epilogue
 from qcompile.codegen.kernels.cuda import emit as e
 from qcompile.codegen.kernels.cuda.butterflies_code import Butterflies
+from qcompile.codegen.kernels.cuda.rotation import ARRIVED
 from qcompile.codegen.kernels.cuda.rotation_code import WarpRotate
 from qcompile.codegen.kernels.cuda.rowwise import CudaRowwise
+from qcompile.targets.cuda import CudaTarget
 
 MAGIC = 12582912.0
 """1.5 2^23: adding it to a number below 2^22 rounds that to an integer, half to even, in the low bits of the sum."""
@@ -25,18 +27,21 @@ LEAST, TRIES = 2.0**-10, 12
 """Rows whose largest element is less than that, times what it is multiplied with, are multiplied with more; how often at most."""
 
 
-def emit(kind: CudaRowwise, name: str, multiprocessors: int) -> Any:
+def emit(kind: CudaRowwise, name: str, target: CudaTarget) -> Any:
     """The PrimFunc."""
     with e.kernel(name) as builder:
-        _Kernel(kind, kind.resident * multiprocessors).emit()
+        _Kernel(kind, target).emit()
     return builder.get()
 
 
 class _Kernel(WarpRotate, Butterflies):
-    """Names of one kernel while it is written; ``most`` blocks at once, if each takes several rows."""
+    """Names of one kernel while it is written; ``most`` rows at once, if blocks take several."""
 
-    def __init__(self, kind: CudaRowwise, most: int) -> None:
-        self.k, self.dtype, self.most = kind, kind.dtype, most
+    def __init__(self, kind: CudaRowwise, target: CudaTarget) -> None:
+        self.k, self.dtype = kind, kind.dtype
+        self.blocks = kind.shares
+        self.most = max(1, kind.resident * target.multiprocessors // self.blocks)
+        self.stmatrix = target.has("cluster")
 
     def emit(self) -> None:
         k = self.k
@@ -50,7 +55,6 @@ class _Kernel(WarpRotate, Butterflies):
         self.scale = e.argument("scale", (m,), "float32") if k.quantize else None
         T.device_entry()
         launched = T.min(m, self.most) if k.rotation else m
-        self.blocks = k.rotation.config.blocks if k.rotation else 1
         self.rank: Any = 0
         if self.blocks > 1:
             self.row, self.rank = T.cta_id([launched, self.blocks])
@@ -164,19 +168,21 @@ class _Kernel(WarpRotate, Butterflies):
         value = e.let(value if operator == "max" else T.cuda.warp_reduce(value, operator))
         if used == 1:
             return value
-        place = self.reductions * self.k.slots
+        place = self.k.scratch_at + self.reductions * self.k.slots
         if self.k.rotation:
-            place = (2 * self.reductions + self.parity) * self.k.slots
+            place = self.k.scratch_at + (2 * self.reductions + self.parity) * self.k.slots
         self.reductions += 1
         lane, word = self.tx % 32, T.reinterpret("uint32", value)
         if self.blocks > 1:
             with T.If(lane < self.blocks), T.Then():
-                there = self._remote(place + self.rank * warps + self.tx // 32, lane)
-                e.ptx("st.shared::cluster.b32", there, word)
+                there = e.let(self._remote(lane))
+                slot = T.cast((place + self.rank * warps + self.tx // 32) * 4, "uint32")
+                e.store_remote(there + slot, word, there + e.u32(8 * (ARRIVED + self.reductions)))
+            T.evaluate(T.cuda.mbarrier_wait(self._barrier(ARRIVED + self.reductions), self.parity))
         else:
             with T.If(lane == 0), T.Then():
                 B.buffer_store(self.arena, word, [place + self.tx // 32])
-        self._meet()
+            T.evaluate(T.cuda.cta_sync())
         if operator == "max":  # of words: NaN counts as largest
             part, zero = e.Registers((1,), "uint32"), e.u32(0)
         else:
@@ -196,14 +202,6 @@ class _Kernel(WarpRotate, Butterflies):
         if operator == "max":
             return e.let(T.reinterpret("float32", e.largest_of_warp(part[0])))
         return e.let(T.cuda.warp_reduce(part[0], operator))
-
-    def _meet(self) -> None:
-        """Of all threads of the row."""
-        if self.blocks == 1:
-            T.evaluate(T.cuda.cta_sync())
-            return
-        e.ptx("barrier.cluster.arrive.release.aligned")
-        e.ptx("barrier.cluster.wait.acquire.aligned")
 
     def _sum(self, term: Any) -> Any:
         """Of ``term(value)`` over the row."""
@@ -250,9 +248,8 @@ class _Kernel(WarpRotate, Butterflies):
         w = self.rotation = k.rotation
         e.share_device()
         self.lane, self.warp = e.let(self.tx % 32), e.let(self.tx // 32)
-        if self.blocks > 1:  # before others write here
-            e.ptx("barrier.cluster.arrive.relaxed.aligned")
-        self._prepare_signs()
+        if self.blocks > 1:
+            self._start_barriers(k.barriers)
         self.value = e.Registers((k.chunks, 8), "float32")
         self.words = e.Registers((k.chunks, 4), "uint32")
         row, parity, tries = (e.Registers((1,), "int32") for _ in range(3))
@@ -261,12 +258,15 @@ class _Kernel(WarpRotate, Butterflies):
         e.await_previous()
         if w.config.ahead:
             self._load_words(row[0])
+        self._prepare_signs()  # while memory works
         if self.blocks > 1:
-            e.ptx("barrier.cluster.wait.aligned")
+            self._await_others()
         with T.While(row[0] < m):
             self.row, self.parity, self.reductions = e.let(row[0]), e.let(parity[0]), 0
             following = e.let(self.row + launched)
             parity[0] = 1 - self.parity
+            if self.blocks > 1:
+                self._expect(k.barriers)
             if not k.direct:
                 self._load()
                 self._normalise()
@@ -286,7 +286,7 @@ class _Kernel(WarpRotate, Butterflies):
                     self._quantize_rotated(largest, scale[0])
                     row[0], tries[0], scale[0] = following, T.int32(0), T.float32(1)
             if w.radix > 1 and w.config.twice:
-                self._meet()
+                T.evaluate(T.cuda.cta_sync())
 
     def _load_words(self, row: Any) -> None:
         """Elements as they are."""
@@ -300,28 +300,29 @@ class _Kernel(WarpRotate, Butterflies):
     def _rotate_vectors(self, scale: Any) -> None:
         """All but the third product."""
         k, w = self.k, self.rotation
-        first = self.first.operand()
+        words = self.words
         if k.direct:
-            factor = e.pair(scale, scale, "float16")
-            scaled = {high: e.Registers((1,), "uint32") for high in self.first.kept}
-            for high, register in scaled.items():
-                e.ptx("mul.rn.f16x2", register[0], self.first.kept[high][0], factor)
-            first = self.first.operand(scaled)
+            with T.If(scale != T.float32(1)), T.Then():
+                factor = e.pair(scale, scale, "float16")
+                for c in range(k.chunks):
+                    for i in range(4):
+                        e.ptx("mul.rn.f16x2", words[c, i], words[c, i], factor)
 
         def rotate(turn: int, task: Any) -> None:
             start = turn * w.held
             for c in range(start, start + w.held):
-                if k.direct:
-                    words = [self.words[c, i] for i in range(4)]
-                else:
+                if not k.direct:
                     scaled = [self.value[c, i] * scale for i in range(8)]
-                    words = [e.pair(scaled[i], scaled[i + 1], "float16") for i in range(0, 8, 2)]
-                self._transform(e.View(self.value, c), words, first)
-            self._butterflies(self.value, start)
-            if w.radix > 1:
-                for c in range(w.held):
-                    v = [self.value[start + c, i] for i in range(8)]
-                    self._put(task * w.held + c, [e.pair(v[i], v[i + 1], "float16") for i in range(0, 8, 2)])
+                    for i in range(4):
+                        words[c, i] = e.pair(scaled[2 * i], scaled[2 * i + 1], "float16")
+            self._butterflies(words, start)
+            for c in range(w.held):
+                result = self._transform([words[start + c, i] for i in range(4)])
+                if w.radix > 1:
+                    self._put(task * w.held + c, [result[i] for i in range(4)])
+                else:
+                    for i in range(8):
+                        self.value[start + c, i] = result[i]
 
         for turn in range(w.rounds):
             _, conditions = k.place(turn * w.held, self.tx, self.rank)
@@ -332,7 +333,10 @@ class _Kernel(WarpRotate, Butterflies):
                 with T.If(e.all_of(conditions)), T.Then():
                     rotate(turn, task)
         if w.radix > 1:
-            self._meet()
+            if self.blocks > 1:
+                T.evaluate(T.cuda.mbarrier_wait(self._barrier(ARRIVED), self.parity))
+            else:
+                T.evaluate(T.cuda.cta_sync())
             turns = 1 if w.config.twice else w.piece_rounds
             self.products = e.Registers((turns * 2 * w.tiles, 8), "float32")
 
@@ -346,12 +350,13 @@ class _Kernel(WarpRotate, Butterflies):
     def _largest(self) -> Any:
         """The row's largest absolute value, before the factors that are left."""
         w = self.rotation
-        largest = e.Registers((1,), "float32")
-        largest[0] = T.float32(0)
+        largest = e.Registers((4,), "float32")
+        for i in range(4):
+            largest[i] = T.float32(0)
 
         def grow(values: e.Registers, index: int) -> None:
             for i in range(8):  # NaN counts as largest
-                e.ptx("max.NaN.f32", largest[0], largest[0], T.abs(values[index, i]))
+                e.ptx("max.NaN.f32", largest[i % 4], largest[i % 4], T.abs(values[index, i]))
 
         def piece(turn: int, block: Any, part: Any, quad: Any) -> None:
             first = self._multiply_points(turn, block, part, quad)
@@ -362,27 +367,28 @@ class _Kernel(WarpRotate, Butterflies):
             self._pieces(piece)
         else:
             self._each(lambda c, at: grow(self.value, c))
+        for i, other in ((0, 1), (2, 3), (0, 2)):
+            e.ptx("max.NaN.f32", largest[i], largest[i], largest[other])
         return self._reduce(largest[0], "max")
 
     def _again(self, largest: Any, scale: e.Registers, tries: e.Registers) -> Any:
         """Whether the row must be computed again, and with which factor. Float16 rows leave the range upwards only: their small
         elements lose no more than they had lost. A row of zeros is known by being zero times 2^64, too."""
-        finite = largest < T.float32(np.inf)
+        bits = e.let(T.reinterpret("uint32", largest))  # in the order of the numbers, NaN last
+        infinite = bits >= e.u32(0x7F800000)
         factor = T.float32(2.0**-8)
         again = e.Registers((1,), "int32")
         if self.k.direct:
-            again[0] = T.Select(T.And(tries[0] == 0, T.Not(finite)), T.int32(1), T.int32(0))
+            again[0] = T.Select(T.And(tries[0] == 0, infinite), T.int32(1), T.int32(0))
         else:
-            zero, small = largest == T.float32(0), largest < T.float32(LEAST)
-            fits = T.And(finite, T.Not(small))
-            fits = T.bitwise_or(fits, T.And(zero, scale[0] > T.float32(1)))
-            again[0] = T.Select(T.And(tries[0] < TRIES, T.Not(fits)), T.int32(1), T.int32(0))
+            zero, small = bits == e.u32(0), bits < e.u32(int(np.float32(LEAST).view(np.uint32)))
+            unknown = T.And(small, T.Not(T.And(zero, scale[0] > T.float32(1))))
+            again[0] = T.Select(T.And(tries[0] < TRIES, T.Or(infinite, unknown)), T.int32(1), T.int32(0))
             factor = T.Select(zero, T.float32(2.0**64), T.Select(small, T.float32(2.0**20), T.float32(2.0**-20)))
         factor = e.let(factor)
         with T.If(again[0] == 1), T.Then():
             scale[0] = scale[0] * factor
             tries[0] = tries[0] + 1
-            self._meet()  # scratch is written again
         return again[0] == 1
 
     def _quantize_rotated(self, largest: Any, scale: Any) -> None:
@@ -401,8 +407,8 @@ class _Kernel(WarpRotate, Butterflies):
             e.ptx("div.rn.f32", inverse[0], factor, step[0])
         else:
             low, high, zero = -top, top, 0
-            e.ptx("div.full.f32", inverse[0], T.float32(top / k.clip), largest)
-            inverse[0] = T.Select(largest == T.float32(0), T.float32(0), inverse[0])
+            e.ptx("rcp.approx.ftz.f32", inverse[0], largest)
+            inverse[0] = T.Select(largest == T.float32(0), T.float32(0), inverse[0] * T.float32(top / k.clip))
         bounded = self.static is not None or k.clip < 1
         number = e.Registers((1,), "float32")
 

@@ -12,9 +12,11 @@ from qcompile.codegen.kernels.cuda import tuned
 from qcompile.codegen.kernels.cuda.attention import CudaAttention
 from qcompile.codegen.kernels.cuda.cache import CudaCacheAttention
 from qcompile.codegen.kernels.cuda.quantized_attention import CudaQuantizedAttention
+from qcompile.codegen.kernels.cuda.rotation import RotationConfig
 from qcompile.codegen.kernels.cuda.rowwise import CudaRowwise
 from qcompile.kernels import ROWS as BUCKETS
 from qcompile.kernels import Plan, plan, quantizer
+from qcompile.targets.cuda import CudaTarget
 
 
 @dataclass(frozen=True)
@@ -254,6 +256,8 @@ def quantizers(arch: str) -> list[CudaRowwise]:
     return list(found)
 
 
+ROTATED = {"quantize": "token", "dtype": "float16"}
+
 ROWWISE = {
     "rms": CudaRowwise(512, norm="rms", gamma=True, quantize="token", out="float16"),
     "layer": CudaRowwise(387, norm="layer", gamma=True, beta=True, quantize="token", out="float32"),
@@ -269,8 +273,47 @@ ROWWISE = {
     "direct28": CudaRowwise(14336, quantize="token", hadamard=14336, dtype="float16"),
     "direct256": CudaRowwise(11008, quantize="token", hadamard=256, dtype="bfloat16", bits=4),
     "largest": CudaRowwise(16384, quantize="token", hadamard=16384, dtype="float16"),
+    "core20": CudaRowwise(5120, quantize="token", hadamard=5120, dtype="bfloat16", bits=4),
+    "core36": CudaRowwise(9216, quantize="token", hadamard=9216, dtype="float16"),
+    "half": CudaRowwise(
+        768, norm="layer", gamma=True, beta=True, quantize="token", hadamard=384, clip=0.9, out="float32"
+    ),
+    "static_rotated": CudaRowwise(2048, activation="gelu", quantize="tensor", zero_point=5, hadamard=2048),
+    "ahead": CudaRowwise(4096, **ROTATED, hadamard=4096, config=RotationConfig(8, 1, resident=4, ahead=True)),
+    "twice": CudaRowwise(28672, **ROTATED, hadamard=28672, config=RotationConfig(14, 4, resident=2, twice=True)),
 }
 """Row kernels, by the name of the feature they add."""
+
+CLUSTERS = {
+    "shared": CudaRowwise(14336, **ROTATED, hadamard=14336, config=RotationConfig(8, 2, blocks=4)),
+    "shared_by_seven": CudaRowwise(28672, **ROTATED, hadamard=28672, config=RotationConfig(4, 4, blocks=7)),
+    "shared_layer": CudaRowwise(
+        8192,
+        norm="layer",
+        gamma=True,
+        beta=True,
+        quantize="token",
+        hadamard=4096,
+        out="float16",
+        config=RotationConfig(4, 1, blocks=4),
+    ),
+    "shared_blocks": CudaRowwise(
+        5120,
+        gated=True,
+        activation="silu",
+        quantize="token",
+        hadamard=1024,
+        dtype="bfloat16",
+        config=RotationConfig(1, 4, blocks=3),
+    ),
+}
+"""Row kernels of blocks that share a row."""
+
+
+def rowwise(target: CudaTarget) -> dict[str, CudaRowwise]:
+    """The row kernels a chip takes."""
+    return ROWWISE | (CLUSTERS if target.has("cluster") else {})
+
 
 ATTENTION = {
     "merged": CudaAttention(8, 4, 64, 64, 0.125, causal=True, mask="bool", mask_axes=(True, False, False)),

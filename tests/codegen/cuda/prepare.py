@@ -34,7 +34,7 @@ def prepare(index: int, arch: str, libraries: bool) -> str:
     with quantized scores, and the quantizers of the cases."""
     cases, target = load("cases"), TARGETS[arch]
     rest = [
-        lambda: rowwise.source(cases.ROWWISE, target),
+        lambda: rowwise.source(cases.rowwise(target), target),
         lambda: attention.source(cases.ATTENTION, target),
         lambda: cache.source(cases.CACHES, target),
         lambda: quantized_attention.source(cases.QUANTIZED_ATTENTION, target),

@@ -5,12 +5,14 @@ few rows, one launch each. Results are not looked at; the tests do that.
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 
 import numpy as np
 import torch
 
 sys.path.insert(0, __file__.rsplit("/", 1)[0])
-from cases import ATTENTION, CACHES, CASES, QUANTIZED_ATTENTION, ROWWISE, Case
+from cases import ATTENTION, CACHES, CASES, QUANTIZED_ATTENTION, Case
+from cases import rowwise as row_kernels
 
 from qcompile.codegen.kernels.cuda import attention, build, cache, quantized_attention, rowwise
 from qcompile.codegen.kernels.cuda.attention import CudaAttention
@@ -34,9 +36,15 @@ def run_linear(case: Case, target: CudaTarget) -> None:
 
 
 def run_rowwise(name: str, kernel: CudaRowwise, target: CudaTarget) -> None:
-    function = build.load(build.compile_library(rowwise.source(ROWWISE, target), target))[name]
+    function = build.load(build.compile_library(rowwise.source(row_kernels(target), target), target))[name]
     d = kernel.width
-    m = kernel.resident * target.multiprocessors + 3 if kernel.persistent and d <= 4096 else 3  # blocks with two rows
+    several = [v for _, v in kernel.variants(target) if v.rotation and v.shares == 1]  # blocks with two rows
+    for m in {3, *(v.resident * target.multiprocessors + 3 for v in several if d <= 4096)}:
+        _run_rows(function, kernel, m)
+
+
+def _run_rows(function: Callable[..., None], kernel: CudaRowwise, m: int) -> None:
+    d = kernel.width
     x = torch.randn(m, d * (2 if kernel.gated else 1), device="cuda").to(getattr(torch, kernel.dtype))
     vectors = [torch.rand(d, device="cuda") for _ in range(kernel.gamma + kernel.beta)]
     if kernel.quantize == "tensor":
@@ -88,7 +96,7 @@ def main() -> None:
     target = TARGETS[for_capability(*torch.cuda.get_device_capability()).cpu]
     quantized = QUANTIZED_ATTENTION.items()
     work = [lambda c=c: run_linear(c, target) for c in CASES]
-    work += [lambda n=n, k=k: run_rowwise(n, k, target) for n, k in ROWWISE.items()]
+    work += [lambda n=n, k=k: run_rowwise(n, k, target) for n, k in row_kernels(target).items()]
     work += [lambda n=n, k=k: run_attention(n, k, target) for n, k in ATTENTION.items()]
     work += [lambda n=n, k=k: run_quantized_attention(n, k, target) for n, k in quantized]
     work += [lambda n=n, k=k: run_cache(n, k, target) for n, k in CACHES.items()]

@@ -4,6 +4,7 @@ the places the code uses."""
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,8 +21,10 @@ from qcompile.codegen.kernels.cuda.rotation import (
     rotations,
     warp_rotation,
 )
-from qcompile.codegen.kernels.cuda.rowwise import CudaRowwise
+from qcompile.codegen.kernels.cuda.rowwise import CudaRowwise, source
+from qcompile.errors import TargetError
 from qcompile.formats.hadamard import factors, hadamard_signs
+from qcompile.targets.cuda import TARGETS
 
 LANE = np.arange(32)
 G, THREAD = LANE // 4, LANE % 4
@@ -84,14 +87,14 @@ def hadamard(x: np.ndarray, order: int) -> np.ndarray:
     return np.einsum("bc...,cd->bd...", y, hadamard_signs(core)).reshape(-1) / np.sqrt(order)
 
 
-def butterflies(value: np.ndarray, held: int) -> None:
+def butterflies(value: np.ndarray, held: int, rounded: type) -> None:
     """Between vectors ``[task, vector, element]``."""
     level = 1
     while level < held:
         for c in range(held):
             if not c & level:
                 a, b = value[:, c].copy(), value[:, c | level].copy()
-                value[:, c], value[:, c | level] = a + b, a - b
+                value[:, c], value[:, c | level] = (a + b).astype(rounded), (a - b).astype(rounded)
         level *= 2
 
 
@@ -123,8 +126,9 @@ def rotate(w: WarpRotation, x: np.ndarray, rounded: type = np.float64) -> np.nda
     """A row, by the steps of the kernel."""
     exponent = sum(sum(axis < w.bits for axis in axes) // 2 for axes in (FIRST, SECOND))
     factor = 2.0**exponent / np.sqrt(w.order)
-    value = np.stack([transform(v, w.bits, rounded) for v in x.reshape(-1, VECTOR)]).reshape(w.tasks, w.held, VECTOR)
-    butterflies(value, w.held)
+    value = x.reshape(w.tasks, w.held, VECTOR).copy()
+    butterflies(value, w.held, rounded)
+    value = np.stack([transform(v, w.bits, rounded) for v in value.reshape(-1, VECTOR)])
     if w.radix == 1:
         return value.reshape(-1) * factor
     assert w.pieces * w.radix * COLUMNS == w.width
@@ -173,9 +177,9 @@ def test_rows_are_rotated(width: int, order: int) -> None:
     found = rotations(width, order)
     assert found and warp_rotation(width, order) in found
     for w in found:
-        assert np.allclose(rotate(w, x), want), w
-        shared = replace(w, config=replace(w.config, blocks=3, warps=4))
-        assert np.allclose(rotate(shared, x), want), shared
+        for blocks in (1, 3):
+            w = replace(w, config=replace(w.config, blocks=blocks, warps=4))
+            assert np.allclose(rotate(w, x), want), w
 
 
 @pytest.mark.parametrize("width, order", [(4096, 4096), (14336, 14336), (28672, 28672), (11008, 256)])
@@ -233,3 +237,40 @@ def test_eight_points_lie_in_different_banks(width: int, order: int) -> None:
 def test_other_rows_are_left_to_butterflies() -> None:
     assert warp_rotation(384, 384) is None and warp_rotation(1024, 0) is None
     assert warp_rotation(4096, 4096, RotationConfig(8, 4)) is None  # four points are too few for a product
+
+
+@pytest.mark.parametrize("width, order", ORDERS)
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
+def test_every_number_of_rows_has_a_kernel_that_fits(width: int, order: int, arch: str) -> None:
+    target = TARGETS[arch]
+    for dtype in ("float16", "float32"):
+        variants = CudaRowwise(width, hadamard=order, quantize="token", dtype=dtype).variants(target)
+        rows = [most for most, _ in variants]
+        assert rows[-1] == 0 and rows[:-1] == sorted(set(rows[:-1]))
+        for _, kernel in variants:
+            assert (
+                kernel.threads <= 1024
+                and kernel.shared_bytes * kernel.resident <= target.shared_sm - 1024 * kernel.resident
+            )
+            assert kernel.shares == 1 or target.has("cluster")
+            assert kernel.direct or not kernel.rotation.config.ahead  # type: ignore[union-attr]
+
+
+def test_a_function_picks_the_kernel_by_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QCOMPILE_CUDA_CACHE", str(tmp_path))
+    kernel = CudaRowwise(8192, hadamard=8192, quantize="token", dtype="float16")
+    text = source({"rotate": kernel}, TARGETS["sm_90a"]).read_text()
+    for i, (rows, variant) in enumerate(kernel.variants(TARGETS["sm_90a"])):
+        call = f"return __tvm_ffi_rotate_{i}(self, args, count, result);"
+        assert (f"if (rows <= {rows}) {call}" if rows else call) in text
+        assert (f"__cluster_dims__(1, {variant.shares}, 1)" in text) or variant.shares == 1
+
+
+def test_configs_that_cannot_be_are_refused() -> None:
+    rotated = {"hadamard": 28672, "quantize": "token", "dtype": "float16"}
+    with pytest.raises(TargetError, match="are not rotated"):
+        CudaRowwise(28672, **rotated, config=RotationConfig(8, 1))
+    with pytest.raises(TargetError, match="keep"):
+        CudaRowwise(28672, **rotated, config=RotationConfig(8, 4, blocks=2, twice=True))
+    with pytest.raises(TargetError, match="no clusters"):
+        CudaRowwise(28672, **rotated, config=RotationConfig(8, 4, blocks=2)).build(TARGETS["sm_80"], "rotate")

@@ -11,8 +11,8 @@ from qcompile.codegen.verilog import build, macs
 from qcompile.codegen.verilog.netlist import NEVER, Channel, Memory, Netlist, Process, Unit, Wait, pack_word
 from qcompile.formats.fixed import IntType
 
-READ_LATENCY = 2
-"""Cycles from a step of ``rtl/window.v`` to the beat it makes: memory, FIFO."""
+READ_LATENCY = 3
+"""Cycles from a step of ``rtl/window.v`` to the beat it makes: memory, the register behind it, FIFO."""
 
 NOTICED = 2
 """Cycles until its reader can use a word that was written, and its writer the place of a word that was released."""

@@ -154,23 +154,24 @@ module window #(
   end
 
   // Words come, are read and go.
-  reg [WIDTH-1:0] word;
-  reg push, padded;
+  reg [WIDTH-1:0] word, late_word;  // the first is the register of the memory, which is slow
+  reg [2:1] push, padded;
   always @(posedge clk) begin
     if (take) begin
       ring[written[A-1:0]] <= s_data;
       written <= written + 1'b1;
     end
     word <= ring[c_position[A-1:0]];
-    padded <= c_outside;
-    push <= go;
+    late_word <= word;
+    padded <= {padded, c_outside};
+    push <= {push, go};
     released <= !go || c_release == NOTHING ? 0 : c_release == FIRST ? RELEASE_FIRST : c_release == OTHER ? RELEASE : RELEASE_LAST;
     kept <= kept + $signed({1'b0, take}) - released;
     if (rst) begin
       written <= 0;
       kept <= 0;
       released <= 0;
-      push <= 1'b0;
+      push <= 0;
     end
   end
 
@@ -182,8 +183,8 @@ module window #(
       .rst(rst),
       .room(room),
       .reserve(go),
-      .push(push),
-      .push_data(padded ? PAD : word),
+      .push(push[2]),
+      .push_data(padded[2] ? PAD : late_word),
       .m_valid(m_valid),
       .m_ready(m_ready),
       .m_data(m_data)

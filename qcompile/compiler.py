@@ -23,7 +23,7 @@ from qcompile.compiled import CompiledModel, load
 from qcompile.errors import CalibrationError, RecipeError, TargetError, UnsupportedOperatorError
 from qcompile.passes.sites import conv_sites, linear_sites, matrix_sites
 from qcompile.progress import Progress
-from qcompile.quantization import convolution_moments, quantize_model, sites_with_hessian
+from qcompile.quantization import convolution_moments, expert_moments, quantize_model, sites_with_hessian
 from qcompile.recipes import Recipe, get_recipe
 from qcompile.report import Report
 from qcompile.targets import Target, get_target
@@ -236,11 +236,15 @@ def _statistics(
     readers: dict[str, list[Any]] = {}
     for moments in patches.values():
         readers.setdefault(moments.source, []).append(moments.update)
+    experts = expert_moments(graph, recipe) if hessian else {}
+    for stack in experts.values():
+        readers.setdefault(stack.source, []).append(stack.see_rows)
+        readers.setdefault(stack.ids, []).append(stack.see_ids)
     with bars.stage("calibrate" if hessian else "observe", total=len(feeds)) as advance:
         known = collect(
             graph, feeds, values, hessian=sorted(wanted), channel_axis=channels, readers=readers, progress=advance
         )
-    return known | patches
+    return known | patches | experts
 
 
 def _site_inputs(graph: ir.Model) -> dict[str, str]:

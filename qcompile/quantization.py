@@ -10,6 +10,7 @@ import numpy as np
 import onnx_ir as ir
 
 from qcompile.calibration import ChannelStatistics, Feed
+from qcompile.calibration.experts import LARGEST, ExpertMoments, experts_key
 from qcompile.calibration.patches import PatchMoments, patches_key
 from qcompile.calibration.sequential import SequentialStatistics
 from qcompile.formats import BitPlane, DualInt4, Format, NvFp4, Quantized, SuperBlock, joined
@@ -23,6 +24,7 @@ from qcompile.passes.sites import (
     Site,
     conv_sites,
     embedding_sites,
+    expert_sites,
     linear_sites,
     matrix_sites,
     other_weights,
@@ -39,28 +41,34 @@ _MIN_TABLE = 64  # rows; smaller tables (token types) are not worth a gather of 
 
 def sites_with_hessian(model: ir.Model, recipe: Recipe) -> set[str]:
     """Names of activations whose second moment in the float model some solver of ``recipe`` wants."""
-    if recipe.hessian != "float":
-        return set()
-    return {
-        site.x.name or ""
-        for site in linear_sites(model)
-        if recipe.weight_format(site.name) is not None and _solver(recipe, site.name).needs_hessian
-    }
+    apart = expert_moments(model, recipe)
+    wanting: list[Site] = [site for site in expert_sites(model) if experts_key(site) not in apart]
+    if recipe.hessian == "float":
+        wanting += linear_sites(model)
+    return {site.x.name or "" for site in wanting if _wants_hessian(site, recipe)}
+
+
+def expert_moments(model: ir.Model, recipe: Recipe) -> dict[str, ExpertMoments]:
+    """Empty second moments, by `experts_key`, of experts whose solver wants some, as far as memory goes; always the float model's."""
+    sites = [site for site in expert_sites(model) if _wants_hessian(site, recipe)]
+    if sum(map(ExpertMoments.size, sites)) > LARGEST:
+        return {}
+    return {experts_key(site): ExpertMoments(site) for site in sites}
+
+
+def _wants_hessian(site: Site, recipe: Recipe) -> bool:
+    return recipe.weight_format(site.name) is not None and _solver(recipe, site.name).needs_hessian
 
 
 def convolution_moments(model: ir.Model, recipe: Recipe) -> dict[str, PatchMoments]:
     """Empty second moments, by `patches_key`, of the convolutions whose solver wants some; always the float model's."""
-    return {
-        patches_key(site): PatchMoments(site)
-        for site in conv_sites(model)
-        if recipe.weight_format(site.name) is not None and _solver(recipe, site.name).needs_hessian
-    }
+    return {patches_key(site): PatchMoments(site) for site in conv_sites(model) if _wants_hessian(site, recipe)}
 
 
 def quantize_model(
     model: ir.Model,
     recipe: Recipe,
-    statistics: Mapping[str, ChannelStatistics | PatchMoments],
+    statistics: Mapping[str, ChannelStatistics | PatchMoments | ExpertMoments],
     report: Report,
     progress: Callable[[str], None] | None = None,
     *,
@@ -72,8 +80,8 @@ def quantize_model(
     Args:
         model: a float model.
         recipe: formats and solver.
-        statistics: of the inputs of its linear sites, by value name, and of convolutions, by `patches_key`; may be empty
-            for data-free solvers.
+        statistics: of the inputs of its linear sites, by value name, of convolutions, by `patches_key`, and of experts, by
+            `experts_key`; may be empty for data-free solvers.
         report: receives one record per site, and what was left float.
         progress: called with the name of each finished site.
         feeds: calibration samples, for recipes whose Hessians are those of the quantized model.
@@ -99,8 +107,7 @@ def quantize_model(
             report.refuse("quantize", site.name, "the recipe leaves this weight float")
             report.float_weights += site.shape[0] * site.shape[1]
         else:
-            convolution = isinstance(site, ConvSite)
-            known = statistics.get(patches_key(site)) if convolution else linear.get(site.x.name or "")
+            known = _known(site, statistics, linear)
             key = f"{site.weight.name} {fmt} {site.x.name}"
             if key not in solved:
                 solved[key] = _solve(site, fmt, recipe, known)
@@ -113,12 +120,38 @@ def quantize_model(
             else:
                 quantizer.linear(site, fmt, weight, activation)
             report.layers.append(record)
+            if isinstance(site, ExpertSite) and _wants_hessian(site, recipe):
+                _tell_of_sharing(site, known, report)
         if progress is not None:
             progress(site.name)
     if recipe.embedding_bits:
         for table in embedding_sites(model):
             _embedding(quantizer, table, report)
     return quantizer.finish()
+
+
+def _known(site: Site, statistics: Mapping[str, Any], linear: Mapping[str, Any]) -> Any:
+    """Statistics of what ``site`` reads, in the form its solver wants; None if there are none."""
+    if isinstance(site, ConvSite):
+        return statistics.get(patches_key(site))
+    if isinstance(site, ExpertSite):
+        return statistics.get(experts_key(site)) or statistics.get(site.x.name or "")
+    return linear.get(site.x.name or "")
+
+
+def _tell_of_sharing(site: ExpertSite, known: Any, report: Report) -> None:
+    """Say where experts have no Hessian of their own, or too few rows for one."""
+    what = "Hessian of each expert"
+    if isinstance(known, ExpertMoments):
+        if few := len(known.scarce):
+            least = int(known.rows.min())
+            reason = (
+                f"{few} of {site.experts} experts saw fewer rows than they have input channels ({site.shape[0]}; least {least}): "
+                "filled up with the rows of all experts; more calibration data help"
+            )
+            report.refuse(what, site.name, reason)
+    elif known is not None:
+        report.refuse(what, site.name, f"those of all experts would take more than {LARGEST >> 30} GiB: they share one")
 
 
 def _sequential(
@@ -148,7 +181,7 @@ def _solver(recipe: Recipe, site: str) -> Solver:
 
 
 def _solve(
-    site: Site, fmt: Format, recipe: Recipe, known: ChannelStatistics | PatchMoments | None
+    site: Site, fmt: Format, recipe: Recipe, known: ChannelStatistics | PatchMoments | ExpertMoments | None
 ) -> tuple[Quantized, LayerRecord]:
     weight = site.matrix()
     hessian = known.hessian if known is not None else None
@@ -180,7 +213,7 @@ def _solve(
 
 
 def _by_group(hessian: np.ndarray, *matrices: np.ndarray) -> Iterator[tuple[np.ndarray, ...]]:
-    """Columns of ``(K, N)`` matrices and the Hessian of each group of a grouped convolution; else all at once."""
+    """Columns of ``(K, N)`` matrices and the Hessian of each expert or group of a convolution; else all at once."""
     hessians = hessian.reshape(-1, *hessian.shape[-2:])
     return zip(*(np.split(matrix, len(hessians), axis=1) for matrix in matrices), hessians)
 

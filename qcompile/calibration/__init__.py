@@ -44,7 +44,7 @@ def collect(
         values: names of values, each ``(..., K)``; leading axes are rows (tokens).
         channel_axis: where the channels are instead, by name (1 for inputs of convolutions).
         hessian: those of ``values`` whose second moment ``X^T X`` is wanted.
-        readers: what else wants to see the arrays of one of ``values``.
+        readers: what else wants to see the arrays of values, of ``values`` or others.
         progress: called after every sample.
 
     Returns:
@@ -53,13 +53,14 @@ def collect(
     Raises:
         CalibrationError: a sample cannot be run, or makes the model produce NaN.
     """
-    session = ort.session(model, outputs=values)
+    names = list(dict.fromkeys([*values, *(readers or {})]))
+    session = ort.session(model, outputs=names)
     found: dict[str, ChannelStatistics] = {}
     inputs = {v.name for v in session.get_inputs()}
     wanted_hessian = set(hessian)
     for index, feed in enumerate(feeds):
-        direct = {name: feed[name] for name in values if name in inputs}
-        fetch = [name for name in values if name not in direct]
+        direct = {name: feed[name] for name in names if name in inputs}
+        fetch = [name for name in names if name not in direct]
         try:
             arrays = dict(zip(fetch, session.run(fetch, {k: v for k, v in feed.items() if k in inputs}))) | direct
         except Exception as error:
@@ -69,6 +70,8 @@ def collect(
         for name, array in arrays.items():
             for reader in (readers or {}).get(name, ()):
                 reader(array)
+            if name not in values:
+                continue
             array = np.moveaxis(array, (channel_axis or {}).get(name, -1), -1)
             if name not in found:
                 found[name] = ChannelStatistics(array.shape[-1], name in wanted_hessian)

@@ -3,10 +3,16 @@
 import math
 
 import numpy as np
+import onnx
+import onnx_ir as ir
 import pytest
 
 import qcompile
 from qcompile import ort
+from qcompile.calibration.experts import ExpertMoments
+from qcompile.passes.recognise import recognise
+from qcompile.passes.sites import expert_sites
+from qcompile.recipes.recipe import Override
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -14,7 +20,6 @@ transformers = pytest.importorskip("transformers")
 SIZES = {"vocab_size": 97, "hidden_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
          "max_position_embeddings": 64, "num_experts_per_tok": 2}  # fmt: skip
 MODELS = {
-    "Mixtral": {"intermediate_size": 52, "num_local_experts": 3},
     "Qwen2Moe": {"intermediate_size": 52, "moe_intermediate_size": 20, "shared_expert_intermediate_size": 28,
                  "num_experts": 5},
     "DeepseekV3": {"intermediate_size": 52, "moe_intermediate_size": 20, "num_key_value_heads": 4, "n_routed_experts": 4,
@@ -45,3 +50,115 @@ def test_experts_are_quantized_and_the_report_has_them_as_layers(name, tmp_path)
     assert sum(math.prod(layer.shape) for layer in layers) == sum(p.numel() for p in stacks)
     assert model.report.float_weights == 0 and model.report.bits_per_weight < 9
     assert not [r for r in model.report.refusals if "stay float" in r.reason]
+    assert all(layer.kernel for layer in layers)
+
+
+def test_steps_of_a_cache_continue_the_prompt(tmp_path):
+    torch.manual_seed(0)
+    config = transformers.MixtralConfig(**SIZES, intermediate_size=52, num_local_experts=3)
+    transformers.MixtralForCausalLM(config).save_pretrained(tmp_path / "model")
+    options = {"capture_options": {"kv_cache": True}, "output": tmp_path / "out", "progress": False}
+    step = qcompile.compile(tmp_path / "model", recipe="w8a8-rtn", **options)
+    names = [s.name for s in step.inputs if s.name.startswith("past")]
+
+    def run(ids, past):
+        before = past[0].shape[2]
+        feed = {
+            "input_ids": ids,
+            "attention_mask": np.ones((len(ids), before + ids.shape[1]), np.int64),
+            "position_ids": np.tile(np.arange(before, before + ids.shape[1]), (len(ids), 1)),
+        }
+        out = step.run({**feed, **dict(zip(names, past))})
+        return out.pop("logits"), list(out.values())
+
+    ids = np.random.default_rng(0).integers(0, 97, (2, 9))
+    past = [np.zeros((2, 2, 0, 10), np.float32)] * len(names)
+    whole, _ = run(ids, past)
+    for position in range(9):
+        logits, past = run(ids[:, position : position + 1], past)
+        expected = whole[:, position]
+        assert np.abs(logits[:, 0] - expected).max() < 0.05 * np.abs(expected).max()
+
+
+ROUTED = """
+<ir_version: 10, opset_import: ["" : 21]>
+routed (float[batch, 12] x) => (float[batch, 9] y) {
+    scores = MatMul (x, router)
+    best, picked = TopK <axis=-1> (scores, two)
+    ids = Reshape (picked, rest)
+    middle = Unsqueeze (x, one)
+    spread = Expand (middle, each)
+    repeated = Reshape (spread, wide)
+    row = Unsqueeze (repeated, one)
+    w = Gather <axis=0> (stack, ids)
+    product = MatMul (row, w)
+    flat = Squeeze (product, one)
+    pairs = Reshape (flat, back)
+    y = ReduceSum <keepdims=0> (pairs, one)
+}
+"""
+
+
+def routed(experts=4):
+    rng = np.random.default_rng(0)
+    model = onnx.parser.parse_model(ROUTED)
+    weights = {
+        "router": rng.standard_normal((12, experts)).astype(np.float32),
+        "stack": rng.standard_normal((experts, 12, 9)).astype(np.float32),
+        "two": np.array([2]), "rest": np.array([-1]), "one": np.array([1]), "each": np.array([1, 2, 1]),
+        "wide": np.array([-1, 12]), "back": np.array([-1, 2, 9]),
+    }  # fmt: skip
+    model.graph.initializer.extend(onnx.numpy_helper.from_array(a, name) for name, a in weights.items())
+    return model, weights
+
+
+def test_each_expert_is_solved_for_the_rows_it_gets(tmp_path):
+    model, weights = routed()
+    rng = np.random.default_rng(1)
+    x = (rng.standard_normal((400, 4)) @ rng.standard_normal((4, 12)) + 0.1 * rng.standard_normal((400, 12))).astype("f")
+    keep = (Override("*router*", weight="none"),)
+    done = {}
+    for solver in ("rtn", "gptq"):
+        done[solver] = qcompile.compile(
+            model, recipe="w4a8", solver=solver, weight="int2", transforms=(), calibration=[{"x": x}], progress=False,
+            output=tmp_path / solver, overrides=keep,
+        )  # fmt: skip
+    exact = _reference(x, weights)
+
+    def error(solver):
+        return np.linalg.norm(done[solver]({"x": x}) - exact)
+
+    assert error("gptq") < 0.9 * error("rtn")
+    (layer,) = [layer for layer in done["gptq"].report.layers if layer.kind == "experts"]
+    assert layer.output_error is not None and layer.shape == (12, 4 * 9)
+    assert not [r for r in done["gptq"].report.refusals if "Hessian" in r.what]
+
+
+def test_the_report_names_experts_that_saw_too_little(tmp_path):
+    model, _ = routed()
+    x = np.random.default_rng(1).standard_normal((3, 12)).astype(np.float32)
+    done = qcompile.compile(model, recipe="w4a8", solver="gptq", calibration=[{"x": x}], progress=False)
+    (said,) = [r for r in done.report.refusals if r.what == "Hessian of each expert"]
+    assert "4 of 4 experts" in said.reason
+
+
+def test_moments_are_those_of_an_experts_own_rows():
+    site = expert_sites(recognise(ir.from_proto(routed()[0]))[0])[0]
+    assert (site.experts, site.repeat, site.x.name) == (4, 2, "x")
+    moments, rng = ExpertMoments(site), np.random.default_rng(2)
+    rows = [rng.standard_normal((n, 12)).astype(np.float32) for n in (30, 41)]
+    ids = [rng.integers(0, 3, (len(r), 2)) for r in rows]  # nobody asks for the last expert
+    for some, to in zip(rows, ids):
+        moments.see_ids(to)
+        moments.see_rows(some)
+    x, expert = np.concatenate(rows).repeat(2, axis=0), np.concatenate(ids).reshape(-1)
+    for e in range(3):
+        mine = x[expert == e]
+        np.testing.assert_allclose(moments.hessian[e], mine.T @ mine / len(mine), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(moments.hessian[3], x.T @ x / len(x), rtol=1e-4, atol=1e-5)
+    assert list(moments.scarce) == [3]
+
+
+def _reference(x, weights):
+    best = np.argsort(-(x @ weights["router"]), axis=-1)[:, :2]
+    return np.einsum("tk,tjkn->tn", x, weights["stack"][best])

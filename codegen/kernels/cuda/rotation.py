@@ -224,8 +224,10 @@ def rotation_configs(width: int, order: int, target: CudaTarget, direct: bool) -
     chosen = []
     most = max((w for w in found if w.radix == 1 or w.radix >= 12), key=lambda w: w.held, default=best)
     if target.has("cluster") and width >= SHARED_WIDTH:
-        for rows, blocks in SHARED_ROWS:
-            chosen.append((rows, RotationConfig(-(-most.tasks // blocks), most.held, blocks, ahead=direct)))
+        for rows, blocks in SHARED_VECTORS if most.radix == 1 else SHARED_ROWS:
+            work = -(-max(most.tasks, most.pieces if most.radix > 1 else 0) // blocks)
+            warps = -(-work // -(-work // 16))
+            chosen.append((rows, RotationConfig(warps, most.held, blocks, ahead=direct)))
     if width > NARROW:
         chosen.append((target.multiprocessors, _fitting(most, _warps(most, 16), direct)))
     few = 3 if best.radix == 1 else 7  # elements of a lane / 8
@@ -233,8 +235,9 @@ def rotation_configs(width: int, order: int, target: CudaTarget, direct: bool) -
     return [entry for entry, (_, later) in zip(chosen, [*chosen[1:], (0, None)]) if entry[1] != later]
 
 
-SHARED_WIDTH, SHARED_ROWS = 8192, ((4, 8), (16, 4))
-"""From which width on up to so many rows are shared by so many blocks."""
+SHARED_WIDTH, SHARED_ROWS, SHARED_VECTORS = 8192, ((8, 8), (32, 4)), ((64, 2),)
+"""From which width on up to so many rows are shared by so many blocks; the latter where there is no third product, and nothing but
+the maximum to tell each other."""
 
 NARROW = 4096
 """Up to this width all numbers of rows have the same config."""

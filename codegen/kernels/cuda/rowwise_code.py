@@ -250,6 +250,7 @@ class _Kernel(WarpRotate, Butterflies):
         self.lane, self.warp = e.let(self.tx % 32), e.let(self.tx // 32)
         if self.blocks > 1:
             self._start_barriers(k.barriers)
+        self._prepare_signs()
         self.value = e.Registers((k.chunks, 8), "float32")
         self.words = e.Registers((k.chunks, 4), "uint32")
         row, parity, tries = (e.Registers((1,), "int32") for _ in range(3))
@@ -258,7 +259,6 @@ class _Kernel(WarpRotate, Butterflies):
         e.await_previous()
         if w.config.ahead:
             self._load_words(row[0])
-        self._prepare_signs()  # while memory works
         if self.blocks > 1:
             self._await_others()
         with T.While(row[0] < m):

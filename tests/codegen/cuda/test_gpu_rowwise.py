@@ -16,8 +16,9 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 
 STEPS = {"float32": 2.0**-22, "float16": 2.0**-11, "bfloat16": 2.0**-8}
 
-ROUNDED = 0.1
-"""What elements between the products of a rotation are rounded by, in steps of eight bits (standard deviation 0.01)."""
+ROUNDED = 0.25 / 127
+"""How far rounding between the products of a rotation moves an element, times the largest of the row, at most; its standard deviation
+is 0.01 steps of eight bits for normal rows, and most where all elements of the result are large."""
 
 
 def rows(kernel: rowwise.CudaRowwise, m: int) -> torch.Tensor:
@@ -27,7 +28,7 @@ def rows(kernel: rowwise.CudaRowwise, m: int) -> torch.Tensor:
         x[1] = 60000 * torch.sign(x[1] + 1.5)
         x[2, ::1000] *= 1000
         if kernel.dtype != "float16" and not (kernel.gated or kernel.activation):
-            x[3] *= 1e18
+            x[3] *= 1e15
             x[4] *= 1e-18
     x[m // 2] = 0
     return x.to(getattr(torch, kernel.dtype))
@@ -62,11 +63,11 @@ def test_matches_numpy(name: str) -> None:
             assert (off <= 2 * STEPS[kernel.out] * np.maximum(np.abs(want["y"]).max(1), 1e-3)).all()
         if kernel.quantize:
             codes, scale = got
-            near, share, relative = 2e-3, 2e-3, 1e-5
+            near, share, relative = np.full((m, 1), 2e-3), 2e-3, 1e-5
             if kernel.rotation:
-                near, share, relative = ROUNDED * (2.0 ** (kernel.bits - 8)), 0.05, 1e-3
+                near, share, relative = ROUNDED * np.abs(want["real"]).max(1, keepdims=True), 0.05, 1e-3
             assert np.allclose(scale, want["scale"], rtol=relative, atol=0)
             off = codes != want["codes"]
             tie = np.abs(want["real"] - np.floor(want["real"]) - 0.5)
-            assert (tie[off] < near).all() and off.mean() < share, (m, off.mean(), tie[off].max())
-            assert np.abs(codes - want["codes"]).max() <= 1
+            assert (tie < np.maximum(near, 2e-3))[off].all() and off.mean() < share, (m, off.mean(), tie[off].max())
+            assert (np.abs(codes - want["codes"]) <= 1 + near).all()

@@ -21,6 +21,9 @@ from qcompile.targets.cuda import CudaTarget
 ROWS = (1, 8, 16, 32, 64, 128, 256, 512)
 """Buckets: rows the kernels are written for; the last one takes any number."""
 
+OPTIONAL = ("overlap", "cluster", "ring", "share", "resident")
+"""Keys of configs that may be left out."""
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -158,5 +161,7 @@ def make_plan(
         only = given.pop("family", None)
         wanted = [c for c in able if only in (None, c.name)]
         name, config = tuned.choose(wanted, problem, target, count, kind)
+        if (configs or {}).get(count, {}).get("family"):  # what it leaves out is off
+            config = {key: value for key, value in config.items() if key not in OPTIONAL}
         entries.append(Entry(count, name, {**config, **given, "out": out}))
     return Plan(problem, tuple(entries), target)

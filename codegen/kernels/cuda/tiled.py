@@ -239,16 +239,15 @@ class TiledLinear(CudaLinear):
         return sorted(found, key=lambda c: (order[c["dtype"]], self.cost(problem, c, target, m)))
 
     def _rings(self, problem: LinearProblem, config: dict[str, Any], target: Any) -> list[dict[str, Any]]:
-        """A config with rings: as deep as one or two blocks of a multiprocessor may have them, alone or sharing x."""
+        """A config with rings, as deep as one or two blocks of a multiprocessor may have them."""
         found: list[dict[str, Any]] = []
-        for resident, stages, share in product((2, 1), (4, 8), (1, 2, 4)):
-            deep = {**config, "overlap": True, "stages": stages, "ring": 1, "resident": resident, "share": share}
+        for resident, stages in product((2, 1), (4, 8)):
+            deep = {**config, "overlap": True, "stages": stages, "ring": 1, "resident": resident}
             one = self.shape(problem, deep)
             fixed = one.shared_bytes - one.barrier_place + one.ring_place
             room = min(target.shared_sm // resident - 1024, target.shared) - fixed
             deep["ring"] = min(room // (one.weight_bytes + 16), one.per_split, DEEPEST_RING)
-            enough = one.share == share and min(one.per_split, stages) <= deep["ring"]
-            if enough and self.fits(self.shape(problem, deep), target):
+            if min(one.per_split, stages) <= deep["ring"] and self.fits(self.shape(problem, deep), target):
                 found.append(deep)
         return found
 
@@ -319,7 +318,7 @@ class TiledLinear(CudaLinear):
         chain = stages * (180 + s.mt * s.rows * 2) / min(resident, 2) / clock
         early = s.ring / s.per_split if s.overlap and fit >= 2 * resident and s.ring <= s.per_split else 0
         ends = (1.2e-6 if s.split > 1 else 0.5e-6) + 4 * s.rows * s.columns * resident / 40 / clock
-        return 1.5e-6 + max(memory * (1 - 0.4 * early), caches, products, chain) + waves * ends
+        return 1.35 * (1.5e-6 + max(memory * (1 - 0.4 * early), caches, products, chain) + waves * ends)
 
     def scratch(self, problem: LinearProblem, config: dict[str, Any], m: int) -> tuple[int, int]:
         s = self.shape(problem, config)

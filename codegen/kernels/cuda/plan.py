@@ -21,7 +21,7 @@ from qcompile.targets.cuda import CudaTarget
 ROWS = (1, 8, 16, 32, 64, 128, 256, 512)
 """Buckets: rows the kernels are written for; the last one takes any number."""
 
-OPTIONAL = ("overlap", "cluster", "ring", "share", "resident")
+OPTIONAL = ("overlap", "cluster", "ring", "resident")
 """Keys of configs that may be left out."""
 
 
@@ -75,11 +75,10 @@ class Plan:
         names = {prefix + e.symbol: e for e in self.entries}
         return {n: family(e.family).build(self.problem, e.config, self.target, n) for n, e in names.items()}
 
-    def clusters(self, prefix: str = "") -> dict[str, tuple[int, int]]:
-        """Blocks along x and y of the clusters of those that are launched in clusters, by name."""
-        shapes = {prefix + e.symbol: self.shape(i) for i, e in enumerate(self.entries)}
-        sizes = {name: getattr(shape, "blocks_of_cluster", (1, 1)) for name, shape in shapes.items()}
-        return {name: size for name, size in sizes.items() if size != (1, 1)}
+    def clusters(self, prefix: str = "") -> dict[str, int]:
+        """Blocks of the clusters of those that are launched in clusters, by name."""
+        found = {prefix + e.symbol: self.shape(i) for i, e in enumerate(self.entries) if e.config.get("cluster")}
+        return {name: shape.split for name, shape in found.items() if shape.cluster}
 
     def resident(self, prefix: str = "") -> dict[str, int]:
         """Blocks that are to fit a multiprocessor, of those whose config says so, by name."""

@@ -1,12 +1,10 @@
 """The loop of `tiled.TiledLinear` with weights in a ring of their own.
 
     weights   `cp.async` by all threads, as in `tiled_code`
-    x         `cp.async.bulk.tensor` by one thread, swizzled on the way; the blocks of a cluster that differ in channels only
-              (``share``) each read some rows and send them to all of them
+    x         `cp.async.bulk.tensor` by one thread, swizzled on the way
 
-An mbarrier per slot says that its contents have arrived, another one that they have been read (by all sharers for x). PTX
-ISA, "Data movement and conversion instructions: tensor copy". Bulk copies of weights, a tile and stage each, were tried: one
-of 1 KiB takes 100 cycles or more, which is less than half of what memory delivers.
+An mbarrier per slot says that its contents have arrived, another one that all threads have read them. PTX ISA, "Data movement
+and conversion instructions: tensor copy".
 
 Weights are asked for before the kernels that make x have ended: where the ring holds all weights of a block
 (`TiledShape.whole`) and two blocks fit a multiprocessor, memory works through the end of the kernel before.
@@ -39,7 +37,7 @@ class RingKernel(Kernel):
         B.Bind(T.tvm_stack_alloca("tensormap", 1), var=self.x_map)
         size = 1 if s.narrow else 2
         kind = "uint8" if s.narrow else s.dtype
-        extents, strides, box = [s.x_width, self.m], [s.x_width * size], [128 // size, s.rows // s.share]
+        extents, strides, box = [s.x_width, self.m], [s.x_width * size], [128 // size, s.rows]
         T.evaluate(
             T.tensormap_encode_tiled(
                 self.x_map,
@@ -62,8 +60,6 @@ class RingKernel(Kernel):
         with T.serial(T.min(self.count, early)) as stage:
             self._issue_ring(stage, self.start + stage)
         e.ptx("prefetch.tensormap", T.address_of(self.x_map))
-        if s.share > 1:  # the barriers of the others have been initialised
-            e.ptx("barrier.cluster.wait.acquire.aligned")
         if s.overlap:
             e.await_previous()
         for stage in range(min(ahead, s.per_split)):
@@ -126,34 +122,21 @@ class RingKernel(Kernel):
         s = self.s
         if not s.whole:
             e.ptx("mbarrier.arrive.shared::cluster.b64", self._ring_barrier(place, empty=True))
-        if s.share == 1:
-            e.ptx("mbarrier.arrive.shared::cluster.b64", self._barrier(slot, empty=True))
-            return
-        T.evaluate(T.cuda.warp_sync())
-        with T.If(self.lane < s.share), T.Then():
-            mine = T.cuda.cvta_generic_to_shared(self._barrier(slot, empty=True))
-            other = e.Registers((1,), "uint32")
-            e.ptx("mapa.shared::cluster.u32", other[0], mine, T.cast(self.lane + self.column_rank, "uint32"))
-            e.ptx("mbarrier.arrive.release.cluster.shared::cluster.b64", other[0])
+        e.ptx("mbarrier.arrive.shared::cluster.b64", self._barrier(slot, empty=True))
 
     # Barriers
 
     def _start_barriers(self) -> None:
         s = self.s
-        # Sharers are neighbours in the cluster.
-        self.column_rank = self.by * s.share if s.cluster else T.int32(0)
-        readers = s.threads if s.share == 1 else s.share * s.threads // 32
         with T.If(self.tx == 0), T.Then():
             for slot in range(s.stages):
                 e.ptx("mbarrier.init.shared::cta.b64", self._barrier(slot), e.u32(1))
-                e.ptx("mbarrier.init.shared::cta.b64", self._barrier(slot, empty=True), e.u32(readers))
+                e.ptx("mbarrier.init.shared::cta.b64", self._barrier(slot, empty=True), e.u32(s.threads))
             for slot in range(s.ring):
                 e.ptx("mbarrier.init.shared::cta.b64", self._ring_barrier(slot), e.u32(s.threads))
                 e.ptx("mbarrier.init.shared::cta.b64", self._ring_barrier(slot, empty=True), e.u32(s.threads))
             e.ptx("fence.mbarrier_init.release.cluster")
         T.evaluate(T.cuda.cta_sync())
-        if s.share > 1:
-            e.ptx("barrier.cluster.arrive.release.aligned")
 
     def _ring_barrier(self, slot: Any, empty: bool = False) -> Any:
         """Address of a barrier of a slot of weights."""
@@ -163,23 +146,17 @@ class RingKernel(Kernel):
     # Copies
 
     def _issue_rows(self, slot: Any, block: Any) -> None:
-        """Start copying the rows of x of stage ``block`` into ``slot``, of all sharers."""
+        """Start copying the rows of x of stage ``block`` into ``slot``; for one warp."""
         s = self.s
         full = self._barrier(slot)
         with T.If(self.lane == 0), T.Then():
             e.ptx("mbarrier.arrive.expect_tx.shared::cta.b64", full, e.u32(s.x_bytes))
-            part = e.let(self.bx % s.share) if s.share > 1 else T.int32(0)
-            rows = s.rows // s.share
             elements = BLOCK * 8 // s.chunks
             for panel in range(s.chunks // 8):
-                at = self.base + slot * (s.stage_bytes // 4) + panel * (s.panel_bytes // 4) + part * (rows * 32)
+                at = self.base + slot * (s.stage_bytes // 4) + panel * (s.panel_bytes // 4)
                 where = [self.arena.ptr_to([at]), T.address_of(self.x_map)]
-                k, row = block * BLOCK + panel * elements, self.first_row + part * rows
-                if s.share == 1:
-                    e.ptx(TENSOR, *where, T.cast(k, "int32"), T.cast(row, "int32"), full)
-                else:
-                    mask = T.cast(e.u32((1 << s.share) - 1) << T.cast(self.column_rank, "uint32"), "uint16")
-                    e.ptx(f"{TENSOR}.multicast::cluster", *where, T.cast(k, "int32"), T.cast(row, "int32"), full, mask)
+                k = T.cast(block * BLOCK + panel * elements, "int32")
+                e.ptx(TENSOR, *where, k, T.cast(self.first_row, "int32"), full)
 
     def _issue_ring(self, slot: Any, block: Any) -> None:
         """Start copying the weights of stage ``block`` into ``slot``, by all threads."""

@@ -55,7 +55,6 @@ class TiledShape(LinearShape):
         overlap: as in `stream`.
         cluster: whether blocks along K are a cluster and add up what they find in each other's shared memory.
         ring: stages of weights in shared memory if they are copied apart from x (`ring_code`), else 0.
-        share: blocks along N that read x together, in a cluster; with a ring only.
         resident: blocks that are to fit a multiprocessor, or 0: the compiler then bounds registers.
     """
 
@@ -68,7 +67,6 @@ class TiledShape(LinearShape):
     cluster: bool = False
     overlap: bool = False
     ring: int = 0
-    share: int = 1
     resident: int = 0
 
     @property
@@ -88,13 +86,8 @@ class TiledShape(LinearShape):
 
     @property
     def grid_n(self) -> int:
-        """Blocks along N, whole clusters."""
-        return -(-self.n // (self.share * self.columns)) * self.share
-
-    @property
-    def blocks_of_cluster(self) -> tuple[int, int]:
-        """Along N and K."""
-        return self.share, self.split if self.cluster else 1
+        """Blocks along N."""
+        return -(-self.n // self.columns)
 
     @property
     def per_split(self) -> int:
@@ -206,11 +199,8 @@ class TiledLinear(CudaLinear):
     def shape(self, problem: LinearProblem, config: dict[str, Any]) -> TiledShape:
         keys = ("rows", "wg", "mt", "split", "stages", "wgmma", "dtype", "out")
         given = {key: config[key] for key in keys} | {"overlap": bool(config.get("overlap"))}
-        given |= {"ring": config.get("ring", 0), "share": config.get("share", 1), "resident": config.get("resident", 0)}
+        given |= {key: config.get(key, 0) for key in ("ring", "resident")}
         cluster = bool(config.get("cluster")) and config["split"] > 1
-        blocks = given["share"] * config["split"]
-        if not given["ring"] or blocks > LARGEST_CLUSTER or (config["split"] > 1 and not cluster):
-            given["share"] = 1
         return TiledShape(k=problem.k, n=problem.n, weight=problem.weight, cluster=cluster, **given)
 
     def configs(self, problem: LinearProblem, target: Target) -> list[dict[str, Any]]:
@@ -260,19 +250,6 @@ class TiledLinear(CudaLinear):
             and (shape.grid_n == 1 or shape.columns <= -(-shape.n // 64) * 64)
             and (shape.split == 1 or shape.split <= shape.blocks // 2)
             and not (shape.integer and shape.rows > 224)
-            and (shape.share == 1 or self._shares(shape))
-        )
-
-    @staticmethod
-    def _shares(shape: TiledShape) -> bool:
-        """Whether blocks along N can share x: whole swizzled groups of eight rows each, in a cluster."""
-        across, along = shape.blocks_of_cluster
-        whole = shape.rows % (8 * shape.share) == 0 and (shape.split == 1 or shape.cluster)
-        return (
-            bool(shape.ring)
-            and whole
-            and across * along <= LARGEST_CLUSTER
-            and shape.grid_n * shape.columns < 2 * shape.n
         )
 
     def cost(self, problem: LinearProblem, config: dict[str, Any], target: Any, m: int) -> float:
@@ -313,7 +290,7 @@ class TiledLinear(CudaLinear):
         waves = -(-work // (sms * resident))
         stages = waves * resident * s.per_split  # of a multiprocessor
         memory = stages * s.weight_bytes * sms / target.bandwidth * (1 if m <= 4 * s.rows else 0.25)
-        caches = stages * (s.weight_bytes + min(m, s.rows) * s.chunks * 16 / s.share) * sms / 5.5e12
+        caches = stages * (s.weight_bytes + min(m, s.rows) * s.chunks * 16) * sms / 5.5e12
         products = stages * s.columns * BLOCK * max(s.rows, 32) / (3300 if s.narrow else 1650) / clock
         chain = stages * (180 + s.mt * s.rows * 2) / min(resident, 2) / clock
         early = s.ring / s.per_split if s.overlap and fit >= 2 * resident and s.ring <= s.per_split else 0

@@ -64,8 +64,6 @@ class Kernel(Tail):
             self._reduce()
         else:
             self._store()
-            if s.share > 1:
-                self._meet()  # others may still release slots
 
     def _before(self) -> None:
         """What the host does before the launch."""
@@ -90,12 +88,11 @@ class Kernel(Tail):
     def _place_block(self, row_blocks: Any) -> None:
         """Channels and rows of this block: `RASTER` row blocks side by side, then the next channels."""
         s = self.s
-        index, across = self.bx // s.share, s.grid_n // s.share
-        band = e.let(index // (RASTER * across))
+        band = e.let(self.bx // (RASTER * s.grid_n))
         height = e.let(T.min(row_blocks - band * RASTER, RASTER))
-        within = e.let(index - band * (RASTER * across))
+        within = e.let(self.bx - band * (RASTER * s.grid_n))
         self.first_row = e.let((band * RASTER + within % height) * s.rows)
-        self.first_tile = e.let((within // height * s.share + self.bx % s.share) * s.block_tiles)
+        self.first_tile = e.let(within // height * s.block_tiles)
         self.rows = e.let(T.min(self.m - self.first_row, s.rows))
         self.start = e.let(self.by * s.per_split)
         self.count = e.let(T.max(T.min(s.blocks - self.start, s.per_split), 0))
@@ -205,7 +202,7 @@ class Kernel(Tail):
             conditions = []
             if (i + 1) * s.threads > total:
                 conditions.append(c < total)
-            if s.grid_n * s.block_tiles > s.tiles:
+            if s.tiles % s.block_tiles:
                 conditions.append(tile < s.tiles)
             self._when(conditions, lambda: e.copy_async(self.arena.ptr_to([place + c * 4]), source(tile, c), 16))
 

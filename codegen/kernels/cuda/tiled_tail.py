@@ -93,7 +93,7 @@ class Tail:
         mine = T.cuda.cvta_generic_to_shared(self.arena.ptr_to([self.base]))
         places = e.Registers((s.split,), "uint32")
         for part in range(s.split):
-            e.ptx("mapa.shared::cluster.u32", places[part], mine, self._rank(part))
+            e.ptx("mapa.shared::cluster.u32", places[part], mine, e.u32(part))
         across = s.columns // 4
         share = -(-s.rows * across // s.split)
         with T.serial(-(-share // s.threads)) as p:
@@ -104,11 +104,6 @@ class Tail:
             with T.If(T.And(within < share, T.And(row < self.rows, n < s.n))), T.Then():
                 self._add_up(places, row, channel, n)
         self._meet()  # the others may still be reading
-
-    def _rank(self, part: int) -> Any:
-        """In the cluster, of the block with these channels and part ``part`` of K."""
-        share = self.s.share
-        return e.u32(part) if share == 1 else T.cast(self.bx % share, "uint32") + e.u32(part * share)
 
     def _meet(self) -> None:
         """Of all threads of the cluster."""

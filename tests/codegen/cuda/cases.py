@@ -76,19 +76,18 @@ class Case:
                 tiles[bucket] = {"rows": height, "wg": wg, "mt": mt, "stages": 3, "cluster": True}
             tiled["wgmma"] = True  # type: ignore[assignment]
         elif self.variant == "ring":
-            many = 4 if self.split <= 2 else 2
             deep = {
                 16: {"rows": 16, "wg": 4, "mt": 1, "ring": 4},
-                32: {"rows": 32, "wg": 2, "mt": 2, "ring": 5, "overlap": True, "share": 2},
+                32: {"rows": 32, "wg": 2, "mt": 2, "ring": 5, "overlap": True},
                 64: {"rows": 64, "wg": 2, "mt": 1, "ring": 8, "resident": 2, "overlap": True},
-                128: {"rows": 128, "wg": 1, "mt": 1, "stages": 4, "ring": 4, "share": many, "overlap": True},
+                128: {"rows": 128, "wg": 1, "mt": 1, "stages": 4, "ring": 4, "overlap": True},
                 256: {"rows": 96, "wg": 1, "mt": 2, "ring": 3, "overlap": True},
-                512: {"rows": 64, "wg": 3, "mt": 1, "ring": 6, "stages": 4, "overlap": True, "share": 2},
+                512: {"rows": 64, "wg": 3, "mt": 1, "ring": 6, "stages": 4, "overlap": True},
             }
             tiles = {bucket: {"stages": 3, "cluster": True, **tile} for bucket, tile in deep.items()}
             tiled["wgmma"] = True  # type: ignore[assignment]
         for rows, tile in tiles.items():
-            forced[rows] = {"split": 1, "ring": 0, "share": 1, "resident": 0, **forced[rows], **tiled, **tile}
+            forced[rows] = {"split": 1, "ring": 0, "resident": 0, **forced[rows], **tiled, **tile}
         if self.variant == "exact":
             for rows in (1, 8, 16):
                 forced[rows] = {**forced[rows], "family": "cuda-stream" + integer, "raw": False}

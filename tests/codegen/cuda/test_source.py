@@ -67,18 +67,14 @@ def test_hopper_kernels_start_before_the_one_before_ends() -> None:
             assert "griddepcontrol" not in other and "programmatic" not in other
 
 
-def test_sharers_of_x_are_clusters_along_both_axes() -> None:
-    config = {"family": "cuda-tiled-int8", "rows": 32, "wg": 1, "mt": 1, "split": 2, "stages": 3, "wgmma": True, "cluster": True}
-    for share in (1, 2, 4, 8):
-        rings = {"ring": 3, "share": share, "overlap": True}
-        p = plan(300, 700, "int4", "int8/token", rows=(64,), configs={64: {**config, **rings}})
-        text = p.source().read_text()
-        taken = share if 2 * share <= 8 else 1
-        assert f"__cluster_dims__({taken}, 2, 1)" in text and ("multicast" in text) == (taken > 1)
-        assert p.shape().grid_n == -(-11 // taken) * taken and "cuTensorMapEncodeTiled" in text
-        body = text[text.index("{", text.index(" rows64_kernel(", text.index(" rows64_kernel(") + 1)) :]
-        before, after = body.split(WAIT)
-        assert "codes0_ptr" in before and "bulk_tensor" not in before and "bulk_tensor" in after
+def test_rings_copy_x_by_tensor_copies_after_weights() -> None:
+    config = {"family": "cuda-tiled-int8", "rows": 32, "wg": 1, "mt": 1, "split": 2, "stages": 3, "wgmma": True}
+    rings = {"ring": 3, "cluster": True, "overlap": True, "resident": 2}
+    text = plan(300, 700, "int4", "int8/token", rows=(64,), configs={64: config | rings}).source().read_text()
+    assert "cuTensorMapEncodeTiled" in text and "__launch_bounds__(128, 2)" in text
+    body = text[text.index("{", text.index(" rows64_kernel(", text.index(" rows64_kernel(") + 1)) :]
+    before, after = body.split(WAIT)
+    assert "codes0_ptr" in before and "bulk_tensor" not in before and "bulk_tensor" in after
 
 
 def test_clusters_are_launched_where_splits_use_them() -> None:

@@ -224,9 +224,11 @@ def rotation_configs(width: int, order: int, target: CudaTarget, direct: bool) -
     chosen = []
     most = max((w for w in found if w.radix == 1 or w.radix >= 12), key=lambda w: w.held, default=best)
     if target.has("cluster") and width >= SHARED_WIDTH:
-        for rows, blocks in SHARED_VECTORS if most.radix == 1 else SHARED_ROWS:
-            work = -(-max(most.tasks, most.pieces if most.radix > 1 else 0) // blocks)
-            warps = -(-work // -(-work // 16))
+        for rows, blocks in _sharing(most):
+            # Two blocks have as many warps as vectors to load, more blocks as many as products.
+            work = most.pieces if most.radix > 1 and blocks > 2 else most.tasks
+            share = -(-work // blocks)
+            warps = -(-share // -(-share // (8 if most.radix == 1 else 16)))
             chosen.append((rows, RotationConfig(warps, most.held, blocks, ahead=direct)))
     if width > NARROW:
         chosen.append((target.multiprocessors, _fitting(most, _warps(most, 16), direct)))
@@ -235,9 +237,18 @@ def rotation_configs(width: int, order: int, target: CudaTarget, direct: bool) -
     return [entry for entry, (_, later) in zip(chosen, [*chosen[1:], (0, None)]) if entry[1] != later]
 
 
-SHARED_WIDTH, SHARED_ROWS, SHARED_VECTORS = 8192, ((8, 8), (32, 4)), ((64, 2),)
-"""From which width on up to so many rows are shared by so many blocks; the latter where there is no third product, and nothing but
-the maximum to tell each other."""
+SHARED_WIDTH = 8192
+"""From which width on few rows are shared by blocks."""
+
+
+def _sharing(w: WarpRotation) -> list[tuple[int, int]]:
+    """Up to so many rows are shared by so many blocks."""
+    if w.radix == 1:  # nothing but the maximum to tell each other
+        return [(16, 4), (64, 2)]
+    if w.tiles > 1 and w.pieces < 32:  # eighths would be less than four products of several tiles
+        return [(16, 4), (32, 2)]
+    return [(8, 8), (16, 4), (32, 2)]
+
 
 NARROW = 4096
 """Up to this width all numbers of rows have the same config."""

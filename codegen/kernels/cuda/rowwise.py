@@ -7,10 +7,11 @@
     codes = clip(round_half_even(y / scale))                      if ``quantize``
 
 A block computes one row at a time; its values stay in registers, 4 or 8 neighbours to a thread, so that memory is read once
-and written once. A block that rotates what it loads goes on to further rows, which it loads ahead. Rows of whole vectors of 256 are rotated by tensor cores (`rotation`). In others a Hadamard block of order
+and written once. Rows of whole vectors of 256 are rotated by tensor cores (`rotation`): a block goes on to further rows, several
+share a row where rows are few, and codes are rounded products with the inverse of the step. In others a Hadamard block of order
 ``core 2^p`` (see `qcompile.formats.hadamard`) is applied to what a thread holds in registers, to the rest in shared memory:
-passes of up to 32 points for the power of two, one for the core. Sums are float32; the quantizer divides, so that codes are
-those of ``QuantizePerToken`` bit for bit.
+passes of up to 32 points for the power of two, one for the core. Sums are float32; the quantizer divides, so that codes of rows
+that are not rotated are those of ``QuantizePerToken`` bit for bit.
 
 Sources: Ba et al., "Layer Normalization" (2016); Zhang and Sennrich, "Root Mean Square Layer Normalization" (2019);
 Shazeer, "GLU Variants Improve Transformer" (2020); Fino and Algazi, "Unified matrix treatment of the fast Walsh-Hadamard

@@ -1,5 +1,5 @@
-"""CUDA kernel families, written in TIRx with PTX instructions: `persistent` for one row, `stream` for few, `tiled` for many, `planes` for widths
-that have no other."""
+"""CUDA kernel families, written in TIRx with PTX instructions: `sliced` and `persistent` for one row, `stream` for few, `tiled` for many,
+`planes` for widths that have no other."""
 
 from qcompile.codegen.kernels.cuda.linear import CudaLinear
 from qcompile.codegen.kernels.cuda.persistent import PersistentLinear, PersistentLinearFloat8, PersistentLinearInt8

@@ -101,15 +101,17 @@ def test_persistent_kernels(weight: str, activation: str) -> None:
     assert "x_ptr" not in body[body.index("{") : body.index(WAIT)]
 
 
-@pytest.mark.parametrize(("tn", "stages"), [(4, 4), (3, 6), (1, 5)])
-def test_sliced_kernels(tn: int, stages: int) -> None:
+@pytest.mark.parametrize(("tn", "stages", "wide", "split"), [(4, 4, 1, 1), (3, 6, 1, 1), (4, 4, 2, 2)])
+def test_sliced_kernels(tn: int, stages: int, wide: int, split: int) -> None:
     """Weights are copied before x may be read; the products are of unsigned codes by signed slices."""
     config = {"family": "cuda-stream-sliced", "tn": tn, "kw": 4, "stages": stages, "overlap": True}
+    config |= {"wide": wide, "split": split, "cluster": split > 1}
     p = plan(1100, 72, "int2/g64", rows=(1,), configs={1: config})
     assert p.entries[0].family == "cuda-stream-sliced" and p.scratch() == (1, 1)
     text = p.source().read_text()
     body = text[text.rindex("rows1_kernel(", 0, text.index("#include <tvm/ffi")) :]
     assert "x_ptr" not in body[body.index("{") : body.index(WAIT)] and "m16n8k32" in text and ".u8.s8.s32" in text
+    assert (f"__cluster_dims__(1, {split}, 1)" in text) == (split > 1)
 
 
 @nvcc

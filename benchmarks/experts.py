@@ -26,6 +26,7 @@ from qcompile import runtime
 from qcompile.errors import ArtifactError
 from qcompile.formats import Quantized, parse_format
 from qcompile.recipes import Recipe
+from qcompile.recipes.recipe import Override
 
 GROUP, TURNS, BLOCKS = 32, 24, 5
 
@@ -167,6 +168,7 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 64])
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--only", nargs="+", help="of the peers")
     parser.add_argument("--artifact", help="keep the compiled layer there, or take it from there")
     options = parser.parse_args()
     model, weights = layer(options.hidden, options.inner, options.experts, options.top)
@@ -174,7 +176,9 @@ def main() -> None:
     try:
         ours = qcompile.load(folder)
     except ArtifactError:
-        recipe = Recipe("experts", weight=f"int4/g{GROUP}", activation="int8/token", solver="rtn")
+        recipe = Recipe(
+            "experts", weight=f"int4/g{GROUP}", activation="int8/token", overrides=(Override("node", weight="none"),)
+        )
         ours = qcompile.compile(model, recipe=recipe, output=folder, overwrite=True, progress=False, prove=False)
     runtime.set_threads(options.threads)
     settings = onnxruntime.SessionOptions()
@@ -185,6 +189,7 @@ def main() -> None:
         "GatherBlockQuantized": gathered(model, weights, options.threads),
         "model.onnx": emitted,
     }
+    sessions = {name: s for name, s in sessions.items() if options.only is None or name in options.only}
     rng = np.random.default_rng(1)
     exact = onnxruntime.InferenceSession(model.SerializeToString(), settings, ["CPUExecutionProvider"])
     print("layer:", {layer.name: (layer.kernel, round(layer.bits_per_weight, 2)) for layer in ours.report.layers})
@@ -194,8 +199,8 @@ def main() -> None:
         calls: dict[str, Callable[[np.ndarray], object]] = {"ours": lambda x: ours(x)}
         calls |= {name: (lambda x, s=s: s.run(None, {"x": x})[0]) for name, s in sessions.items()}
         if rows > 8:
-            calls.pop("GatherBlockQuantized")
-            calls.pop("model.onnx")
+            calls.pop("GatherBlockQuantized", None)
+            calls.pop("model.onnx", None)
         errors = {}
         for name, call in calls.items():
             got = np.asarray(call(tokens[0]))

@@ -35,6 +35,10 @@ class Cuda(Backend):
         with job.stage("lower"):
             lowered = lower(job.quantized)
             job.save("lowered", lowered)
+            for node in lowered.graph:
+                if node.op_type == "ExpertMatMul":
+                    reason = "there is no kernel: the codes that are picked become floats, at a byte each in memory"
+                    job.report.refuse("kernel of experts", node.name or "experts", reason)
         with job.stage("generate code"):
             program = build_cuda_program(lowered, job.target)
             weights = {name: a for name, a in program.params.items() if not name.startswith(WORKSPACE)}

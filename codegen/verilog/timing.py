@@ -196,9 +196,16 @@ def size_fifos(netlist: Netlist, frames: int = 4, trials: int = 80) -> Timeline:
         _size(netlist, fifos, frames, period, trials)
         found = [(u, p) for u, p in fifos if u.depths[p] > BLOCK_DEPTH and p not in u.deep]
         if not found:
-            return evaluate(netlist, frames)
+            return _steady(netlist, frames, period)
         for unit, prefix in found:  # offers later, so others may have to hold more
             unit.deep.add(prefix)
+
+
+def _steady(netlist: Netlist, frames: int, period: int) -> Timeline:
+    """Enough frames for the FIFOs to fill, after which one leaves every ``period`` cycles."""
+    while (line := evaluate(netlist, frames)).interval(netlist) > period and 2 * frames <= MOST_FRAMES:
+        frames *= 2
+    return line
 
 
 def _size(netlist: Netlist, fifos: list[tuple[Unit, str]], frames: int, period: int, trials: int) -> None:

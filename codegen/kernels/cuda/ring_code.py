@@ -53,40 +53,56 @@ class RingKernel(Kernel):
 
     def _loop(self) -> None:
         s = self.s
-        ahead = s.stages - 1
-        early = s.ring if s.whole else s.ring - 1
-        warps = s.threads // 32
         self._start_barriers()
+        early = s.ring if s.whole else s.ring - 2
+        ahead = s.stages if s.stages >= s.per_split else s.stages - 2
         with T.serial(T.min(self.count, early)) as stage:
             self._issue_ring(stage, self.start + stage)
         e.ptx("prefetch.tensormap", T.address_of(self.x_map))
         if s.overlap:
             e.await_previous()
         for stage in range(min(ahead, s.per_split)):
-            with T.If(T.And(self.warp == stage % warps, self.count > stage)), T.Then():
+            with T.If(T.And(self.warp == stage % (s.threads // 32), self.count > stage)), T.Then():
                 self._issue_rows(T.int32(stage), self.start + stage)
         self._fetch_factors()
-        with T.serial(self.count) as i:
-            slot, place = e.let(i % s.stages), e.let(i % s.ring)
-            following = e.let((i + ahead) % s.stages)  # also the slot of the stage before
-            refilled = e.let((i + early) % s.ring)  # likewise
-            T.evaluate(T.cuda.mbarrier_wait(self._ring_barrier(place), i // s.ring % 2))
-            T.evaluate(T.cuda.mbarrier_wait(self._barrier(slot), i // s.stages % 2))
-            weights = e.let(self.base + s.ring_place // 4 + place * (s.weight_bytes // 4))
-            self._multiply(e.let(self.base + slot * (s.stage_bytes // 4)), weights)
-            with T.If(self.warp == i % warps), T.Then():
-                if ahead < s.per_split:
-                    with T.If(i + ahead < self.count), T.Then():
-                        self._await_empty(i, s.stages, self._barrier(following, empty=True))
-                        self._issue_rows(following, self.start + i + ahead)
-            if not s.whole:
-                with T.If(i + early < self.count), T.Then():
-                    self._await_empty(i, s.ring, self._ring_barrier(refilled, empty=True))
-                    self._issue_ring(refilled, self.start + i + early)
-            # None may be in flight at the end of the loop's body, or ptxas waits for every product (C7513).
+        # None may be in flight at the end of the loop's body, or ptxas waits for every product (C7513): hence two stages.
+        with T.serial(self.count // 2) as pair:
+            for i in (pair * 2, pair * 2 + 1):
+                self._stage(i, early, ahead)
             e.ptx("wgmma.wait_group.sync.aligned", 0)
-            self._release(slot, place)
+            for i in (pair * 2, pair * 2 + 1):
+                e.ptx("mbarrier.arrive.shared::cluster.b64", self._barrier(i % s.stages, empty=True))
+                if not s.whole:
+                    e.ptx("mbarrier.arrive.shared::cluster.b64", self._ring_barrier(i % s.ring, empty=True))
+        with T.If(self.count % 2 == 1), T.Then():
+            self._stage(self.count - 1, early, ahead)
+            e.ptx("wgmma.wait_group.sync.aligned", 0)
         e.wait(0)
+
+    def _stage(self, at: Any, early: int, ahead: int) -> None:
+        """Products of a stage; and the slots of the pair before, which all threads leave, are filled again."""
+        s = self.s
+        i = e.let(at)
+        slot, place = e.let(i % s.stages), e.let(i % s.ring)
+        T.evaluate(T.cuda.mbarrier_wait(self._ring_barrier(place), i // s.ring % 2))
+        T.evaluate(T.cuda.mbarrier_wait(self._barrier(slot), i // s.stages % 2))
+        weights = e.let(self.base + s.ring_place // 4 + place * (s.weight_bytes // 4))
+        self._multiply(e.let(self.base + slot * (s.stage_bytes // 4)), weights)
+        if ahead < s.per_split:
+            following = e.let((i + ahead) % s.stages)
+            with T.If(T.And(self.warp == i % (s.threads // 32), i + ahead < self.count)), T.Then():
+                self._await_empty(i, s.stages, self._barrier(following, empty=True))
+                self._issue_rows(following, self.start + i + ahead)
+        if not s.whole:
+            refilled = e.let((i + early) % s.ring)
+            with T.If(i + early < self.count), T.Then():
+                self._await_empty(i, s.ring, self._ring_barrier(refilled, empty=True))
+                self._issue_ring(refilled, self.start + i + early)
+
+    def _await_empty(self, i: Any, slots: int, barrier: Any) -> None:
+        """Wait until nobody reads stage ``i - 2`` any more."""
+        with T.If(i > 1), T.Then():
+            T.evaluate(T.cuda.mbarrier_wait(barrier, (i - 2) // slots % 2))
 
     def _fetch_factors(self) -> None:
         """Scales of channels and rows, so that the end of the kernel does not wait for them."""
@@ -111,18 +127,6 @@ class RingKernel(Kernel):
 
     def _row_factor(self, row: Any) -> Any:
         return T.reinterpret("float32", self.arena[self.factors + self.s.columns + row - self.first_row])
-
-    def _await_empty(self, i: Any, slots: int, barrier: Any) -> None:
-        """Wait until nobody reads stage ``i - 1`` any more."""
-        with T.If(i > 0), T.Then():
-            T.evaluate(T.cuda.mbarrier_wait(barrier, (i - 1) // slots % 2))
-
-    def _release(self, slot: Any, place: Any) -> None:
-        """This thread has read a stage."""
-        s = self.s
-        if not s.whole:
-            e.ptx("mbarrier.arrive.shared::cluster.b64", self._ring_barrier(place, empty=True))
-        e.ptx("mbarrier.arrive.shared::cluster.b64", self._barrier(slot, empty=True))
 
     # Barriers
 

@@ -144,11 +144,8 @@ class SlicedLinear(CudaLinear):
 
     def shape(self, problem: LinearProblem, config: dict[str, Any]) -> SlicedShape:
         given = {key: config[key] for key in ("tn", "kw", "stages", "dtype", "out")}
-        given |= {
-            "wide": config.get("wide", 1),
-            "split": config.get("split", 1),
-            "overlap": bool(config.get("overlap")),
-        }
+        split = config["split"] if config.get("cluster") else 1  # nothing else adds its sums up
+        given |= {"wide": config.get("wide", 1), "split": split, "overlap": bool(config.get("overlap"))}
         return SlicedShape(k=problem.k, n=problem.n, weight=problem.weight, **given)
 
     def configs(self, problem: LinearProblem, target: Target) -> list[dict[str, Any]]:

@@ -129,7 +129,8 @@ def unpack(emit: Emitter, packed: ir.Value, layout: BitLayout, padded: tuple[int
     sizes = layout.factors(*padded)
     names = layout.order.split()
     same = [0] * lead  # what ONNX's Reshape leaves as it is
-    flat = emit("Reshape", packed, emit.constant(np.array([*same, -1, 1], np.int64)))
+    size = padded[0] * padded[1] * layout.bits // 8  # said, not left open: no matrix at all may have been picked
+    flat = emit("Reshape", packed, emit.constant(np.array([*same, size, 1], np.int64)))
     fields = names[-1] == "b" and 8 % layout.bits == 0
     if fields:
         width, present = layout.bits, [n for n in names if n != "b"]

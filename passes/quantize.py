@@ -10,6 +10,7 @@ solvers); this pass only rewrites. The result runs in stock ONNX Runtime.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -28,7 +29,7 @@ from qcompile.passes.graph import (
     replace,
     sole_use,
 )
-from qcompile.passes.sites import ConvSite, EmbeddingSite, ExpertSite, LinearSite
+from qcompile.passes.sites import ConvSite, EmbeddingSite, ExpertSite, LinearSite, Site
 from qcompile.passes.weights import write_stack, write_weight
 
 CLIP = "qcompile.clip"
@@ -53,6 +54,11 @@ class Quantizer:
     static_scale: dict[str, float] = field(default_factory=dict)
     _activations: dict[tuple[int, str], ir.Value] = field(default_factory=dict)
     _tables: dict[str, tuple[ir.Value, ir.Value]] = field(default_factory=dict)
+    _replaced: dict[ir.Value, ir.Value] = field(default_factory=dict)
+
+    def current(self, site: Site) -> Site:
+        """``site`` with the input it has by now: products in front of it may have been rewritten."""
+        return dataclasses.replace(site, x=self._replaced[site.x]) if site.x in self._replaced else site
 
     def linear(self, site: LinearSite, weight_format: Format, weight: Quantized, activation: ActivationFormat) -> None:
         """Quantize the weight of ``site`` and, if ``activation`` has bits, its input."""
@@ -101,6 +107,7 @@ class Quantizer:
         squeeze = sole_use(old)
         if squeeze is not None and _drops_rows(squeeze):
             last, name = squeeze.outputs[0], squeeze.outputs[0].name
+            self._replaced[last] = self._replaced[old] = y
             replace(last, y)
             graph.remove([squeeze, site.node], safe=True)
             last.name, y.name = None, name
@@ -111,6 +118,7 @@ class Quantizer:
         widened.outputs[0].type, widened.outputs[0].shape = old.type, old.shape
         insert_before(site.node, [widened])
         name = old.name
+        self._replaced[old] = widened.outputs[0]
         replace(old, widened.outputs[0])
         graph.remove(site.node, safe=True)
         old.name, widened.outputs[0].name = None, name
@@ -195,7 +203,7 @@ class Quantizer:
         ):
             value.type = ir.TensorType(dtype)
             value.shape = ir.Shape([*lead, last]) if lead is not None else None
-        rows.outputs[0].name, steps.outputs[0].name = f"{old.name}.codes", f"{old.name}.scale"
+        rows.outputs[0].name, steps.outputs[0].name = f"{old.name}.rows.codes", f"{old.name}.rows.scale"
         name = old.name
         insert_before(site.node, [rows, steps, dequantize])
         replace(old, dequantize.outputs[0])

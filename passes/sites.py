@@ -197,6 +197,29 @@ def expert_sites(model: ir.Model) -> list[ExpertSite]:
     return found
 
 
+# What stands between the scores of a router and the indices: choices, masks and shapes of scores, no further layers.
+_CHOOSING = ("TopK", "Softmax", "Sigmoid", "LogSoftmax", "Tanh", "Add", "Sub", "Mul", "Div", "Clip", "Cast", "Reshape", "Flatten",
+             "Transpose", "Squeeze", "Unsqueeze", "Expand", "Concat", "Slice", "Split", "Gather", "GatherElements", "GatherND",
+             "ScatterElements", "ScatterND", "Where", "Not", "ReduceMax", "ReduceSum", "ArgMax")  # fmt: skip
+
+
+def router_sites(model: ir.Model) -> list[LinearSite]:
+    """Linear operators whose outputs choose the experts of a row: rounded, they would choose others."""
+    linear = {site.node: site for site in linear_sites(model)}
+    found: list[LinearSite] = []
+    todo, seen = [site.ids for site in expert_sites(model)], set()
+    while todo:
+        node = todo.pop().producer()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if node in linear:
+            found.append(linear[node])
+        elif is_op(node, *_CHOOSING):
+            todo += [value for value in node.inputs if value is not None]
+    return found
+
+
 def _one_per_token(rows: ir.Value) -> tuple[ir.Value, int]:
     """What rows ``(..., 1, K)`` are repetitions of, and how often each row follows itself."""
     repeat, width = 1, _last(rows)

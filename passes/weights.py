@@ -222,7 +222,8 @@ def quantized_weight(value: ir.Value | None) -> QuantizedWeight | None:
     codes, scale = _stored(node.inputs[0]), _stored(node.inputs[1])
     zero = _stored(node.inputs[2]) if len(node.inputs) > 2 else None
     shape = constant_shape(codes)
-    if codes is None or scale is None or shape is None or len(shape) not in (2, 3):
+    picked = codes is not node.inputs[0]
+    if codes is None or scale is None or shape is None or len(shape) != 2 + picked:
         return None
     spelling = codes.metadata_props.get(FORMAT)
     if spelling is not None and (factors := _nested(scale)) is not None:

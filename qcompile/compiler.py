@@ -23,7 +23,13 @@ from qcompile.compiled import CompiledModel, load
 from qcompile.errors import CalibrationError, RecipeError, TargetError, UnsupportedOperatorError
 from qcompile.passes.sites import conv_sites, linear_sites, matrix_sites
 from qcompile.progress import Progress
-from qcompile.quantization import convolution_moments, expert_moments, quantize_model, sites_with_hessian
+from qcompile.quantization import (
+    convolution_moments,
+    expert_moments,
+    quantize_model,
+    sites_with_hessian,
+    spare_routers,
+)
 from qcompile.recipes import Recipe, get_recipe
 from qcompile.report import Report
 from qcompile.targets import Target, get_target
@@ -156,6 +162,7 @@ def compile(
             with bars.stage("recognise"):
                 graph, recognised = recognise(captured.model)
                 stages.save("recognised", graph)
+            chosen = spare_routers(chosen, graph)
             report = Report(
                 str(captured.source.get("name") or captured.source.get("path") or "model"), str(machine), chosen.name
             )
@@ -239,7 +246,8 @@ def _statistics(
     experts = expert_moments(graph, recipe) if hessian else {}
     for stack in experts.values():
         readers.setdefault(stack.source, []).append(stack.see_rows)
-        readers.setdefault(stack.ids, []).append(stack.see_ids)
+        if stack.fixed is None:
+            readers.setdefault(stack.ids, []).append(stack.see_ids)
     with bars.stage("calibrate" if hessian else "observe", total=len(feeds)) as advance:
         known = collect(
             graph, feeds, values, hessian=sorted(wanted), channel_axis=channels, readers=readers, progress=advance

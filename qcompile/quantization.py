@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import glob
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -28,15 +30,26 @@ from qcompile.passes.sites import (
     linear_sites,
     matrix_sites,
     other_weights,
+    router_sites,
     site_name,
 )
 from qcompile.recipes import Recipe
+from qcompile.recipes.recipe import Override
 from qcompile.report import LayerRecord, Report
 from qcompile.solvers import correct_weight, get_solver, output_error
 from qcompile.solvers.base import Solver
 
 _KINDS: dict[type, str] = {LinearSite: "linear", ExpertSite: "experts", ConvSite: "convolution"}
+_ROUTER = "rounded, this router would choose other experts; an override of the recipe quantizes it"
 _MIN_TABLE = 64  # rows; smaller tables (token types) are not worth a gather of codes
+
+
+def spare_routers(recipe: Recipe, model: ir.Model) -> Recipe:
+    """``recipe`` with the weights of routers left float, but for those that an override names."""
+    names = [site.name for site in router_sites(model)]
+    return dataclasses.replace(
+        recipe, overrides=(*recipe.overrides, *(Override(glob.escape(name), weight="none") for name in names))
+    )
 
 
 def sites_with_hessian(model: ir.Model, recipe: Recipe) -> set[str]:
@@ -101,14 +114,18 @@ def quantize_model(
         report.refuse("quantize", site_name(node, weight), f"{reason} ({count:,} of them)")
         report.float_weights += count
     solved: dict[str, tuple[Quantized, LayerRecord]] = {}
+    routers = {site.name for site in router_sites(model)}
     for site in matrix_sites(model):
         fmt, activation = recipe.weight_format(site.name), recipe.activation_format(site.name)
         if fmt is None:
-            report.refuse("quantize", site.name, "the recipe leaves this weight float")
+            reason = _ROUTER if site.name in routers else "the recipe leaves this weight float"
+            report.refuse("quantize", site.name, reason)
             report.float_weights += site.shape[0] * site.shape[1]
         else:
+            site = quantizer.current(site)
             known = _known(site, statistics, linear)
-            key = f"{site.weight.name} {fmt} {site.x.name}"
+            picked = site.ids.name if isinstance(site, ExpertSite) else ""
+            key = f"{site.weight.name} {fmt} {site.x.name} {picked}"
             if key not in solved:
                 solved[key] = _solve(site, fmt, recipe, known)
             weight, record = solved[key]
@@ -124,9 +141,12 @@ def quantize_model(
                 _tell_of_sharing(site, known, report)
         if progress is not None:
             progress(site.name)
-    if recipe.embedding_bits:
-        for table in embedding_sites(model):
+    for table in embedding_sites(model):
+        if recipe.embedding_bits:
             _embedding(quantizer, table, report)
+        else:
+            report.refuse("quantize", table.name, "the recipe leaves this table float")
+            report.float_weights += math.prod(constant_shape(table.table) or ())
     return quantizer.finish()
 
 
@@ -253,6 +273,7 @@ def _embedding(quantizer: Quantizer, site: EmbeddingSite, report: Report) -> Non
     table = site.table.const_value.numpy().astype(np.float32, copy=False)
     if len(table) < _MIN_TABLE:
         report.refuse("quantize", site.name, f"a table of {len(table)} rows is too small to gain from it")
+        report.float_weights += table.size
         return
     largest = np.abs(table).max(1, keepdims=True)
     scale = np.where(largest == 0, 1, largest / 127.0).astype(np.float32)

@@ -13,7 +13,7 @@ import onnx_ir as ir
 
 from qcompile.passes.graph import attribute, constant, is_op, sole_use
 from qcompile.passes.recognise import symbols
-from qcompile.passes.recognise.linear import is_weight
+from qcompile.passes.recognise.linear import TRANSPOSE_OF, existing_transpose, is_weight, set_aside
 from qcompile.passes.recognise.result import Found
 from qcompile.passes.recognise.rule import Rule, emit, emit_constant, substitute
 
@@ -82,16 +82,21 @@ def _transposed(anchor: ir.Node, stack: ir.Value) -> ir.Value:
     """An initializer of all matrices transposed, a view on the same memory; it takes the name over."""
     graph, name = anchor.graph, stack.name or "stack"
     assert isinstance(graph, ir.Graph) and stack.const_value is not None
-    if (known := graph.initializers.get(f"{name}.T")) is not None:
+    if (known := existing_transpose(stack)) is not None:
         return known
     array = stack.const_value.numpy().swapaxes(1, 2)
-    if len(stack.uses()) == 1 and not stack.is_graph_output():
-        stack.name = f"{name}.before_transpose"
-    else:
-        name = f"{name}.T"
-    tensor = ir.Tensor(array, dtype=stack.const_value.dtype, name=name)
-    value = ir.Value(name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
+    shared = len(stack.uses()) > 1 or stack.is_graph_output()
+    if not shared:
+        set_aside(stack)
+    free, i = name, 0
+    while free in graph.initializers:
+        i += 1
+        free = f"{name}.T" if i == 1 else f"{name}.T.{i}"
+    tensor = ir.Tensor(array, dtype=stack.const_value.dtype, name=free)
+    value = ir.Value(name=free, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
     value.metadata_props.update(stack.metadata_props)
+    if shared:
+        value.metadata_props[TRANSPOSE_OF] = name
     graph.register_initializer(value)
     return value
 

@@ -28,12 +28,12 @@ def transposed_initializer(anchor: ir.Node, weight: ir.Value, scale: float = 1.0
     array = weight.const_value.numpy().T
     if scale != 1.0:
         array = (array * np.asarray(scale, array.dtype)).astype(array.dtype)
-    elif (existing := _existing_transpose(weight)) is not None:
+    elif (existing := existing_transpose(weight)) is not None:
         return existing
     shared = len(weight.uses()) > 1 or weight.is_graph_output()
     name = weight.name or "weight"
     if not shared:
-        weight.name = f"{name}.before_transpose"
+        set_aside(weight)
     graph = _initializer_graph(anchor, weight)
     # A tied weight is named after the module that reads it transposed, as it is in the checkpoint.
     module = anchor.metadata_props.get("namespace")
@@ -50,7 +50,16 @@ def transposed_initializer(anchor: ir.Node, weight: ir.Value, scale: float = 1.0
     return value
 
 
-def _existing_transpose(weight: ir.Value) -> ir.Value | None:
+def set_aside(weight: ir.Value) -> None:
+    """Give the name of ``weight`` free. It gets a tensor object of its own: the present one may be the caller's."""
+    assert weight.const_value is not None
+    name = f"{weight.name}.before_transpose"
+    weight.const_value = ir.Tensor(weight.const_value.numpy(), dtype=weight.const_value.dtype, name=name)
+    weight.name = name
+
+
+def existing_transpose(weight: ir.Value) -> ir.Value | None:
+    """The initializer that holds the transpose of ``weight``, which other operators read too."""
     graph = weight.graph
     if graph is None:
         return None

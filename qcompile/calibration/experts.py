@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from qcompile.passes.graph import constant
 from qcompile.passes.sites import ExpertSite
 
 LARGEST = 1 << 31
@@ -26,6 +27,7 @@ class ExpertMoments:
 
     Attributes:
         source, ids: names of its activation and of the indices.
+        fixed: the indices where they are constant, else None.
         rows: how many each expert has seen, ``(E,)``.
     """
 
@@ -34,6 +36,7 @@ class ExpertMoments:
 
     def __init__(self, site: ExpertSite) -> None:
         self.source, self.ids, self.repeat = site.x.name or "", site.ids.name or "", site.repeat
+        self.fixed = constant(site.ids)
         k = site.shape[0]
         self.rows = np.zeros(site.experts, np.int64)
         self.moment = np.zeros((site.experts, k, k), np.float32)
@@ -47,6 +50,8 @@ class ExpertMoments:
     def see_rows(self, batch: np.ndarray) -> None:
         """Activations ``(..., K)`` of a sample."""
         self._see("rows", np.asarray(batch, np.float32).reshape(-1, self.moment.shape[-1]))
+        if self.fixed is not None:
+            self.see_ids(self.fixed)
 
     def see_ids(self, batch: np.ndarray) -> None:
         """Which experts they go to."""
@@ -85,4 +90,4 @@ class ExpertMoments:
 
 def experts_key(site: ExpertSite) -> str:
     """What the moments of a stack are called among the statistics, which otherwise go by value names."""
-    return f"{site.x.name} as {site.name} picks it"
+    return f"{site.x.name} as {site.name} picks it by {site.ids.name}"

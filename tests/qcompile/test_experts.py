@@ -48,7 +48,10 @@ def test_experts_are_quantized_and_the_report_has_them_as_layers(name, tmp_path)
     layers = [layer for layer in model.report.layers if layer.kind == "experts"]
     assert len(layers) == len(stacks) > 0 and all("experts" in layer.name for layer in layers)
     assert sum(math.prod(layer.shape) for layer in layers) == sum(p.numel() for p in stacks)
-    assert model.report.float_weights == 0 and model.report.bits_per_weight < 9
+    routers = {r.where for r in model.report.refusals if "this router" in r.reason}
+    gates = [p for key, p in module.named_parameters() if key.endswith("mlp.gate.weight")]
+    assert len(routers) == len(gates) > 0 and all("gate" in name for name in routers)
+    assert model.report.float_weights == sum(p.numel() for p in gates)
     assert not [r for r in model.report.refusals if "stay float" in r.reason]
     assert all(layer.kernel for layer in layers)
 
@@ -115,13 +118,14 @@ def routed(experts=4):
 def test_each_expert_is_solved_for_the_rows_it_gets(tmp_path):
     model, weights = routed()
     rng = np.random.default_rng(1)
-    x = (rng.standard_normal((400, 4)) @ rng.standard_normal((4, 12)) + 0.1 * rng.standard_normal((400, 12))).astype("f")
-    keep = (Override("*router*", weight="none"),)
+    x = (rng.standard_normal((400, 4)) @ rng.standard_normal((4, 12)) + 0.1 * rng.standard_normal((400, 12))).astype(
+        "f"
+    )
     done = {}
     for solver in ("rtn", "gptq"):
         done[solver] = qcompile.compile(
             model, recipe="w4a8", solver=solver, weight="int2", transforms=(), calibration=[{"x": x}], progress=False,
-            output=tmp_path / solver, overrides=keep,
+            output=tmp_path / solver,
         )  # fmt: skip
     exact = _reference(x, weights)
 
@@ -132,6 +136,19 @@ def test_each_expert_is_solved_for_the_rows_it_gets(tmp_path):
     (layer,) = [layer for layer in done["gptq"].report.layers if layer.kind == "experts"]
     assert layer.output_error is not None and layer.shape == (12, 4 * 9)
     assert not [r for r in done["gptq"].report.refusals if "Hessian" in r.what]
+
+
+def test_a_router_stays_float_unless_an_override_names_it(tmp_path):
+    model, weights = routed()
+    options = {"recipe": "w8a8-rtn", "weight": "int2", "activation": "none", "progress": False}
+    x = np.random.default_rng(3).standard_normal((64, 12)).astype(np.float32)
+    spared = qcompile.compile(model, output=tmp_path / "spared", **options)
+    (router,) = [r.where for r in spared.report.refusals if "this router" in r.reason]
+    named = (Override(router, weight="int2"),)
+    rounded = qcompile.compile(model, output=tmp_path / "all", overrides=named, **options)
+    assert len(spared.report.layers) + 1 == len(rounded.report.layers)
+    exact = _reference(x, weights)
+    assert np.linalg.norm(spared({"x": x}) - exact) < 0.8 * np.linalg.norm(rounded({"x": x}) - exact)
 
 
 def test_the_report_names_experts_that_saw_too_little(tmp_path):
@@ -162,3 +179,78 @@ def test_moments_are_those_of_an_experts_own_rows():
 def _reference(x, weights):
     best = np.argsort(-(x @ weights["router"]), axis=-1)[:, :2]
     return np.einsum("tk,tjkn->tn", x, weights["stack"][best])
+
+
+CHAIN = """
+<ir_version: 10, opset_import: ["" : 21]>
+chain (float[batch, 12] x, int64[batch] i) => (float[batch, 9] y) {
+    row = Unsqueeze (x, one)
+    a = Gather <axis=0> (A, i)
+    p = MatMul (row, a)
+    b = Gather <axis=0> (B, i)
+    q = MatMul (p, b)
+    y = Squeeze (q, one)
+}
+"""
+
+
+@pytest.mark.parametrize("activation", ["int8/token", "none"])
+@pytest.mark.parametrize("between", ["", "s = Squeeze (p, one)\n r = Unsqueeze (s, one)"])
+def test_a_stack_behind_a_stack(tmp_path, between, activation):
+    text = CHAIN.replace("b = Gather", f"{between}\n    b = Gather")
+    model = onnx.parser.parse_model(text.replace("MatMul (p,", "MatMul (r,") if between else text)
+    rng = np.random.default_rng(0)
+    weights = {"A": rng.standard_normal((5, 12, 8)), "B": rng.standard_normal((5, 8, 9))}
+    constants = {name: array.astype(np.float32) for name, array in weights.items()} | {"one": np.array([1])}
+    model.graph.initializer.extend(onnx.numpy_helper.from_array(a, name) for name, a in constants.items())
+    options = {"recipe": "w8a8-rtn", "activation": activation, "output": tmp_path / "out", "progress": False}
+    done = qcompile.compile(model, **options)
+    x, ids = rng.standard_normal((6, 12)).astype(np.float32), np.array([0, 4, 1, 1, 2, 0])
+    expected = np.einsum("tk,tkm,tmn->tn", x, weights["A"][ids], weights["B"][ids])
+    for feed, want in (({"x": x, "i": ids}, expected), ({"x": x[:0], "i": ids[:0]}, expected[:0])):
+        emitted = next(iter(ort.run(ort.session(done.onnx_path), feed).values()))
+        for y in (done(feed), emitted):
+            assert y.shape == want.shape and np.linalg.norm(y - want) <= 0.03 * np.linalg.norm(want)
+
+
+def test_transposed_stacks_leave_others_and_the_callers_model_alone(tmp_path):
+    text = """
+    <ir_version: 10, opset_import: ["" : 21]>
+    right (float[batch, 12] x, int64[batch] i) => (float[batch, 7] y, float[batch, 12, 7] z) {
+        column = Unsqueeze (x, last)
+        w = Gather <axis=0> (stack, i)
+        p = MatMul (w, column)
+        y = Squeeze (p, last)
+        z = Gather <axis=0> (stack.T, i)
+    }
+    """.replace("stack.T", "other")
+    model = onnx.parser.parse_model(text)
+    rng = np.random.default_rng(0)
+    stack, other = (rng.standard_normal(shape).astype(np.float32) for shape in ((5, 7, 12), (5, 12, 7)))
+    for name, array in (("stack", stack), ("stack.T", other), ("last", np.array([-1]))):
+        model.graph.initializer.append(onnx.numpy_helper.from_array(array, name))
+    model.graph.node[-1].input[0] = "stack.T"
+    before = model.SerializeToString(deterministic=True)
+    done = qcompile.compile(model, recipe="w8a8-rtn", activation="none", output=tmp_path / "out", progress=False)
+    assert model.SerializeToString(deterministic=True) == before
+    x, ids = rng.standard_normal((6, 12)).astype(np.float32), np.array([0, 4, 1, 1, 2, 0])
+    y, z = done({"x": x, "i": ids})
+    expected = np.einsum("tnk,tk->tn", stack[ids], x)
+    assert np.linalg.norm(y - expected) < 0.02 * np.linalg.norm(expected)
+    np.testing.assert_array_equal(z, other[ids])
+
+
+def test_experts_that_are_chosen_beforehand_have_a_hessian(tmp_path):
+    text = """
+    <ir_version: 10, opset_import: ["" : 21]>
+    fixed (float[3, 1, 40] x) => (float[3, 1, 30] y) { w = Gather <axis=0> (stack, i) y = MatMul (x, w) }
+    """
+    model = onnx.parser.parse_model(text)
+    rng = np.random.default_rng(0)
+    stack, ids = rng.standard_normal((64, 40, 30)).astype(np.float32), np.array([3, 3, 60])
+    model.graph.initializer.extend(onnx.numpy_helper.from_array(a, n) for n, a in (("stack", stack), ("i", ids)))
+    feeds = [{"x": rng.standard_normal((3, 1, 40)).astype(np.float32)} for _ in range(3)]
+    options = {"recipe": "w4a8", "solver": "gptq", "transforms": (), "progress": False, "output": tmp_path / "out"}
+    done = qcompile.compile(model, calibration=feeds, **options)
+    expected = feeds[0]["x"] @ stack[ids]
+    assert np.linalg.norm(done(feeds[0]) - expected) < 0.2 * np.linalg.norm(expected)

@@ -9,7 +9,7 @@ import numpy as np
 import onnx_ir as ir
 from tvm import relax
 
-from qcompile.codegen.kernels import CPUS, select
+from qcompile.codegen.kernels import CPUS
 from qcompile.codegen.kernels.base import LinearKernel, LinearProblem, Support
 from qcompile.codegen.kernels.cpu.experts import ExpertFamily, ExpertProduct, SortSlots
 from qcompile.codegen.relax.attributes import attr
@@ -22,10 +22,10 @@ from qcompile.codegen.relax.kernels import (
     quantized_operand,
     row_scale,
     rows,
+    selected,
     shaped,
 )
 from qcompile.codegen.relax.registry import converter
-from qcompile.codegen.tune.database import database_for
 from qcompile.formats import parse_activation, parse_format, separated
 
 
@@ -44,7 +44,7 @@ def experts(ctx: Context, node: ir.Node, x: Any, scale: Any, *operands: Any) -> 
     activation = parse_activation(attr(node, "activation_format"))
     fmt = parse_format(attr(node, "weight_format"))
     problem = LinearProblem(k, n, fmt, activation, threads=ctx.target.cores)
-    choice = select(problem, ctx.target, database_for(ctx.target), _takes_experts)
+    choice = selected(ctx, node, problem, _takes_experts)
     product = ExpertProduct(choice.family, problem, choice.config, count, repeat)  # type: ignore[arg-type]
     record = LinearRecord(
         attr(node, "sites"), attr(node, "weights"), (n,), problem, choice.family, choice.config, choice.reason,

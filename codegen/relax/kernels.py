@@ -15,8 +15,8 @@ import numpy as np
 import onnx_ir as ir
 from tvm import relax, te, tirx
 
-from qcompile.codegen.kernels import CPUS, select
-from qcompile.codegen.kernels.base import Epilogue, LinearKernel, LinearProblem
+from qcompile.codegen.kernels import CPUS, Choice, select
+from qcompile.codegen.kernels.base import Epilogue, LinearKernel, LinearProblem, Support
 from qcompile.codegen.kernels.cpu.attention import Attention
 from qcompile.codegen.kernels.cpu.embedding import Embedding, Table
 from qcompile.codegen.kernels.cpu.rope import Rope
@@ -26,6 +26,7 @@ from qcompile.codegen.relax.context import Context
 from qcompile.codegen.relax.dims import as_expr
 from qcompile.codegen.relax.registry import converter
 from qcompile.codegen.tune.database import database_for
+from qcompile.errors import TargetError
 from qcompile.formats import DualInt4, Format, NvFp4, Quantized, SuperBlock, parse_activation, parse_format
 
 DOMAIN = "qcompile.kernel"
@@ -163,7 +164,7 @@ def product(
     activation = parse_activation(attr(node, "activation_format"))
     epilogue = Epilogue(bias is not None, attr(node, "epilogue"), residual is not None, limits is not None)
     problem = LinearProblem(k, n, weight_format, activation, epilogue, threads=ctx.target.cores)
-    choice = select(problem, ctx.target, database_for(ctx.target))
+    choice = selected(ctx, node, problem)
     weight = quantized_operand(ctx, node, weight_format)
     name = node.inputs[2].name
     record = LinearRecord(
@@ -194,6 +195,18 @@ def product(
         [([ctx.shape(x)[0], n], "float32" if limits is None else "uint8")],
     )
     return out
+
+
+def selected(ctx: Context, node: ir.Node, problem: LinearProblem, *accept: Callable[[LinearKernel], Support]) -> Choice:
+    """The kernel of ``node``.
+
+    Raises:
+        TargetError: no family takes it; the message names its sites.
+    """
+    try:
+        return select(problem, ctx.target, database_for(ctx.target), *accept)
+    except TargetError as error:
+        raise TargetError(f"{', '.join(attr(node, 'sites'))}: {error}") from None
 
 
 def quantized_operand(

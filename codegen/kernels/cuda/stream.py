@@ -141,7 +141,15 @@ class StreamLinear(CudaLinear):
     def configs(self, problem: LinearProblem, target: Target) -> list[dict[str, Any]]:
         """Configs that fit the chip, for ``problem.m`` rows (1 if unknown), best first by `cost`; blocks of up to 64 rows."""
         m = problem.m or 1
-        rows = next((t for t in (1, 8, 16, 32, 64) if t >= m), 64)
+        wanted = next((t for t in (1, 8, 16, 32, 64) if t >= m), 64)
+        # Blocks that hold all rows; where they do not fit the chip, blocks of fewer.
+        smaller = (t for t in (64, 32, 16, 8, 1) if t <= wanted)
+        found: list[dict[str, Any]] = next((f for t in smaller if (f := self._fitting(problem, target, t))), [])
+        order = {dtype: i for i, dtype in enumerate(self.dtypes)}
+        return sorted(found, key=lambda c: (order[c["dtype"]], self.cost(problem, c, target, m)))
+
+    def _fitting(self, problem: LinearProblem, target: Any, rows: int) -> list[dict[str, Any]]:
+        """All configs with blocks of ``rows`` rows that fit the chip."""
         found = []
         for dtype in self.dtypes:
             for tn in (1, 2, 4):
@@ -154,11 +162,9 @@ class StreamLinear(CudaLinear):
                                 and problem.weight.bits in (2, 4),
                                 "dtype": dtype, "out": dtype if dtype in FLOATS else "float16",
                             }  # fmt: skip
-                            shape = self.shape(problem, config)
-                            if self.fits(shape, target):
+                            if self.fits(self.shape(problem, config), target):
                                 found.append(config)
-        order = {dtype: i for i, dtype in enumerate(self.dtypes)}
-        return sorted(found, key=lambda c: (order[c["dtype"]], self.cost(problem, c, target, m)))
+        return found
 
     def fits(self, shape: StreamShape, target: Any) -> bool:
         return (

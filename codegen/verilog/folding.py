@@ -95,7 +95,7 @@ def search(
         cycles: per frame, at most; then the area is minimised. Otherwise the cycles are.
 
     Raises:
-        TargetError: nothing satisfies the limits; says how near one can come.
+        TargetError: nothing satisfies the limits; says how near one can come, and which nodes are in the way.
     """
     problem = _Problem(program, target)
     limits = {"products": pe_budget, "luts": luts}
@@ -106,6 +106,7 @@ def search(
             raise TargetError(
                 f"{cycles} cycles per frame are not possible"
                 + (f"; the fewest are {fastest}" if fastest is not None else " within these limits")
+                + problem.too_slow(cycles)
             )
         return program.folded(chosen)
     fastest = problem.fastest(limits)
@@ -151,6 +152,12 @@ class _Problem:
             name: sum(min(getattr(o, name) for o in choices) for choices in self.options.values())
             for name in ("products", "luts")
         }
+
+    def too_slow(self, cycles: int) -> str:
+        """Words on the nodes that take more than ``cycles`` however they are folded; empty if there are none."""
+        least = {name: min(o.interval for o in choices) for name, choices in self.options.items()}
+        slow = [f"'{name}' takes {interval}" for name, interval in least.items() if interval > cycles]
+        return f" ({', '.join(slow)} in any folding)" if slow else ""
 
     def fastest(self, limits: Mapping[str, float | None]) -> int | None:
         """The fewest cycles within the limits: bisection over the intervals there are."""

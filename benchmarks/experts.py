@@ -26,7 +26,6 @@ from qcompile import runtime
 from qcompile.errors import ArtifactError
 from qcompile.formats import Quantized, parse_format
 from qcompile.recipes import Recipe
-from qcompile.recipes.recipe import Override
 
 GROUP, TURNS, BLOCKS = 32, 24, 5
 
@@ -176,9 +175,7 @@ def main() -> None:
     try:
         ours = qcompile.load(folder)
     except ArtifactError:
-        recipe = Recipe(
-            "experts", weight=f"int4/g{GROUP}", activation="int8/token", overrides=(Override("node", weight="none"),)
-        )
+        recipe = Recipe("experts", weight=f"int4/g{GROUP}", activation="int8/token")
         ours = qcompile.compile(model, recipe=recipe, output=folder, overwrite=True, progress=False, prove=False)
     runtime.set_threads(options.threads)
     settings = onnxruntime.SessionOptions()

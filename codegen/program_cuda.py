@@ -101,22 +101,7 @@ def build_cuda_program(lowered: ir.Model, target: CudaTarget) -> CudaProgram:
 
 def _linear_source(plan: Plan, name: str, target: CudaTarget) -> Path:
     """The kernels of a plan and a function ``name`` that picks one by the rows of its first argument."""
-    entries = plan.entries
-    tests = "".join(
-        f"  if (rows <= {e.rows}) return __tvm_ffi_{name}_{e.symbol}(self, args, count, result);\n"
-        for e in entries[:-1]
-    )
-    dispatch = f"""
-extern "C" TVM_DLL int32_t __tvm_ffi_{name}(void* self, void* args, int32_t count, void* result) {{
-  const TVMFFIAny* given = static_cast<const TVMFFIAny*>(args);
-  const char* place = static_cast<const char*>(given[0].v_ptr);
-  const DLTensor* x = reinterpret_cast<const DLTensor*>(
-      given[0].type_index == kTVMFFITensor ? place + sizeof(TVMFFIObject) : place);
-  const int64_t rows = x->shape[0];
-  if (rows == 0) return 0;
-{tests}  return __tvm_ffi_{name}_{entries[-1].symbol}(self, args, count, result);
-}}
-"""
+    dispatch = build.dispatch(name, [(entry.rows, f"{name}_{entry.symbol}") for entry in plan.entries])
     make = lambda: plan.functions(f"{name}_")  # noqa: E731
     described = {"plan": plan.describe(), "name": name}
     blocks = {"resident": plan.resident(f"{name}_"), "clusters": plan.clusters(f"{name}_")}

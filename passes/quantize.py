@@ -99,7 +99,7 @@ class Quantizer:
         inputs = [x, nodes[-1].outputs[0], site.ids]
         product = ir.node("ExpertMatMul", inputs, attributes=attributes, domain=DOMAIN, name=site.node.name)
         product.metadata_props.update(site.node.metadata_props)
-        y, old = product.outputs[0], site.node.outputs[0]
+        y, old, picked = product.outputs[0], site.node.outputs[0], site.node.inputs[1]
         if old.shape is not None:
             y.shape = ir.Shape([*old.shape[:-2], old.shape[-1]])
         y.type = old.type
@@ -111,6 +111,7 @@ class Quantizer:
             replace(last, y)
             graph.remove([squeeze, site.node], safe=True)
             last.name, y.name = None, name
+            _remove_unread(graph, picked)
             return
         y.name = f"{old.name}.rows"
         place = add_initializer(graph, f"{old.name}.place", np.array([-2], np.int64))
@@ -122,6 +123,7 @@ class Quantizer:
         replace(old, widened.outputs[0])
         graph.remove(site.node, safe=True)
         old.name, widened.outputs[0].name = None, name
+        _remove_unread(graph, picked)
 
     def weight(self, site: LinearSite | ConvSite, fmt: Format, weight: Quantized) -> ir.Value:
         """Insert codes, parameters and what makes floats of them; returns the float ``(K, N)`` value."""
@@ -215,6 +217,13 @@ class Quantizer:
         remove_unused_initializers(self.model.graph)
         add_functions(self.model)
         return self.model
+
+
+def _remove_unread(graph: ir.Graph, picked: ir.Value | None) -> None:
+    """Remove the Gather of float matrices, which would keep all of them in the model, if nothing else reads it."""
+    gather = picked.producer() if picked is not None else None
+    if gather is not None and not gather.outputs[0].uses() and not gather.outputs[0].is_graph_output():
+        graph.remove(gather, safe=True)
 
 
 def _drops_rows(node: ir.Node) -> bool:

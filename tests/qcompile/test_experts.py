@@ -54,6 +54,8 @@ def test_experts_are_quantized_and_the_report_has_them_as_layers(name, tmp_path)
     assert model.report.float_weights == sum(p.numel() for p in gates)
     assert not [r for r in model.report.refusals if "stay float" in r.reason]
     assert all(layer.kernel for layer in layers)
+    left = {tuple(i.dims) for i in onnx.load(model.onnx_path, load_external_data=False).graph.initializer}
+    assert not left & {shape for p in stacks for shape in (tuple(p.shape), (p.shape[0], p.shape[2], p.shape[1]))}
 
 
 def test_steps_of_a_cache_continue_the_prompt(tmp_path):

@@ -37,10 +37,17 @@ class Check:
     passed: bool
 
 
-def output(command: Sequence[str], **options: object) -> tuple[int, str]:
+def output(command: Sequence[str]) -> tuple[int, str]:
     """Exit status and everything printed."""
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options)  # type: ignore[call-overload]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     return done.returncode, done.stdout
+
+
+def logged(command: Sequence[str], log: Path) -> tuple[int, str]:
+    """The same, in a file as it is printed: what a run that was cut off leaves."""
+    with log.open("w") as file:
+        status = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT).returncode
+    return status, log.read_text(errors="replace")
 
 
 def versions() -> list[str]:
@@ -66,8 +73,7 @@ def versions() -> list[str]:
 def prepare(arch: str, log: Path) -> Check:
     """Sources and libraries."""
     command = [sys.executable, str(HERE / "prepare.py"), "--libraries", arch]
-    status, text = output(command)
-    (log / "prepare.log").write_text(text)
+    status, text = logged(command, log / "prepare.log")
     return Check("sources and libraries", f"{text.count('.so')} compiled" if not status else text[-300:], not status)
 
 
@@ -75,7 +81,7 @@ def tests(log: Path, processes: int) -> list[Check]:
     """``pytest -m gpu``, by file."""
     report = log / "tests.xml"
     files = sorted(str(path) for path in HERE.glob("test_gpu*.py"))
-    command = [sys.executable, "-m", "pytest", *files, "-m", "gpu", "-q", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", *files, "-m", "gpu", "-v", "--durations=40", "-p", "no:cacheprovider"]
     command += [
         "-c",
         str(HERE.parents[2] / "pyproject.toml"),
@@ -85,8 +91,7 @@ def tests(log: Path, processes: int) -> list[Check]:
     ]
     if importlib.util.find_spec("xdist"):
         command += ["-n", str(processes)]
-    status, text = output(command)
-    (log / "tests.log").write_text(text)
+    status, text = logged(command, log / "tests.log")
     if not report.exists():
         return [Check("tests", text[-300:], False)]
     found: dict[str, list[int]] = {}

@@ -1,10 +1,11 @@
-"""Row kernels on one CUDA device: online Hadamard rotation with the activation quantizer, against a copy of the tensor.
+"""Row kernels on one CUDA device: online rotation or Kronecker product with the activation quantizer, against a copy of the tensor.
 
     python benchmarks/cuda_rowwise.py --prepare                 without a GPU: generate the sources
     python benchmarks/cuda_rowwise.py [--out results.jsonl]     measure
 
 A float16 tensor is read and int8 codes (of 8 or 4 bits) are written; `copy` reads and writes the float16 tensor, by torch.
-Both are replayed from CUDA graphs over tensors that together leave the second-level cache.
+Kronecker products are also compared with torch: two products of float16 matrices, then the quantizer as tensor operations, and as the row
+kernel that only quantizes (`torch+`). All are replayed from CUDA graphs over tensors that together leave the second-level cache.
 """
 
 from __future__ import annotations
@@ -13,62 +14,106 @@ import argparse
 import functools
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from qcompile.codegen.kernels.cuda import build, rowwise
 from qcompile.codegen.kernels.cuda.rowwise import CudaRowwise
+from qcompile.kernels import quantize_rows
+from qcompile.passes.learn.mixing import balanced
 from qcompile.targets.cuda import TARGETS
+
+if TYPE_CHECKING:
+    import torch
 
 WIDTHS = {4096: 4096, 8192: 8192, 11008: 256, 14336: 14336, 28672: 28672}
 """Orders of the Hadamard blocks by width; no order above 256 that divides 11008 is known."""
 
 ROWS = (1, 4, 16, 64, 256, 1024, 4096)
 
-KERNELS = {
-    f"hadamard{width}_int{bits}": CudaRowwise(width, hadamard=order, quantize="token", bits=bits, dtype="float16")
-    for width, order in WIDTHS.items()
+KERNELS = (
+    {
+        f"hadamard{width}_int{bits}": CudaRowwise(width, hadamard=order, quantize="token", bits=bits, dtype="float16")
+        for width, order in WIDTHS.items()
+        for bits in (4, 8)
+    }
+    | {
+        f"rms{width}_int8": CudaRowwise(width, norm="rms", gamma=True, quantize="token", dtype="float16")
+        for width in (4096, 8192)
+    }
+    | {
+        f"kronecker{width}_int{bits}": CudaRowwise(
+            width, kronecker=balanced(width), quantize="token", bits=bits, dtype="float16"
+        )
+        for width in WIDTHS
+        for bits in (4, 8)
+    }
+)
+
+QUANTIZERS = {
+    f"quantize{width}_int{bits}": CudaRowwise(width, quantize="token", bits=bits, dtype="float16")
+    for width in WIDTHS
     for bits in (4, 8)
-} | {
-    f"rms{width}_int8": CudaRowwise(width, norm="rms", gamma=True, quantize="token", dtype="float16")
-    for width in (4096, 8192)
 }
 
 COPIES = {f"copy{width}": CudaRowwise(width, dtype="float16", out="float16") for width in WIDTHS}
 """Row kernels that do nothing but read and write: launched and scheduled like the others."""
 
 
+def mix(left: torch.Tensor, right: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """``x @ (left (x) right)`` by torch."""
+    import torch
+
+    return torch.matmul(left.T, torch.matmul(x.view(-1, len(left), len(right)), right)).view(x.shape)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", default="sm_90a", choices=list(TARGETS))
     parser.add_argument("--prepare", action="store_true")
+    parser.add_argument("--only", default="", help="beginning of the names of kernels to measure")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     target = TARGETS[args.arch]
-    source = rowwise.source(KERNELS | COPIES, target)
+    source = rowwise.source(KERNELS | QUANTIZERS | COPIES, target)
     if args.prepare:
         print(source)
         return
     import torch
 
-    from qcompile.codegen.kernels.cuda.measure import CACHE, measure
+    from qcompile.codegen.kernels.cuda.measure import CACHE, LEAST, measure
 
     module = build.load(build.compile_library(source, target))
     print("device", torch.cuda.get_device_name(), "torch", torch.__version__)
     for name, kernel in KERNELS.items():
-        for m in ROWS:
+        for m in ROWS if name.startswith(args.only) else ():
             count = max(2, -(-CACHE // (m * kernel.width * 2))) if m >= 256 else 64
             xs = [torch.randn(m, kernel.width, device="cuda", dtype=torch.float16) for _ in range(count)]
             gamma = [torch.rand(kernel.width, device="cuda")] if kernel.gamma else []
             codes = [torch.empty(m, kernel.width, device="cuda", dtype=torch.int8) for _ in range(count)]
             scale, y = torch.empty(m, device="cuda"), [torch.empty_like(x) for x in xs]
-            own = measure([functools.partial(module[name], x, *gamma, c, scale) for x, c in zip(xs, codes)])
+            matrices = [torch.randn(n, n, device="cuda", dtype=torch.float16) / n**0.5 for n in kernel.kronecker if n]
+            packed = kernel.mixed.pack(*(a.float().cpu().numpy() for a in matrices)) if matrices else {}
+            operands = [*gamma, *(torch.from_numpy(a.view("f4")).cuda().view(torch.uint32 if a.dtype == "u4" else torch.float32)
+                                  for a in packed.values())]  # fmt: skip
+            own = measure([functools.partial(module[name], x, *operands, c, scale) for x, c in zip(xs, codes)])
             copy = measure([functools.partial(b.copy_, x) for x, b in zip(xs, y)])
             same = module[f"copy{kernel.width}"]
             plain = measure([functools.partial(same, x, b) for x, b in zip(xs, y)])
             row = {"kernel": name, "m": m, "us": own * 1e6, "copy_us": copy * 1e6, "row_copy_us": plain * 1e6,
                    "ratio": own / copy, "row_ratio": own / plain}  # fmt: skip
+            peers = ""
+            if matrices:
+                mixed = functools.partial(mix, *matrices)
+                quantize = module[f"quantize{kernel.width}_int{kernel.bits}"]
+                plain = measure([lambda x=x: quantize_rows(mixed(x), kernel.bits) for x in xs[:LEAST]])
+                fused = measure([lambda x=x, c=c: quantize(mixed(x), c, scale) for x, c in zip(xs[:LEAST], codes)])
+                row |= {"torch_us": plain * 1e6, "torch_fused_us": fused * 1e6}
+                peers = (
+                    f"  torch {plain * 1e6:8.2f} us {plain / own:.2f}  torch+ {fused * 1e6:8.2f} us {fused / own:.2f}"
+                )
             print(
                 f"{name:20s} m {m:5d}  own {own * 1e6:8.2f} us  copy {copy * 1e6:8.2f} us {own / copy:.2f}  "
-                f"row kernel that copies {plain * 1e6:8.2f} us {own / plain:.2f}",
+                f"row kernel that copies {row['row_copy_us']:8.2f} us {row['row_ratio']:.2f}{peers}",
                 flush=True,
             )
             if args.out:

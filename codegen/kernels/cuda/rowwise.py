@@ -1,14 +1,18 @@
-"""Row kernels: normalisation, activation, gated product, Walsh-Hadamard rotation and activation quantizer in one pass.
+"""Row kernels: normalisation, activation, gated product, Walsh-Hadamard rotation or Kronecker product, and activation quantizer in one
+pass.
 
     n = (x - mean(x)) / sqrt(var(x) + epsilon) * gamma + beta     if ``norm`` is "layer"
         x / sqrt(mean(x^2) + epsilon) * gamma                     if ``norm`` is "rms"
     a = activation(n), or activation(x[:D]) * x[D:]               the latter if ``gated``
+    a = a * factor                                                if ``factor``
     y = a @ blockdiag(H, ..., H)                                  orthonormal Walsh-Hadamard blocks, if ``hadamard``
+        a @ blockdiag(L (x) R, ..., L (x) R)                      if ``kronecker``
     codes = clip(round_half_even(y / scale))                      if ``quantize``
 
 A block computes one row at a time; its values stay in registers, 4 or 8 neighbours to a thread, so that memory is read once
 and written once. Rows of whole vectors of 256 are rotated by tensor cores (`rotation`): a block goes on to further rows, several
-share a row where rows are few, and codes are rounded products with the inverse of the step. In others a Hadamard block of order
+share a row where rows are few, and codes are rounded products with the inverse of the step. Kronecker products (`kronecker`) are computed
+likewise, by one block. In others a Hadamard block of order
 ``core 2^p`` (see `qcompile.formats.hadamard`) is applied to what a thread holds in registers, to the rest in shared memory:
 passes of up to 32 points for the power of two, one for the core. Sums are float32; the quantizer divides, so that codes of rows
 that are not rotated are those of ``QuantizePerToken`` bit for bit.
@@ -30,6 +34,13 @@ import numpy as np
 
 from qcompile.codegen.kernels.base import ACTIVATIONS
 from qcompile.codegen.kernels.cuda import build
+from qcompile.codegen.kernels.cuda.kronecker import (
+    KroneckerConfig,
+    KroneckerRows,
+    kronecker_configs,
+    kronecker_rows,
+    refusal,
+)
 from qcompile.codegen.kernels.cuda.rotation import VECTOR, RotationConfig, WarpRotation, rotation_configs, warp_rotation
 from qcompile.errors import TargetError
 from qcompile.formats.hadamard import factors, hadamard_matrix
@@ -43,19 +54,22 @@ MOST_COLUMNS = 1024 * 32
 class CudaRowwise:
     """A kernel over the rows of ``x``.
 
-    Parameters of the PrimFunc: ``x (M, D)``, ``(M, 2 D)`` if `gated`, in `dtype`; ``gamma (D,)``, ``beta (D,)`` and
-    ``static_scale (1,)`` float32 where there are any; then the outputs: ``y (M, D)`` in `out` if that is given, before
-    the rotation; ``codes (M, D)`` int8 and ``scale (M,)`` float32 if `quantize` is. M is known at run time.
+    Parameters of the PrimFunc: ``x (M, D)``, ``(M, 2 D)`` if `gated`, in `dtype`; ``gamma (D,)``, ``beta (D,)``, ``factor (D,)``
+    float32 where there are any; ``left``, ``right`` and ``gain`` of `KroneckerRows.pack` if `kronecker` is given; ``static_scale
+    (1,)`` float32; then the outputs: ``y (M, D)`` in `out` if that is given, before factor and rotation; ``codes (M, D)`` int8
+    and ``scale (M,)`` float32 if `quantize` is. M is known at run time.
 
     Attributes:
         width: D.
         norm: ``""``, ``"layer"`` or ``"rms"``, with `gamma` and `beta`.
         activation: a key of `ACTIVATIONS`. gated: of the first half of the row, times the second.
+        factor: of each channel, before rotation and quantizer.
         hadamard: order of the blocks that rotate the row before it is quantized, a divisor of the width, or 0.
+        kronecker: rows of the two matrices whose Kronecker product multiplies blocks of the row there, or zeros.
         quantize: ``""``, ``"token"`` (scale = clip max|y| / (2^(bits-1) - 1), or 1 for a zero row) or ``"tensor"``.
         zero_point: of the static quantizer, in signed codes.
         dtype, out: of x and y: ``float32``, ``float16`` or ``bfloat16``; ``out`` may be ``""``.
-        config: how tensor cores rotate the row; chosen by width and order if it is None.
+        config: how tensor cores transform the row; chosen by width and order if it is None.
     """
 
     width: int
@@ -65,14 +79,16 @@ class CudaRowwise:
     epsilon: float = 1e-5
     activation: str = ""
     gated: bool = False
+    factor: bool = False
     hadamard: int = 0
+    kronecker: tuple[int, int] = (0, 0)
     quantize: str = ""
     bits: int = 8
     clip: float = 1.0
     zero_point: int = 0
     dtype: str = "float32"
     out: str = ""
-    config: RotationConfig | None = None
+    config: RotationConfig | KroneckerConfig | None = None
 
     def __post_init__(self) -> None:
         if self.hadamard and self.width % self.hadamard:
@@ -81,34 +97,60 @@ class CudaRowwise:
             raise TargetError(f"CUDA row kernels take up to {MOST_COLUMNS} columns, not {self.width}")
         if not (self.out or self.quantize):
             raise TargetError("a row kernel without output")
-        if self.config is not None and self.rotation is None:
+        if any(self.kronecker) and (self.hadamard or not self.quantize):
+            raise TargetError("a Kronecker product comes before a quantizer, and there is no other rotation")
+        if any(self.kronecker) and self.mixed is None:
+            raise TargetError(f"rows of {self.width} are not multiplied by {self.kronecker} in one kernel")
+        if self.config is not None and self.transform is None:
             raise TargetError(f"rows of {self.width} are not rotated in blocks of {self.hadamard} by {self.config}")
-        if self.config is not None and self.config.blocks > 1 and self.config.twice:
+        if isinstance(self.config, RotationConfig) and self.config.blocks > 1 and self.config.twice:
             raise TargetError("blocks that share a row keep the third product of its rotation")
 
     @functools.cached_property
     def rotation(self) -> WarpRotation | None:
         """How tensor cores rotate the row, if they do."""
-        return warp_rotation(self.width, self.hadamard, self.config) if self.quantize else None
+        if not self.quantize or isinstance(self.config, KroneckerConfig):
+            return None
+        return warp_rotation(self.width, self.hadamard, self.config)
+
+    @functools.cached_property
+    def mixed(self) -> KroneckerRows | None:
+        """How they multiply it by a Kronecker product, if they do."""
+        if not any(self.kronecker) or isinstance(self.config, RotationConfig):
+            return None
+        return kronecker_rows(self.width, self.kronecker, self.config)
+
+    @property
+    def transform(self) -> WarpRotation | KroneckerRows | None:
+        """Either."""
+        return self.rotation or self.mixed
 
     @property
     def direct(self) -> bool:
         """Whether tensor cores take elements as they are loaded."""
-        return self.dtype == "float16" and not (self.norm or self.activation or self.gated or self.out)
+        plain = not (self.norm or self.activation or self.gated or self.factor or self.out)
+        return self.dtype == "float16" and plain and self.vector > 1
+
+    @property
+    def ahead(self) -> bool:
+        """Whether a block loads the next row while it computes one."""
+        return self.direct and self.transform is not None and self.transform.config.ahead
 
     @property
     def vector(self) -> int:
         """Neighbouring elements of a thread."""
         if self.rotation:
             return 8
+        if self.mixed:
+            return self.mixed.vector
         return 4 if self.width % 4 == 0 else 1
 
     @property
     def threads(self) -> int:
         """Of a block: a power of two; 16 elements each where that fills a warp, 32 of wide rows, so that several blocks fit
         a multiprocessor."""
-        if self.rotation:
-            return self.rotation.threads
+        if self.transform:
+            return self.transform.threads
         each = 32 if self.width > 4096 else 16 if self.width > 512 else 4
         wanted = max(1, -(-self.width // each))
         return min(1024, max(32, 1 << (wanted - 1).bit_length()))
@@ -138,7 +180,7 @@ class CudaRowwise:
     @property
     def reductions(self) -> int:
         """Over a row."""
-        return {"": 0, "rms": 1, "layer": 2}[self.norm] + (self.quantize == "token" or self.rotation is not None)
+        return {"": 0, "rms": 1, "layer": 2}[self.norm] + (self.quantize == "token" or self.transform is not None)
 
     @property
     def scratch_at(self) -> int:
@@ -148,13 +190,15 @@ class CudaRowwise:
     @property
     def row_at(self) -> int:
         """Where the row begins: reductions have scratch of their own, twice if a block takes several rows."""
-        return self.scratch_at + self.slots * self.reductions * (2 if self.rotation else 1)
+        return self.scratch_at + self.slots * self.reductions * (2 if self.transform else 1)
 
     @property
     def shared_bytes(self) -> int:
         """Scratch of the reductions, and the row if it is rotated through shared memory."""
         if self.rotation:
             row = self.rotation.row_words
+        elif self.mixed:
+            row = self.mixed.words
         else:
             row = padded_words(self.width) if self.hadamard else 0
         return 4 * (self.row_at + row)
@@ -162,7 +206,7 @@ class CudaRowwise:
     @property
     def resident(self) -> int:
         """Blocks that are to fit a multiprocessor."""
-        return self.rotation.config.resident if self.rotation else 1
+        return self.transform.config.resident if self.transform else 1
 
     def place(self, chunk: int, thread: Any, rank: Any = 0) -> tuple[Any, list[Any]]:
         """First column of a thread's vector, and what must hold for it to be inside the row. ``rank`` is that of the block among
@@ -179,8 +223,13 @@ class CudaRowwise:
 
     def variants(self, target: CudaTarget) -> list[tuple[int, CudaRowwise]]:
         """Kernels for up to so many rows, in this order; the last one takes any number."""
-        if self.config is not None or self.rotation is None:
+        if self.config is not None or self.transform is None:
             return [(0, self)]
+        if self.mixed:
+            if reason := refusal(self.width, self.kronecker, target):
+                raise TargetError(reason)
+            mixing = kronecker_configs(self.width, self.kronecker, target, self.direct)
+            return [(rows, replace(self, config=config)) for rows, config in mixing]
         chosen = rotation_configs(self.width, self.hadamard, target, self.direct)
         return [(rows, replace(self, config=config)) for rows, config in chosen]
 
@@ -193,13 +242,13 @@ class CudaRowwise:
         if self.shares > 1 and not target.has("cluster"):
             raise TargetError(f"{target} has no clusters of blocks to share rows of {self.width}")
         if self.shared_bytes > target.shared:
-            raise TargetError(f"{target} has no room for rotating rows of {self.width}")
+            raise TargetError(f"{target.cpu} has no room for rotating rows of {self.width}")
         from qcompile.codegen.kernels.cuda.rowwise_code import emit
 
         return emit(self, name, target)
 
     def reference(self, x: np.ndarray, *vectors: np.ndarray) -> dict[str, np.ndarray]:
-        """``y``, ``codes``, ``scale`` in numpy: float64, the quantizer in float32."""
+        """``y``, ``codes``, ``scale`` in numpy: float64, the quantizer in float32. The matrices of a Kronecker product as they are, not packed."""
         given = list(vectors)
         a = x.astype(np.float64)
         if self.norm == "layer":
@@ -210,6 +259,12 @@ class CudaRowwise:
         d = self.width
         a = ACTIVATIONS[self.activation](a[:, :d]) * (a[:, d:] if self.gated else 1.0)
         result = {"y": a}
+        if self.factor:
+            a = a * given.pop(0)
+        if any(self.kronecker):
+            left, right = given.pop(0), given.pop(0)
+            blocks = a.reshape(len(a), -1, *self.kronecker)
+            a = (left.T.astype(np.float64) @ blocks @ right).reshape(a.shape)
         if self.hadamard:
             few = 1 << factors(self.hadamard)[1] // 2  # the matrix is the Kronecker product of two
             blocks = a.reshape(len(a), -1, self.hadamard // few, few)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from tvm.script import tirx as T
@@ -10,9 +11,11 @@ from tvm.tirx.script.builder import ir as B
 from qcompile.codegen.kernels.base import Epilogue
 from qcompile.codegen.kernels.cuda import emit as e
 from qcompile.codegen.kernels.cuda.butterflies_code import Butterflies
-from qcompile.codegen.kernels.cuda.rotated_code import MAGIC, RotatedRows
+from qcompile.codegen.kernels.cuda.kronecker_code import KroneckerCode
+from qcompile.codegen.kernels.cuda.rotated_code import RotatedRows
 from qcompile.codegen.kernels.cuda.rotation import ARRIVED
 from qcompile.codegen.kernels.cuda.rowwise import CudaRowwise
+from qcompile.codegen.kernels.cuda.scaled_code import MAGIC
 from qcompile.targets.cuda import CudaTarget
 
 NEAR = 2.0**-14
@@ -22,13 +25,20 @@ one element of a warp that is nearer to a tie makes all of it divide."""
 
 def emit(kind: CudaRowwise, name: str, target: CudaTarget) -> Any:
     """The PrimFunc."""
+    written = _MixedKernel if kind.mixed else _RotatedKernel if kind.rotation else _PlainKernel
     with e.kernel(name) as builder:
-        _Kernel(kind, target).emit()
+        written(kind, target).emit()
     return builder.get()
 
 
-class _Kernel(RotatedRows, Butterflies):
+class _Kernel:
     """Names of one kernel while it is written; ``most`` rows at once, if blocks take several."""
+
+    _barrier: Callable[[int], Any]
+    _remote: Callable[[Any], Any]
+    left: Any = None
+    right: Any = None
+    gain: Any = None
 
     def __init__(self, kind: CudaRowwise, target: CudaTarget) -> None:
         self.k, self.dtype = kind, kind.dtype
@@ -42,12 +52,17 @@ class _Kernel(RotatedRows, Butterflies):
         self.x = e.argument("x", (m, k.width * (2 if k.gated else 1)), k.dtype)
         self.gamma = e.argument("gamma", (k.width,), "float32") if k.gamma else None
         self.beta = e.argument("beta", (k.width,), "float32") if k.beta else None
+        self.factor = e.argument("factor", (k.width,), "float32") if k.factor else None
+        if k.mixed:
+            self.left = e.argument("left", (k.mixed.matrix_words(0),), "uint32")
+            self.right = e.argument("right", (k.mixed.matrix_words(1),), "uint32")
+            self.gain = e.argument("gain", (1,), "float32")
         self.static = e.argument("static_scale", (1,), "float32") if k.quantize == "tensor" else None
         self.y = e.argument("y", (m, k.width), k.out) if k.out else None
         self.codes = e.argument("codes", (m, k.width), "int8") if k.quantize else None
         self.scale = e.argument("scale", (m,), "float32") if k.quantize else None
         T.device_entry()
-        launched = T.min(m, self.most) if k.rotation else m
+        launched = T.min(m, self.most) if k.transform else m
         self.rank: Any = 0
         if self.blocks > 1:
             self.row, self.rank = T.cta_id([launched, self.blocks])
@@ -56,23 +71,27 @@ class _Kernel(RotatedRows, Butterflies):
         self.tx = T.thread_id([k.threads])
         self.arena, self.row_at = e.shared(k.shared_bytes), k.row_at
         self.reductions, self.parity = 0, 0
-        if k.rotation:
-            self._rotate_rows(m, launched)
-            return
-        e.start()
-        self.value = e.Registers((k.chunks, k.vector), "float32")
-        self._load()
-        self._normalise()
-        self._store_values()
-        if k.quantize:
-            if k.hadamard:
-                self._rotate()
-            self._quantize()
+        self._rows(m, launched)
+
+    def _rows(self, m: Any, launched: Any) -> None:
+        """Compute the rows of this block."""
+        raise NotImplementedError
 
     def _store_values(self) -> None:
         k = self.k
         if self.y is not None:
             self._each(lambda c, at: self._write(self.y, at, [self.value[c, i] for i in range(k.vector)], k.out))
+
+    def _multiply_factor(self) -> None:
+        """Multiply values by the factor of their channel, if there is one."""
+        if self.factor is None:
+            return
+
+        def multiply(c: int, at: Any) -> None:
+            for i, factor in enumerate(self._read(self.factor, [at], "float32")):
+                self.value[c, i] = self.value[c, i] * factor
+
+        self._each(multiply)
 
     # Elements
 
@@ -115,7 +134,7 @@ class _Kernel(RotatedRows, Butterflies):
         elements = self.k.vector * size // count
         for part in range(count // size):
             place = buffer.ptr_to([*index[:-1], index[-1] + part * elements])
-            e.ptx(f"ld.global.nc.v{size}.b32", *[words[part * size + i] for i in range(size)], place)
+            e.ptx(f"ld.global.nc{_times(size)}.b32", *[words[part * size + i] for i in range(size)], place)
         return [words[i] for i in range(count)]
 
     def _write(self, buffer: Any, at: Any, values: list[Any], dtype: str) -> None:
@@ -129,7 +148,7 @@ class _Kernel(RotatedRows, Butterflies):
         for start in range(0, len(words), 4):
             part = words[start : start + 4]
             place = buffer.ptr_to([self.row, at + start * len(values) // len(words)])
-            e.ptx(f"st.global.v{len(part)}.b32", place, *part)
+            e.ptx(f"st.global{_times(len(part))}.b32", place, *part)
 
     def _load(self) -> None:
         k = self.k
@@ -162,7 +181,7 @@ class _Kernel(RotatedRows, Butterflies):
         if used == 1:
             return value
         place = self.k.scratch_at + self.reductions * self.k.slots
-        if self.k.rotation:
+        if self.k.transform:
             place = self.k.scratch_at + (2 * self.reductions + self.parity) * self.k.slots
         self.reductions += 1
         lane, word = self.tx % 32, T.reinterpret("uint32", value)
@@ -232,7 +251,52 @@ class _Kernel(RotatedRows, Butterflies):
 
         self._each(scale)
 
-    # Quantizer
+    def _store_bytes(self, codes: Any, row: Any, at: Any, bytes_: list[Any]) -> None:
+        """Codes of 4 or 8 neighbours, in the low bytes of words."""
+        pairs = e.Registers((len(bytes_) // 2,), "uint32")
+        for h in range(len(bytes_) // 2):
+            e.ptx("prmt.b32", pairs[h], bytes_[2 * h], bytes_[2 * h + 1], e.u32(0x0040))
+        words = e.Registers((len(bytes_) // 4,), "uint32")
+        for h in range(len(bytes_) // 4):
+            e.ptx("prmt.b32", words[h], pairs[2 * h], pairs[2 * h + 1], e.u32(0x5410))
+        count = len(bytes_) // 4
+        e.ptx(f"st.global{_times(count)}.b32", codes.ptr_to([row, at]), *[words[h] for h in range(count)])
+
+
+def _times(count: int) -> str:
+    """How PTX names so many words at once."""
+    return f".v{count}" if count > 1 else ""
+
+
+class _RotatedKernel(_Kernel, RotatedRows):
+    """Rows that tensor cores rotate."""
+
+    def _rows(self, m: Any, launched: Any) -> None:
+        self._transform_rows(m, launched)
+
+
+class _MixedKernel(_Kernel, KroneckerCode):
+    """Rows that they multiply by a Kronecker product."""
+
+    def _rows(self, m: Any, launched: Any) -> None:
+        self._transform_rows(m, launched)
+
+
+class _PlainKernel(_Kernel, Butterflies):
+    """A row per block, quantized as ``QuantizePerToken`` does."""
+
+    def _rows(self, m: Any, launched: Any) -> None:
+        k = self.k
+        e.start()
+        self.value = e.Registers((k.chunks, k.vector), "float32")
+        self._load()
+        self._normalise()
+        self._store_values()
+        if k.quantize:
+            self._multiply_factor()
+            if k.hadamard:
+                self._rotate()
+            self._quantize()
 
     def _quantize(self) -> None:
         """Codes from products with 1 / step; where one is near a tie, the whole thread divides, as ``QuantizePerToken``

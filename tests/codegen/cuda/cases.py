@@ -11,6 +11,7 @@ import torch
 from qcompile.codegen.kernels.cuda import tuned
 from qcompile.codegen.kernels.cuda.attention import CudaAttention
 from qcompile.codegen.kernels.cuda.cache import CudaCacheAttention
+from qcompile.codegen.kernels.cuda.kronecker import KroneckerConfig
 from qcompile.codegen.kernels.cuda.quantized_attention import CudaQuantizedAttention
 from qcompile.codegen.kernels.cuda.rotation import RotationConfig
 from qcompile.codegen.kernels.cuda.rowwise import CudaRowwise
@@ -27,7 +28,8 @@ class Case:
         split: blocks along K of every kernel.
         variant: ``mma`` for tiled kernels without wgmma, ``wide`` for unusual tiles, ``exact`` for codes around zero,
             ``planes`` for bit planes, ``persistent`` and ``sliced`` for kernels of one row, which take others one by one,
-            ``cluster`` for splits that add up in clusters, ``ring`` for those with weights in rings of their own.
+            ``cluster`` for splits that add up in clusters, ``ring`` for those with weights in rings of their own,
+            ``shared`` for blocks that share rows of x.
     """
 
     weight: str
@@ -86,6 +88,13 @@ class Case:
             }
             tiles = {bucket: {"stages": 3, "cluster": True, **tile} for bucket, tile in deep.items()}
             tiled["wgmma"] = True  # type: ignore[assignment]
+        elif self.variant == "shared":
+            shared = {16: (16, 4, 1, 1, 2), 32: (32, 2, 2, 2, 2), 64: (64, 2, 1, 3, 2), 128: (128, 1, 1, 4, 2)}
+            shared |= {256: (128, 1, 2, 2, 4), 512: (64, 3, 1, 1, 1)}
+            for bucket, (height, wg, mt, split, share) in shared.items():
+                tiles[bucket] = {"rows": height, "wg": wg, "mt": mt, "split": split, "share": share, "stages": 3}
+                tiles[bucket] |= {"overlap": bucket != 64, "cluster": True}
+            tiled = {"family": "cuda-tiled-shared" + integer, "wgmma": True}  # type: ignore[dict-item]
         for rows, tile in tiles.items():
             forced[rows] = {"split": 1, "ring": 0, "resident": 0, **forced[rows], **tiled, **tile}
         if self.variant == "exact":
@@ -217,6 +226,11 @@ CASES = [
     Case("dual4/g128", 1100, 328, "int8", bias=True, split=3, variant="ring"),
     Case("int4/g128", 2048, 320, split=3, variant="ring"),
     Case("int3/g64/asym", 1100, 262, dtype="bfloat16", bias=True, split=2, variant="ring"),
+    Case("int4", 1031, 259, "int8", bias=True, variant="shared"),
+    Case("int8", 2048, 512, "int8", variant="shared"),
+    Case("int2", 640, 1000, "int8", variant="shared"),
+    Case("fp8", 1100, 331, "e4m3", bias=True, variant="shared"),
+    Case("int4", 1536, 200, "e4m3", variant="shared"),
     Case("int4/g128", 1100, 328, bias=True, variant="persistent"),
     Case("int4/g32/asym", 515, 77, variant="persistent"),
     Case("int3/g64", 1031, 136, variant="persistent"),
@@ -280,6 +294,22 @@ ROWWISE = {
     "static_rotated": CudaRowwise(2048, activation="gelu", quantize="tensor", zero_point=5, hadamard=2048),
     "ahead": CudaRowwise(4096, **ROTATED, hadamard=4096, config=RotationConfig(8, 1, resident=4, ahead=True)),
     "twice": CudaRowwise(28672, **ROTATED, hadamard=28672, config=RotationConfig(14, 4, resident=2, twice=True)),
+    "kronecker": CudaRowwise(4096, **ROTATED, kronecker=(64, 64)),
+    "kronecker_odd": CudaRowwise(
+        1376, norm="rms", gamma=True, factor=True, quantize="token", bits=4, out="float32", kronecker=(32, 43)
+    ),
+    "kronecker_even": CudaRowwise(5504, **ROTATED, bits=4, kronecker=(64, 86)),
+    "kronecker_blocks": CudaRowwise(5760, quantize="token", dtype="bfloat16", clip=0.9, kronecker=(20, 96)),
+    "kronecker_small": CudaRowwise(
+        384, gated=True, activation="silu", quantize="token", dtype="float16", kronecker=(16, 24)
+    ),
+    "kronecker_static": CudaRowwise(
+        2288, norm="layer", gamma=True, beta=True, quantize="tensor", zero_point=5, dtype="float16", kronecker=(44, 52)
+    ),
+    "kronecker_wide": CudaRowwise(28672, **ROTATED, kronecker=(128, 224)),
+    "kronecker_overlaid": CudaRowwise(
+        11008, norm="rms", gamma=True, quantize="token", kronecker=(86, 128), config=KroneckerConfig(6, overlaid=True)
+    ),
 }
 """Row kernels, by the name of the feature they add."""
 

@@ -38,7 +38,7 @@ def run_linear(case: Case, target: CudaTarget) -> None:
 def run_rowwise(name: str, kernel: CudaRowwise, target: CudaTarget) -> None:
     function = build.load(build.compile_library(rowwise.source(row_kernels(target), target), target))[name]
     d = kernel.width
-    several = [v for _, v in kernel.variants(target) if v.rotation and v.shares == 1]  # blocks with two rows
+    several = [v for _, v in kernel.variants(target) if v.transform and v.shares == 1]  # blocks with two rows
     for m in {3, *(v.resident * target.multiprocessors + 3 for v in several if d <= 4096)}:
         _run_rows(function, kernel, m)
 
@@ -46,7 +46,12 @@ def run_rowwise(name: str, kernel: CudaRowwise, target: CudaTarget) -> None:
 def _run_rows(function: Callable[..., None], kernel: CudaRowwise, m: int) -> None:
     d = kernel.width
     x = torch.randn(m, d * (2 if kernel.gated else 1), device="cuda").to(getattr(torch, kernel.dtype))
-    vectors = [torch.rand(d, device="cuda") for _ in range(kernel.gamma + kernel.beta)]
+    vectors = [torch.rand(d, device="cuda") for _ in range(kernel.gamma + kernel.beta + kernel.factor)]
+    if kernel.mixed:
+        packed = kernel.mixed.pack(*(np.eye(size, dtype=np.float32) for size in kernel.kronecker))
+        vectors += [
+            torch.from_numpy(a.view(np.int32)).cuda().view(getattr(torch, str(a.dtype))) for a in packed.values()
+        ]
     if kernel.quantize == "tensor":
         vectors.append(torch.tensor([0.01], device="cuda"))
     out = [torch.empty(m, d, device="cuda", dtype=getattr(torch, kernel.out))] if kernel.out else []

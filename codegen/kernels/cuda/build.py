@@ -140,14 +140,14 @@ def source(
     target: CudaTarget,
     tail: str = "",
     resident: Mapping[str, int] | None = None,
-    clusters: Mapping[str, int] | None = None,
+    clusters: Mapping[str, int | tuple[int, int]] | None = None,
 ) -> Path:
     """The cached source for ``description``; ``make()`` returns the PrimFuncs by name if it must be generated.
 
     Args:
         tail: C++ that follows, and follows from the description.
         resident: blocks of a kernel that are to fit a multiprocessor, by name: nvcc then bounds registers.
-        clusters: blocks along y that are a cluster, by name of the kernel.
+        clusters: blocks along x and y that are a cluster, or along y, by name of the kernel.
     """
     path = place(description, target)
     if not path.exists():
@@ -160,8 +160,9 @@ def source(
             bounds = rf"__launch_bounds__\((\d+)\)( {name}_kernel\()"
             text = re.sub(bounds, rf"__launch_bounds__(\1, {blocks})\2", text)
         for name, blocks in (clusters or {}).items():
+            x, y = blocks if isinstance(blocks, tuple) else (1, blocks)
             text, places = re.subn(
-                rf"(?=__launch_bounds__\([^)]*\) {name}_kernel\()", f"__cluster_dims__(1, {blocks}, 1) ", text
+                rf"(?=__launch_bounds__\([^)]*\) {name}_kernel\()", f"__cluster_dims__({x}, {y}, 1) ", text
             )
             assert places, f"{name} adds up across a cluster it is not launched in"
         _write(path, text + tail)

@@ -173,6 +173,18 @@ __forceinline__ __device__ void store_remote(unsigned int address, unsigned int 
     T.evaluate(T.cuda.func_call("store_remote", address, word, barrier, source_code=source))
 
 
+def store_remote_vector(address: Any, words: Sequence[Any], barrier: Any) -> None:
+    """The same for four words, 16 bytes."""
+    source = """
+__forceinline__ __device__ void store_remote_vector(
+    unsigned int address, unsigned int a, unsigned int b, unsigned int c, unsigned int d, unsigned int barrier) {
+  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];"
+               :: "r"(address), "r"(a), "r"(b), "r"(c), "r"(d), "r"(barrier) : "memory");
+}
+"""
+    T.evaluate(T.cuda.func_call("store_remote_vector", address, *words, barrier, source_code=source))
+
+
 def activate(value: Any, epilogue: Epilogue) -> Any:
     """The activation function on a float32."""
     if epilogue.activation == "relu":

@@ -75,10 +75,10 @@ class Plan:
         names = {prefix + e.symbol: e for e in self.entries}
         return {n: family(e.family).build(self.problem, e.config, self.target, n) for n, e in names.items()}
 
-    def clusters(self, prefix: str = "") -> dict[str, int]:
-        """Blocks of the clusters of those that are launched in clusters, by name."""
+    def clusters(self, prefix: str = "") -> dict[str, tuple[int, int]]:
+        """Blocks along x and y of the clusters of those that are launched in clusters, by name."""
         found = {prefix + e.symbol: self.shape(i) for i, e in enumerate(self.entries) if e.config.get("cluster")}
-        return {name: shape.split for name, shape in found.items() if shape.cluster}
+        return {name: shape.blocks_of_cluster for name, shape in found.items() if shape.cluster}
 
     def resident(self, prefix: str = "") -> dict[str, int]:
         """Blocks that are to fit a multiprocessor, of those whose config says so, by name."""

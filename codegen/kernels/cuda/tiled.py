@@ -90,6 +90,11 @@ class TiledShape(LinearShape):
         return -(-self.n // self.columns)
 
     @property
+    def blocks_of_cluster(self) -> tuple[int, int]:
+        """Along x and y."""
+        return 1, self.split
+
+    @property
     def per_split(self) -> int:
         """Stages of a block, at most."""
         return -(-self.blocks // self.split)

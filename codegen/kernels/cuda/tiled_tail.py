@@ -136,10 +136,15 @@ class Tail:
             pairs = [e.pair(values[c], values[c + 1], s.out) for c in (0, 2)]
             e.ptx("st.global.v2.b32", self.out.ptr_to([here, n]), *pairs)
 
-    def _store(self) -> None:
-        """Scale, add, round; transpose 16-bit results through shared memory; store."""
-        s = self.s
+    def _sync(self) -> None:
+        """Wait for all threads that hold sums."""
         T.evaluate(T.cuda.cta_sync())
+
+    def _store(self, groups: range | None = None) -> None:
+        """Scale, add, round; transpose 16-bit results through shared memory; store. ``groups`` of 16 rows: all by default."""
+        s = self.s
+        groups = range(s.rows // 16) if groups is None else groups
+        self._sync()
         self.first_channel = e.let(self.first_tile * 16)
         for j in range(s.mt):
             column = e.Registers((2,), "float32")
@@ -149,7 +154,7 @@ class Tail:
                 column[a] = self._factor(n)
                 if self.bias is not None:
                     bias[a] = self.bias[n]
-            for i in range(s.rows // 16):
+            for i in groups:
                 words = e.Registers((4,), "uint32")
                 for octet in range(2):
                     for a in range(2):
@@ -159,10 +164,10 @@ class Tail:
                         else:
                             words[2 * octet + a] = e.pair(*values, s.out)
                 if s.out != "float32":
-                    self._transpose(j, i, words)
+                    self._transpose(j, i - groups.start, words)
         if s.out != "float32":
-            T.evaluate(T.cuda.cta_sync())
-            self._write()
+            self._sync()
+            self._write(16 * groups.start, 16 * len(groups))
 
     def _channel(self, j: int, a: int) -> Any:
         """Of this thread's sums in channel tile j."""
@@ -212,7 +217,7 @@ class Tail:
         return self.x_scale[row]
 
     def _transpose(self, j: int, i: int, words: Any) -> None:
-        """16 channels x 16 rows into rows of the tile in shared memory."""
+        """16 channels x 16 rows, the i-th that are stored, into rows of the tile in shared memory."""
         s = self.s
         channel = self.tile[j] * 16
         if s.wgmma:  # stmatrix is as old as wgmma
@@ -238,25 +243,27 @@ class Tail:
             at = self.base + row * (s.pitch // 4) + (channel + 8 * a) // 2 + self.lane // 8
             B.buffer_store(self.arena, word[0], [at])
 
-    def _write(self) -> None:
+    def _write(self, first: int, count: int) -> None:
+        """``count`` rows of the block from ``first`` on; they begin the tile in shared memory."""
         s = self.s
         if s.n % 8 == 0:
             per = s.columns // 8
-            with T.serial(-(-s.rows * per // s.threads)) as p:
+            with T.serial(-(-count * per // s.threads)) as p:
                 index = e.let(p * s.threads + self.tx)
                 row, n = e.let(index // per), e.let(self.first_channel + index % per * 8)
-                with T.If(T.And(row < self.rows, n < s.n)), T.Then():
+                with T.If(T.And(T.And(row < count, first + row < self.rows), n < s.n)), T.Then():
                     words = e.Registers((4,), "uint32")
                     at = self.base + row * (s.pitch // 4) + index % per * 4
                     e.read_shared([words[c] for c in range(4)], self.arena.ptr_to([at]))
-                    target = self.out.ptr_to([self.first_row + row, n])
+                    target = self.out.ptr_to([self.first_row + first + row, n])
                     e.ptx("st.global.v4.b32", target, *[words[c] for c in range(4)])
             return
-        with T.serial(-(-s.rows * s.columns // s.threads)) as p:
+        with T.serial(-(-count * s.columns // s.threads)) as p:
             index = e.let(p * s.threads + self.tx)
             row, column = e.let(index // s.columns), e.let(index % s.columns)
-            with T.If(T.And(row < self.rows, self.first_channel + column < s.n)), T.Then():
+            inside = T.And(row < count, first + row < self.rows)
+            with T.If(T.And(inside, self.first_channel + column < s.n)), T.Then():
                 word = self.arena[self.base + row * (s.pitch // 4) + column // 2]
                 half = T.cast(T.Select(column % 2 == 1, word >> e.u32(16), word), "uint16")
                 value = T.reinterpret(s.out, half)
-                B.buffer_store(self.out, value, [self.first_row + row, self.first_channel + column])
+                B.buffer_store(self.out, value, [self.first_row + first + row, self.first_channel + column])

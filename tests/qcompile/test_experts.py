@@ -17,13 +17,13 @@ from qcompile.recipes.recipe import Override
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-SIZES = {"vocab_size": 97, "hidden_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+SIZES = {"vocab_size": 97, "hidden_size": 40, "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2,
          "max_position_embeddings": 64, "num_experts_per_tok": 2}  # fmt: skip
 MODELS = {
     "Qwen2Moe": {"intermediate_size": 52, "moe_intermediate_size": 20, "shared_expert_intermediate_size": 28,
                  "num_experts": 5},
     "DeepseekV3": {"intermediate_size": 52, "moe_intermediate_size": 20, "num_key_value_heads": 4, "n_routed_experts": 4,
-                   "n_group": 2, "topk_group": 1, "n_shared_experts": 1, "first_k_dense_replace": 1, "q_lora_rank": 12,
+                   "n_group": 2, "topk_group": 1, "n_shared_experts": 1, "first_k_dense_replace": 0, "q_lora_rank": 12,
                    "kv_lora_rank": 16, "qk_rope_head_dim": 4, "qk_nope_head_dim": 8, "v_head_dim": 8},
 }  # fmt: skip
 

@@ -57,12 +57,14 @@ def check(case: Case, seed: int, rows: Sequence[int]) -> None:
             codes, scale = quantize_rows_float8(x) if case.activation == "e4m3" else quantize_rows(x, bits)
             a = codes.double() * scale.double()[:, None]
         want = a @ weight + (0 if bias is None else bias)
-        # Scales of groups, weights times those, and levels are rounded to the type of x; sums to float32, those of e4m3
-        # products to fewer bits; the result to its type.
+        # Scales of groups, weights times those, and levels are rounded to the type of x; sums to float32; the result to its
+        # type. Tensor cores cut 32 e4m3 products and the sum off at 2^-13 of the largest of them: what is lost grows with
+        # the sum, and with K, because more of the products have its sign.
         size = a.abs() @ weight.abs()
         rounded = step / 2 * (bool(layer.plan.problem.weight.group) + layer.plan.shape().levels)
+        cut = 2.0**-14 * (case.k / 32) if case.activation == "e4m3" else 0
         rounded += 2.0**-10.5 if case.activation == "e4m3" else 2.0**-18.5
-        bound = 1.01 * step * want.abs() + size * rounded + 1e-6
+        bound = (1.01 * step + cut) * want.abs() + size * rounded + 1e-6
         bad = (got - want).abs() > bound
         assert not bad.any(), f"{m} rows: {int(bad.sum())} of {bad.numel()} off, at most {(got - want).abs().max():.3g}"
 

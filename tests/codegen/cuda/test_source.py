@@ -77,6 +77,30 @@ def test_rings_copy_x_by_tensor_copies_after_weights() -> None:
     assert "codes0_ptr" in before and "bulk_tensor" not in before and "bulk_tensor" in after
 
 
+def test_blocks_share_rows_by_multicast() -> None:
+    config = {"family": "cuda-tiled-shared-int8", "rows": 32, "wg": 1, "mt": 1, "split": 2, "stages": 3, "wgmma": True}
+    for share in (1, 2):
+        more = {"cluster": True, "overlap": True, "share": share, "resident": 2}
+        p = plan(300, 700, "int4", "int8/token", rows=(64,), configs={64: config | more})
+        text = p.source().read_text()
+        # A warp that copies, beside the four that multiply.
+        assert f"__cluster_dims__({share}, 2, 1) __launch_bounds__(160, 2)" in text
+        body = text[text.index("{", text.index(" rows64_kernel(", text.index(" rows64_kernel(") + 1)) :]
+        before, after = body.split(WAIT)[:2]
+        assert "bulk_tensor_3d" in before and "bulk_tensor_2d" not in before
+        assert "bulk_tensor_2d" in after and ("multicast" in after) == (share > 1)
+        assert p.scratch() == (1, 1) and "store_remote_vector" in text
+
+
+def test_every_group_of_rows_has_one_owner() -> None:
+    cases = [(rows, split) for rows in (16, 32, 64, 128) for split in range(1, min(8, rows // 16) + 1)]
+    for rows, split in cases:
+        config = {"family": "cuda-tiled-shared-int8", "rows": rows, "wg": 1, "mt": 1, "split": split, "stages": 3}
+        p = plan(1024, 256, "int4", "int8/token", rows=(64,), configs={64: {**config, "share": 1}})
+        owned = [p.shape().owned(part) for part in range(split)]
+        assert [group for part in owned for group in part] == list(range(rows // 16)) and all(map(len, owned))
+
+
 def test_clusters_are_launched_where_splits_use_them() -> None:
     config = {"family": "cuda-tiled", "rows": 32, "wg": 1, "mt": 1, "split": 2, "stages": 3, "ring": 0, "wgmma": True}
     for cluster in (True, False):

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -59,11 +60,18 @@ COPIES = {f"copy{width}": CudaRowwise(width, dtype="float16", out="float16") for
 """Row kernels that do nothing but read and write: launched and scheduled like the others."""
 
 
-def mix(left: torch.Tensor, right: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """``x @ (left (x) right)`` by torch."""
+def by_torch(
+    left: torch.Tensor, right: torch.Tensor, quantize: Callable[[torch.Tensor], object], x: torch.Tensor
+) -> object:
+    """``x @ (left (x) right)`` in two products, quantized."""
     import torch
 
-    return torch.matmul(left.T, torch.matmul(x.view(-1, len(left), len(right)), right)).view(x.shape)
+    products = torch.matmul(left.T, torch.matmul(x.view(-1, len(left), len(right)), right))
+    return quantize(products.view(x.shape))
+
+
+def _into(function: Callable[..., object], codes: torch.Tensor, scale: torch.Tensor, x: torch.Tensor) -> None:
+    function(x, codes, scale)
 
 
 def main() -> None:
@@ -103,10 +111,13 @@ def main() -> None:
                    "ratio": own / copy, "row_ratio": own / plain}  # fmt: skip
             peers = ""
             if matrices:
-                mixed = functools.partial(mix, *matrices)
-                quantize = module[f"quantize{kernel.width}_int{kernel.bits}"]
-                plain = measure([lambda x=x: quantize_rows(mixed(x), kernel.bits) for x in xs[:LEAST]])
-                fused = measure([lambda x=x, c=c: quantize(mixed(x), c, scale) for x, c in zip(xs[:LEAST], codes)])
+                own_quantizer = functools.partial(
+                    _into, module[f"quantize{kernel.width}_int{kernel.bits}"], codes[0], scale
+                )
+                plain, fused = (
+                    measure([functools.partial(by_torch, *matrices, quantize, x) for x in xs[:LEAST]])
+                    for quantize in (functools.partial(quantize_rows, bits=kernel.bits), own_quantizer)
+                )
                 row |= {"torch_us": plain * 1e6, "torch_fused_us": fused * 1e6}
                 peers = (
                     f"  torch {plain * 1e6:8.2f} us {plain / own:.2f}  torch+ {fused * 1e6:8.2f} us {fused / own:.2f}"

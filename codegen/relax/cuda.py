@@ -16,6 +16,7 @@ from tvm import relax, te, tirx
 
 from qcompile.codegen.kernels.base import Epilogue, LinearProblem
 from qcompile.codegen.kernels.cuda.attention import CudaAttention
+from qcompile.codegen.kernels.cuda.kronecker import kronecker_rows
 from qcompile.codegen.kernels.cuda.plan import Plan, family, make_plan
 from qcompile.codegen.kernels.cuda.rowwise import CudaRowwise
 from qcompile.codegen.relax import convolutions
@@ -173,16 +174,37 @@ def _multiplies(node: ir.Node) -> bool:
 
 
 @converter(DOMAIN, "Rowwise", kinds=("cuda",), priority=1)
-def rowwise(ctx: Context, node: ir.Node, x: Any, gamma: Any = None, beta: Any = None, static: Any = None) -> list[Any]:
-    """Norm, activation or gated product, with the activation quantizer fused."""
+def rowwise(
+    ctx: Context,
+    node: ir.Node,
+    x: Any,
+    gamma: Any = None,
+    beta: Any = None,
+    static: Any = None,
+    factor: Any = None,
+    *mixing: Any,
+) -> list[Any]:
+    """Norm, activation or gated product, with rotation or Kronecker product and the activation quantizer fused."""
     out = _float_output(node.outputs[0])
+    sizes, packed = _packed_matrices(ctx, node) if mixing else (None, ())
 
     def run(options: dict[str, Any], floats: bool, operands: list[Any], outputs: list[Any]) -> list[Any]:
         kernel = CudaRowwise(**options, dtype=ctx.storage(x), out=out if floats else "")
         name = _named(cuda_calls(ctx).rowwise, kernel, f"rowwise_{attr(node, 'producer')}_{kernel.width}")
         return call(ctx, name, operands, outputs)
 
-    return convert_rowwise(ctx, node, x, (gamma, beta, static), (out, "int8"), run)
+    return convert_rowwise(ctx, node, x, (gamma, beta, static), (out, "int8"), run, factor, packed, sizes)
+
+
+def _packed_matrices(ctx: Context, node: ir.Node) -> tuple[tuple[int, int], tuple[relax.Var, ...]]:
+    """Rows of the two matrices of a Kronecker product, and what its kernel takes of them."""
+    left, right = (ctx.constant(value) for value in node.inputs[5:7])
+    assert left is not None and right is not None
+    sizes = len(left), len(right)
+    rows = kronecker_rows(sizes[0] * sizes[1], sizes)  # packed the same for any number of blocks
+    assert rows is not None
+    packed = rows.pack(left, right)
+    return sizes, tuple(ctx.param(f"{node.inputs[5].name}.{part}", array) for part, array in packed.items())
 
 
 def _float_output(value: ir.Value) -> str:

@@ -255,6 +255,7 @@ def convert_rowwise(
     run: Callable[[dict[str, Any], bool, list[Any], list[tuple[list[Any], str]]], list[Any]],
     factor: Any = None,
     mixing: tuple[Any, ...] = (),
+    sizes: tuple[int, int] | None = None,
 ) -> list[Any]:
     """The three results of a `Rowwise` node, None where nobody reads them.
 
@@ -267,7 +268,8 @@ def convert_rowwise(
         run: calls a kernel; takes the options kernels of all targets share, whether the float result is wanted,
             operands, and shapes and types of the results.
         factor: of each channel, before the quantizer, for targets whose kernels have the option `factor`.
-        mixing: two matrices whose Kronecker product mixes channels there, for targets with the option `kronecker`.
+        mixing: two matrices whose Kronecker product mixes channels there, for targets with the option `kronecker`; or what their
+            kernels take instead, then with `sizes`, rows of the matrices.
     """
     gamma, beta, static = vectors
     producer = attr(node, "producer")
@@ -294,7 +296,7 @@ def convert_rowwise(
     if factor is not None:
         options["factor"] = True
     if mixing:
-        options["kronecker"] = tuple(int(ctx.shape(m)[0]) for m in mixing)
+        options["kronecker"] = sizes or tuple(int(ctx.shape(m)[0]) for m in mixing)
     lead = shape[:-1]
     m = ctx.dims.product(lead)
     outputs = [([m, width], types[0])] if wanted[0] else []
@@ -306,7 +308,7 @@ def convert_rowwise(
         [rows(ctx, x), *(v for v in (gamma, beta, factor, *mixing, static) if v is not None)],
         outputs,
     )
-    calls(ctx).uses[f"row-wise {producer}"] += 1
+    calls(ctx).uses[f"row-wise {producer}" + (", Kronecker" if mixing else "")] += 1
     y = shaped(ctx, made.pop(0), lead, width) if wanted[0] else None
     if not quantize:
         return [y, None, None]

@@ -32,12 +32,19 @@ from qcompile.passes.lower.kernel_ops import KERNEL_DOMAIN
 from qcompile.passes.lower.layout import sink_transposes
 from qcompile.passes.lower.linear import lower_linears
 from qcompile.passes.lower.requantize import store_codes
-from qcompile.passes.lower.rowwise import lower_rowwise
+from qcompile.passes.lower.rowwise import Mixes, lower_rowwise
 
 __all__ = ["KERNEL_DOMAIN", "lower"]
 
 
-def lower(model: ir.Model, *, codes: bool = False, factors: bool = False, experts: bool = False) -> ir.Model:
+def lower(
+    model: ir.Model,
+    *,
+    codes: bool = False,
+    factors: bool = False,
+    mixes: Mixes | None = None,
+    experts: bool = False,
+) -> ir.Model:
     """Return a lowered copy of ``model`` (weights shared).
 
     Args:
@@ -45,6 +52,7 @@ def lower(model: ir.Model, *, codes: bool = False, factors: bool = False, expert
         codes: whether the target's convolutions can store codes instead of floats.
         factors: whether the target's row kernels can multiply by a vector, and by a Kronecker product of any matrices,
             before they quantize.
+        mixes: which Kronecker products, by width of the row and rows of the two matrices; all by default.
         experts: whether the target has kernels for experts. Without, the codes that are picked become floats.
     """
     lowered = model.clone()
@@ -54,7 +62,7 @@ def lower(model: ir.Model, *, codes: bool = False, factors: bool = False, expert
     lower_convolutions(lowered)
     common.RemoveUnusedNodesPass()(lowered)  # a dequantizer nothing reads must not look like a reader of the codes
     lower_attention(lowered)
-    lower_rowwise(lowered, factors=factors)
+    lower_rowwise(lowered, factors=factors, mixes=mixes)
     lower_embeddings(lowered)
     sink_transposes(lowered)
     if codes:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import onnx_ir as ir
 
@@ -12,21 +14,25 @@ from qcompile.passes.graph import add_initializer, attribute, constant, constant
 from qcompile.passes.lower.kernel_ops import is_kernel, kernel_node, same_shape, take_over
 from qcompile.passes.lower.linear import activation_name, merge_linears
 
+Mixes = Callable[[int, tuple[int, int]], bool]
+"""Whether kernels take a Kronecker product: width of the row, rows of its two matrices."""
 
-def lower_rowwise(model: ir.Model, *, factors: bool = False) -> None:
+
+def lower_rowwise(model: ir.Model, *, factors: bool = False, mixes: Mixes | None = None) -> None:
     """Turn every per-token quantizer and every last-axis norm into a `Rowwise`, merging the two where they meet.
 
     Args:
         model: changed in place.
         factors: also take in a multiplication by a constant vector before the rotation or the quantizer, and products
             with other matrices than Hadamard's.
+        mixes: which of those products; all of them by default.
     """
     graph = model.graph
     for node in list(graph):
         if node.graph is None:
             continue
         if is_op(node, "QuantizePerToken", domain=DOMAIN) or static_scale(node) is not None:
-            _quantizer(graph, node, factors)
+            _quantizer(graph, node, factors, mixes)
     for node in list(graph):
         if node.graph is not None and (norm := _norm(node)) is not None:
             kind, inputs, attributes = norm
@@ -73,7 +79,7 @@ def _bias_codes(graph: ir.Graph, codes: ir.Value) -> None:
         reader.replace_input_with(index, byte.outputs[0])
 
 
-def _quantizer(graph: ir.Graph, quantize: ir.Node, factors: bool) -> None:
+def _quantizer(graph: ir.Graph, quantize: ir.Node, factors: bool, mixes: Mixes | None) -> None:
     x, codes = quantize.inputs[0], quantize.outputs[0]
     assert x is not None
     readers = [use.node for use in codes.uses()]
@@ -99,7 +105,7 @@ def _quantizer(graph: ir.Graph, quantize: ir.Node, factors: bool) -> None:
     order = _hadamard_order(producer) if sole_use(x) is quantize else 0
     mixing: list[ir.Value] = []
     if factors and not order and sole_use(x) is quantize:
-        mixing = _mixing(producer, width)
+        mixing = _mixing(producer, width, mixes)
     if order or mixing:
         assert producer is not None and producer.inputs[0] is not None
         between, x = [producer], producer.inputs[0]
@@ -167,7 +173,7 @@ def _scaled(node: ir.Node | None, width: int) -> tuple[ir.Value, ir.Value] | Non
     return None
 
 
-def _mixing(node: ir.Node | None, width: int) -> list[ir.Value]:
+def _mixing(node: ir.Node | None, width: int, mixes: Mixes | None) -> list[ir.Value]:
     """The two constant matrices of a Kronecker product over blocks of a row, or none."""
     if node is None or not is_op(node, "Kronecker", domain=DOMAIN):
         return []
@@ -175,7 +181,10 @@ def _mixing(node: ir.Node | None, width: int) -> list[ir.Value]:
     shapes = [constant_shape(v) for v in matrices]
     if len(shapes) != 2 or any(s is None or len(s) != 2 or s[0] != s[1] for s in shapes):
         return []
-    return matrices if width % (shapes[0][0] * shapes[1][0]) == 0 else []  # type: ignore[index]
+    sizes = shapes[0][0], shapes[1][0]  # type: ignore[index]
+    if width % (sizes[0] * sizes[1]):
+        return []
+    return matrices if mixes is None or mixes(width, sizes) else []
 
 
 def _hadamard_order(node: ir.Node | None) -> int:

@@ -16,6 +16,8 @@ from qcompile.backends import Backend, Job
 from qcompile.errors import ArtifactError, TargetError
 
 if TYPE_CHECKING:
+    import onnx_ir as ir
+
     from qcompile.runtime_cuda import CudaProgram
 
 WORKSPACE = "workspace."
@@ -27,14 +29,17 @@ class Cuda(Backend):
     def emit(self, job: Job) -> None:
         """Write kernels, host library, weights, ``model.onnx`` and ``program.json``."""
         from qcompile.backends.cpu import describe, save_onnx, write_program
+        from qcompile.codegen.kernels.cuda.kronecker import refusal
         from qcompile.codegen.program_cuda import build_cuda_program
         from qcompile.passes.lower import lower
         from qcompile.targets.cuda import CudaTarget
 
         assert isinstance(job.target, CudaTarget)
         with job.stage("lower"):
-            lowered = lower(job.quantized)
+            target = job.target
+            lowered = lower(job.quantized, factors=True, mixes=lambda *row: not refusal(*row, target))
             job.save("lowered", lowered)
+            _report_products(job, lowered)
             for node in lowered.graph:
                 if node.op_type == "ExpertMatMul":
                     reason = "there is no kernel: the codes that are picked become floats, at a byte each in memory"
@@ -93,6 +98,23 @@ def check_machine(target: Mapping[str, Any]) -> None:
             f"the program was compiled for {target['cpu']}; this device has compute capability {have[0]}.{have[1]}: "
             f"compile again with --target cuda --arch sm_{have[0]}{have[1]}{'a' if have == (9, 0) else ''}"
         )
+
+
+def _report_products(job: Job, lowered: ir.Model) -> None:
+    """Kronecker products that no row kernel computes."""
+    from qcompile.codegen.kernels.cuda.kronecker import refusal
+    from qcompile.targets.cuda import CudaTarget
+
+    assert isinstance(job.target, CudaTarget)
+    for node in lowered.graph:
+        if node.op_type != "Kronecker":
+            continue
+        x, *matrices = node.inputs
+        known = all(v is not None and v.shape is not None and isinstance(v.shape[-1], int) for v in node.inputs)
+        sizes = tuple(int(v.shape[-1]) for v in matrices) if known else ()  # type: ignore[union-attr]
+        reason = refusal(int(x.shape[-1]), sizes, job.target) if len(sizes) == 2 else ""  # type: ignore[union-attr, arg-type]
+        reason = reason or "what reads the product is not one quantizer"
+        job.report.refuse("row kernel of a Kronecker product", node.name or "Kronecker", reason)
 
 
 def _add(path: Path, **entries: Any) -> None:

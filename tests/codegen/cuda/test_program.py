@@ -17,6 +17,7 @@ from qcompile.codegen.program_cuda import build_cuda_program
 from qcompile.codegen.relax import compile_relax, to_relax
 from qcompile.codegen.relax.testing import parse
 from qcompile.errors import TargetError
+from qcompile.passes.asks.online import Diagonal, Kronecker, insert_online
 from qcompile.passes.lower import lower
 from qcompile.passes.recognise import recognise
 from qcompile.quantization import quantize_model
@@ -49,6 +50,35 @@ def test_sources_hold_what_is_called(recipe: str) -> None:
     assert program.kernels["row-wise rmsnorm"] == 1
     assert {"workspace.partial", "workspace.arrived"} <= set(program.params)
     assert [str(s) for s in program.inputs] == ["x: float32[rows, 48]"]
+
+
+def mixed(left: int, right: int) -> ir.Model:
+    """With a Kronecker product between norm and projection, as FlatQuant puts it, and signs before it."""
+    graph, _ = recognise(float_model())
+    (node,) = (n for n in graph.graph if n.op_type == "MatMul")
+    rng = np.random.default_rng(0)
+    jobs = {node.inputs[0].name: [node.name]}
+    insert_online(graph, jobs, Diagonal(rng.choice([-1.0, 1.0], 48), "signed"))
+    jobs = {node.inputs[0].name: [node.name]}
+    insert_online(graph, jobs, Kronecker(*(np.linalg.qr(rng.standard_normal((n, n)))[0] for n in (left, right))))
+    return quantize_model(graph, get_recipe("w8a8-rtn"), {}, Report("m", "cuda", "w8a8-rtn"), lambda name: None)
+
+
+def test_kronecker_products_are_fused() -> None:
+    target = get_target("cuda", variant="sm_90a")
+    program = build_cuda_program(lower(mixed(6, 8), factors=True), target)
+    assert program.kernels["row-wise rmsnorm, Kronecker"] == 1
+    text = "".join(path.read_text() for path in program.sources)
+    assert "rowwise_rmsnorm_48" in text and "gain" in text and "factor" in text
+    parts = {name.rsplit(".", 1)[1] for name in program.params}
+    assert {"left", "right", "gain"} <= parts
+
+
+def test_other_products_stay_with_relax() -> None:
+    lowered = lower(mixed(6, 8), factors=True, mixes=lambda width, sizes: (width, sizes) != (48, (6, 8)))
+    assert "Kronecker" in {node.op_type for node in lowered.graph}
+    program = build_cuda_program(lowered, get_target("cuda", variant="sm_90a"))
+    assert "row-wise rmsnorm, Kronecker" not in program.kernels and program.linears
 
 
 @pytest.mark.parametrize("recipe, weight", [("w8a16", "nf4"), ("w8a16", "mxfp4"), ("w8a8-rtn", "dual4/g32")])

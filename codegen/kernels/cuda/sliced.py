@@ -41,6 +41,8 @@ class SlicedShape(LinearShape):
         wide: channel tiles a warp multiplies at a time, a divisor of ``tn``: as many chains of products.
         stages: of the pipeline of a warp, ``wide`` channel tiles and a block of K each; a divisor or a multiple of their number.
         overlap: see `stream.StreamShape`.
+        early: stages copied before the kernel before has ended, at most; the others are asked for after x, which would wait
+            behind them. 0: all.
     """
 
     tn: int
@@ -49,6 +51,7 @@ class SlicedShape(LinearShape):
     wide: int = 1
     split: int = 1
     overlap: bool = False
+    early: int = 0
 
     @property
     def threads(self) -> int:
@@ -146,6 +149,7 @@ class SlicedLinear(CudaLinear):
         given = {key: config[key] for key in ("tn", "kw", "stages", "dtype", "out")}
         split = config["split"] if config.get("cluster") else 1  # nothing else adds its sums up
         given |= {"wide": config.get("wide", 1), "split": split, "overlap": bool(config.get("overlap"))}
+        given["early"] = config.get("early", 0)
         return SlicedShape(k=problem.k, n=problem.n, weight=problem.weight, **given)
 
     def configs(self, problem: LinearProblem, target: Target) -> list[dict[str, Any]]:

@@ -53,13 +53,15 @@ class SlicedKernel(Tail):
         self.tile = e.let(T.min(self.bx * s.tn, s.tiles - s.tn))
         self._registers()
         self.first = e.let(self.by * s.kw + self.warp)
-        for stage in range(s.stages - 1):
-            block = self.first + stage // s.steps * s.stride
-            self._copy(self.slots + stage * (s.stage_bytes // 4), stage % s.steps, block)
+        early = min(s.early or s.stages, s.stages - 1)
+        self._copy_first(0, early)
         if s.overlap:
             e.await_previous()
-        self._load_x(self.first)
+        self._load_x(self.xw, self.first)
+        self._load_x(self.xw_next, self.first + s.stride)
+        self._copy_first(early, s.stages - 1)
         self._slice()
+        self._next_x(self.first + 2 * s.stride)
         turns = e.let(T.max((s.blocks - self.first + (s.stride - 1)) // s.stride, 0))
         with T.serial(turns) as i:
             self._block(e.let(self.first + i * s.stride))
@@ -84,7 +86,8 @@ class SlicedKernel(Tail):
         self.slicer = Slicer(s.weight.bits)
         self.held = [e.Registers((s.wide, p.vectors * p.vector // 4), "uint32") for p in s.layout.planes]
         self.meta_words = e.Registers((s.wide, self.chunks, max(1, s.meta_bytes // 4)), "uint32")
-        self.xw = e.Registers((len(self.planes), 2), "uint32")
+        # x of the block that is sliced next, and of the one after it: two ahead, for loads wait behind those of weights.
+        self.xw, self.xw_next = (e.Registers((len(self.planes), 2), "uint32") for _ in range(2))
         self.xs = e.Registers((len(self.planes), QUADS), "uint32")
         self.down = e.Registers((1,), "float32")
         # What the sums start at; unless zero points are the same everywhere, the sums of x.
@@ -162,21 +165,34 @@ class SlicedKernel(Tail):
                 at = slot + (place // 4 + chunk * 8 * words) + self.g * words
                 e.read_shared([self.meta_words[tile, chunk, c] for c in range(words)], self.arena.ptr_to([at]))
 
-    def _load_x(self, block: Any) -> None:
+    def _copy_first(self, start: int, end: int) -> None:
+        """The first time these stages are filled."""
+        s = self.s
+        for stage in range(start, end):
+            block = self.first + stage // s.steps * s.stride
+            self._copy(self.slots + stage * (s.stage_bytes // 4), stage % s.steps, block)
+
+    def _next_x(self, block: Any) -> None:
+        """The following elements move up, and those of ``block`` are loaded."""
+        for p in range(len(self.planes)):
+            for half in range(2):
+                self.xw[p, half] = self.xw_next[p, half]
+        self._load_x(self.xw_next, block)
+
+    def _load_x(self, registers: e.Registers, block: Any) -> None:
         """The elements of this lane's quad; zeros beyond K."""
         s = self.s
         for p, plane in enumerate(self.planes):
             for half in range(2):
                 k = e.let(block * BLOCK + plane.base(self.g) + self.t * 2 + half * plane.delta)
-                self.xw[p, half] = e.u32(0)
+                registers[p, half] = e.u32(0)
                 pred = T.cast(k < s.x_width, "uint32")
-                e.ptx("ld.global.b32", self.xw[p, half], self.x.ptr_to([self.bz, k]), pred=pred, preserve_dst=True)
+                e.ptx("ld.global.b32", registers[p, half], self.x.ptr_to([self.bz, k]), pred=pred, preserve_dst=True)
 
     # Main loop
 
     def _block(self, block: Any) -> None:
         s = self.s
-        self._load_x(block + s.stride)
         for step in range(s.steps):
             e.wait(s.stages - 2)
             T.evaluate(T.cuda.warp_sync())
@@ -191,7 +207,9 @@ class SlicedKernel(Tail):
             last = self.slots + s.stages * (s.stage_bytes // 4)
             self.base[0] = T.Select(after == last, self.slots, after)
         # The next block's slices, while products of this one are under way.
-        self._slice()
+        with T.If(block + s.stride < s.blocks), T.Then():
+            self._slice()
+            self._next_x(block + 3 * s.stride)
 
     def _elements(self, p: int) -> list[Any]:
         """Those of this lane's quad as float32, in the order of the bytes."""

@@ -35,6 +35,12 @@ MOST_ROWS = 128
 DEEPEST = 16
 """Stages of a pipeline."""
 
+COPY_REGISTERS = 24
+"""Of threads that copy, if they leave registers to others; the least there can be."""
+
+RAGGED = 12
+"""Multiprocessors that clusters of more than two may leave idle: those of a chip's parts are not a multiple of the cluster."""
+
 
 @dataclass(frozen=True)
 class SharedShape(TiledShape):
@@ -48,8 +54,13 @@ class SharedShape(TiledShape):
 
     @property
     def launched(self) -> int:
-        """Threads of a block, the copying warp included."""
-        return self.threads + 32
+        """Threads of a block, the copying warp included, or a group of four of which one copies."""
+        return self.threads + (128 if self.traded else 32)
+
+    @property
+    def traded(self) -> bool:
+        """Whether the threads that copy leave registers to those that multiply, which would not have enough."""
+        return self.wg == 4 and self.mt * self.rows > 64
 
     @property
     def blocks_of_cluster(self) -> tuple[int, int]:
@@ -106,6 +117,19 @@ class SharedShape(TiledShape):
         """Of a block, with what aligning it may cost."""
         return self.factor_place + 4 * (self.columns + self.rows) + 1024
 
+    @property
+    def registers(self) -> int:
+        """Rough count per thread; another warp has the addresses of copies."""
+        return super().registers - 12
+
+    @property
+    def most_registers(self) -> int:
+        """Of a thread, so that the blocks fit: a quarter of a multiprocessor has 512 for every lane, and whole warps."""
+        if self.traded and self.resident < 2:
+            return (512 - COPY_REGISTERS) // self.wg // 8 * 8
+        warps = -(-max(1, self.resident) * self.launched // 128)
+        return min(255, 512 // warps // 8 * 8)
+
 
 class _Shared(TiledLinear):
     """8-bit activations with a scale per row by weights with a scale per channel. Config: see `SharedShape`."""
@@ -158,7 +182,7 @@ class _Shared(TiledLinear):
             and shape.share * shape.split <= LARGEST_CLUSTER
             and shape.shared_bytes <= target.shared
             and resident * (shape.shared_bytes + 1024) <= target.shared_sm
-            and shape.registers <= min(255, 65536 // (resident * shape.launched))
+            and shape.registers <= shape.most_registers
             and (shape.grid_n == 1 or shape.columns <= -(-shape.n // 64) * 64)
             and shape.share <= shape.grid_n
             and (shape.split == 1 or shape.split <= shape.blocks // 2)
@@ -168,18 +192,21 @@ class _Shared(TiledLinear):
         """Start and end, and between them the slowest of memory, second-level cache and tensor cores."""
         s = self.shape(problem, config)
         clock, sms = 1.75e9, target.multiprocessors
+        size = s.share * s.split
+        usable = sms if size < 3 else (sms - RAGGED) // size * size
         fit = min(target.shared_sm // (s.shared_bytes + 1024), 65536 // (s.launched * s.registers), 2048 // s.launched)
         height = -(-m // s.rows)
         work = s.blocks_along_n * s.split * height
-        busiest = -(-work // sms)
+        busiest = max(-(-work // usable), 1)
         stages = busiest * s.per_split  # of a multiprocessor
         memory = s.tiles * s.blocks * s.code_bytes / target.bandwidth
-        memory *= max(1.0, busiest * sms / work * 0.9)
-        cache = stages * (s.weight_bytes + s.x_bytes / s.share + s.x_bytes / 4) * sms / 7e12
-        products = stages * s.columns * BLOCK * max(s.rows, 32) / 3300 / clock
-        chain = stages * (150 + s.mt * s.rows * 2) / min(fit, busiest, 2) / clock
-        ends = 2.4e-6 + (0.7e-6 if s.split > 1 else 0) + 4 * s.rows * s.columns * busiest / 60 / clock
-        return ends + 1.15 * max(memory, cache, products, chain) + 0.3e-6 * (busiest > fit)
+        memory *= max(1.0, 0.85 * busiest * usable / work)
+        cache = stages * (s.weight_bytes + s.x_bytes) / (41 * clock)
+        products = stages * s.columns * BLOCK * max(s.rows, 32) / 3700 / clock
+        chain = stages * (150 + s.mt * s.rows * 2) / min(max(fit, 1), busiest, 2) / clock
+        ends = 2.6e-6 + (0.8e-6 if s.split > 1 else 0) + 4 * s.rows * s.columns * busiest / 80 / clock
+        # Where another block fits, that of the next kernel begins early.
+        return ends - 0.4e-6 * (busiest < fit) + 1.1 * max(memory, cache, products, chain) + 0.5e-6 * (busiest > fit)
 
     def scratch(self, problem: LinearProblem, config: dict[str, Any], m: int) -> tuple[int, int]:
         return 1, 1

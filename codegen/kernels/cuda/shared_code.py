@@ -11,7 +11,7 @@ from qcompile.codegen.kernels.base import Epilogue
 from qcompile.codegen.kernels.cuda import emit as e
 from qcompile.codegen.kernels.cuda.layout import BLOCK
 from qcompile.codegen.kernels.cuda.ring_code import SWIZZLE_128, TENSOR, RingKernel
-from qcompile.codegen.kernels.cuda.shared import SharedShape
+from qcompile.codegen.kernels.cuda.shared import COPY_REGISTERS, SharedShape
 
 TENSOR_3D = TENSOR.replace("2d", "3d")
 
@@ -44,16 +44,22 @@ class SharedKernel(RingKernel):
         address = T.cuda.cvta_generic_to_shared(self.arena.ptr_to([0]))
         self.base = e.let(T.cast((T.uint32(0) - address) & e.u32(1023), "int32") // 4)
         self._place_block(row_blocks)
-        warps = s.threads // 32
         with T.If(self.tx == s.threads), T.Then():
             self._start_barriers()
         e.ptx("barrier.cluster.arrive.release.aligned")
-        with T.If(self.warp == warps), T.Then():
-            self._copy()
-        with T.If(self.warp < warps), T.Then():
-            self._registers()
-            self._loop()
-            self._end()
+        with T.If(self.tx >= s.threads):
+            with T.Then():
+                self._trade("dec", COPY_REGISTERS)
+                self._copy()
+            with T.Else():
+                self._trade("inc", s.most_registers)
+                self._registers()
+                self._loop()
+                self._end()
+
+    def _trade(self, direction: str, registers: int) -> None:
+        if self.s.traded:
+            e.ptx(f"setmaxnreg.{direction}.sync.aligned.u32", registers)
 
     def _before(self) -> None:
         """Describe x and the weights to the copy engine; it reads zeros beyond their ends."""
@@ -132,7 +138,7 @@ class SharedKernel(RingKernel):
     def _copy(self) -> None:
         s = self.s
         first = min(s.stages, s.per_split)
-        with T.If(self.lane == 0), T.Then():
+        with T.If(self.tx == s.threads), T.Then():
             with T.serial(T.min(self.count, first)) as stage:
                 self._issue_weights(stage, self.start + stage)
             e.ptx("prefetch.tensormap", T.address_of(self.x_map))
@@ -140,7 +146,7 @@ class SharedKernel(RingKernel):
         e.ptx("barrier.cluster.wait.acquire.aligned")
         if s.overlap:
             e.await_previous()
-        with T.If(self.lane == 0), T.Then():
+        with T.If(self.tx == s.threads), T.Then():
             with T.serial(T.min(self.count, first)) as stage:
                 self._issue_rows(stage, self.start + stage)
             with T.serial(T.max(self.count - first, 0)) as more:

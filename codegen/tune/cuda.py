@@ -31,7 +31,7 @@ from qcompile.targets.databases import check_writable
 MEASURED = {rows: rows for rows in ROWS} | {512: 1024}
 """Rows the config for a bucket is measured with."""
 
-DIVISION = ("rows", "tn", "nw", "kw", "grid", "raw", "wg", "mt", "split", "cluster", "wgmma")
+DIVISION = ("rows", "tn", "nw", "kw", "grid", "raw", "wg", "mt", "split", "cluster", "wgmma", "share")
 """What distinguishes two ways to divide the work; the rest is the pipeline's depth."""
 
 GOOD: tuple[dict[str, tuple[Any, ...]], ...] = (

@@ -13,7 +13,7 @@ PTX ISA, "Data movement and conversion instructions: tensor copy" and "st.async"
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
@@ -168,7 +168,7 @@ class _Shared(TiledLinear):
             room = min(target.shared, target.shared_sm // resident - 1024) - shape.shared_bytes
             stages = min(2 + room // (shape.stage_bytes + 16), shape.per_split, DEEPEST)
             config["stages"] = stages
-            if stages >= min(4, shape.per_split) and self.fits(replace(shape, stages=stages), target):
+            if stages >= min(4, shape.per_split) and self.fits(self.shape(problem, config), target):
                 found.append(config)
         return sorted(found, key=lambda c: self.cost(problem, c, target, m))
 
@@ -200,7 +200,7 @@ class _Shared(TiledLinear):
         busiest = max(-(-work // usable), 1)
         stages = busiest * s.per_split  # of a multiprocessor
         memory = s.tiles * s.blocks * s.code_bytes / target.bandwidth
-        memory *= max(1.0, 0.85 * busiest * usable / work)
+        memory *= max(1.0, 0.85 * busiest * usable / work) * min(height, -(-busiest // max(fit, 1)))
         cache = stages * (s.weight_bytes + s.x_bytes) / (41 * clock)
         products = stages * s.columns * BLOCK * max(s.rows, 32) / 3700 / clock
         chain = stages * (150 + s.mt * s.rows * 2) / min(max(fit, 1), busiest, 2) / clock

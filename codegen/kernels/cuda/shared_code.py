@@ -44,6 +44,9 @@ class SharedKernel(RingKernel):
         address = T.cuda.cvta_generic_to_shared(self.arena.ptr_to([0]))
         self.base = e.let(T.cast((T.uint32(0) - address) & e.u32(1023), "int32") // 4)
         self._place_block(row_blocks)
+        with T.If(self.tx == 0), T.Then():
+            for described in (*self.maps, self.x_map):
+                e.ptx("prefetch.tensormap", T.address_of(described))
         with T.If(self.tx == s.threads), T.Then():
             self._start_barriers()
         e.ptx("barrier.cluster.arrive.release.aligned")
@@ -138,10 +141,8 @@ class SharedKernel(RingKernel):
     def _copy(self) -> None:
         s = self.s
         first = min(s.stages, s.per_split)
-        with T.If(self.tx == s.threads), T.Then():
-            with T.serial(T.min(self.count, first)) as stage:
-                self._issue_weights(stage, self.start + stage)
-            e.ptx("prefetch.tensormap", T.address_of(self.x_map))
+        with T.If(self.tx == s.threads), T.Then(), T.serial(T.min(self.count, first)) as stage:
+            self._issue_weights(stage, self.start + stage)
         T.evaluate(T.cuda.warp_sync())
         e.ptx("barrier.cluster.wait.acquire.aligned")
         if s.overlap:

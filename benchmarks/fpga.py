@@ -10,12 +10,13 @@ tables (Blott et al., "FINN-R" (2018), section 5), which includes no requantizat
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import itertools
 import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -80,19 +81,66 @@ def jet_layers(seed: int = 11) -> tuple[dict[str, np.ndarray], list[MatVec]]:
     return arrays, nodes
 
 
-def matrix_layers() -> tuple[dict[str, np.ndarray], list[MatVec]]:
+def matrix_layers(seed: int = 7) -> tuple[dict[str, np.ndarray], list[MatVec]]:
     """A 64 x 32 matrix of uniform 4-bit weights."""
-    rng = np.random.default_rng(7)
+    rng = np.random.default_rng(seed)
     weight, x = rng.integers(-8, 8, (64, 32)), rng.integers(-128, 128, (2000, 64))
     bias = np.zeros(32, np.int64)
     node = MatVec("fc", (Stream.of("x", 1, 64, INT8),), weight, bias, None, products="constant").folded(32, 64)
     return {"x": x, "w0": weight, "b0": bias, "s0": np.array(-1)}, [node]
 
 
-def beside_da4ml(title: str, make: Callable[[], tuple[dict[str, np.ndarray], list[MatVec]]], peers: str) -> None:
-    """Our pipeline and da4ml's, with a register after every adder, without FIFOs."""
-    arrays, nodes = make()
-    print(f"\n{title}\n\n| | stages | LUT | FF | LUT + FF | values |\n|---|---|---|---|---|---|")
+Layers = Callable[[int], tuple[dict[str, np.ndarray], list[MatVec]]]
+
+
+def beside_da4ml(title: str, make: Layers, seeds: Sequence[int], runs: int, peers: str) -> None:
+    """Our pipelines and da4ml's, with a register after every adder, without FIFOs.
+
+    Args:
+        title: of the table.
+        make: arrays for the peer and nodes, of a seed.
+        seeds: of the weights.
+        runs: of da4ml for each seed; its graph differs from run to run, ours does not.
+        peers: a Python that has da4ml.
+    """
+    print(f"\n{title}\n\n| seed | | stages | LUT | FF | LUT + FF | values |\n|---|---|---|---|---|---|---|")
+    for seed in seeds:
+        arrays, nodes = make(seed)
+        expected = program(nodes).reference({"x": arrays["x"][:, None]})[nodes[-1].name][:, 0]
+        depth, ours = unrolled(nodes)
+        table_row(seed, "qcompile", depth, ours, "reference")
+        depth, pairs = unrolled(nodes, addends=2)
+        table_row(seed, "qcompile, no additions of three", depth, pairs, "reference")
+        found = []
+        for _ in range(runs):
+            stages, theirs, values = da4ml(arrays, peers)
+            table_row(seed, "da4ml", stages, theirs, "equal" if (values == expected).all() else "DIFFER")
+            found.append(theirs)
+        for name, mine in (("ratio", ours), ("ratio, no additions of three", pairs)):
+            luts = [mine.luts / t.luts for t in found]
+            flipflops = [mine.flipflops / t.flipflops for t in found]
+            total = [(mine.luts + mine.flipflops) / (t.luts + t.flipflops) for t in found]
+            row(seed, name, "", *(" ".join(f"{v:.3f}" for v in values) for values in (luts, flipflops, total)), "")
+
+
+def table_row(seed: int, name: str, stages: object, found: synthesize.Synthesis, values: str) -> None:
+    """A line of `beside_da4ml`."""
+    row(seed, name, stages, found.luts, found.flipflops, found.luts + found.flipflops, values)
+
+
+def unrolled(nodes: list[MatVec], addends: int = 3) -> tuple[int, synthesize.Synthesis]:
+    """Stages and cells of constant layers, without their FIFO, with sums of at most ``addends``."""
+    target = dataclasses.replace(TARGETS["xc7"], addends=addends)
+    netlist = hardware.make_netlist(program(nodes), target)
+    with tempfile.TemporaryDirectory() as temporary:
+        files = top.write(netlist, Path(temporary))
+        (unit,) = netlist.units
+        found = cells(Path(temporary), f"{unit.module}_core", [f for f in files if f != "dut.v"])
+    return unit.processes[0].latency - 1, found
+
+
+def da4ml(arrays: Mapping[str, np.ndarray], peers: str) -> tuple[str, synthesize.Synthesis, np.ndarray]:
+    """Stages and cells of da4ml's pipeline, and what its interpreter makes of the vectors."""
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         np.savez(folder / "layers.npz", **arrays)
@@ -100,38 +148,15 @@ def beside_da4ml(title: str, make: Callable[[], tuple[dict[str, np.ndarray], lis
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             raise SystemExit(f"{peers} does not run da4ml: {done.stderr.strip().splitlines()[-1]}")
-        whole = program(nodes)
-        expected = whole.reference({"x": arrays["x"][:, None]})[nodes[-1].name][:, 0]
-        files, netlist = write(nodes, folder / "ours")
-        (unit,) = netlist.units
-        ours = cells(folder / "ours", f"{unit.module}_core", [f for f in files if f != "dut.v"])
-        row(
-            "qcompile",
-            unit.processes[0].latency - 1,
-            ours.luts,
-            ours.flipflops,
-            ours.luts + ours.flipflops,
-            "reference",
-        )
         source = folder / "da4ml" / "src"
         files = [
             str(p.relative_to(source))
             for p in sorted(source.rglob("*.v"))
             if p.name not in ("lookup_table.v", "peer_wrapper.v")
         ]
-        theirs = cells(source, "peer", files)
-        same = (np.load(folder / "da4ml" / "y.npy") == expected).all()
-        stages = done.stdout.split(" stages")[0].split()[-1]
-        row(
-            "da4ml",
-            stages,
-            theirs.luts,
-            theirs.flipflops,
-            theirs.luts + theirs.flipflops,
-            "equal" if same else "DIFFER",
-        )
-        total = (ours.luts + ours.flipflops) / (theirs.luts + theirs.flipflops)
-        row("ratio", "", ours.luts / theirs.luts, ours.flipflops / theirs.flipflops, total, "")
+        found = cells(source, "peer", files)
+        values = np.load(folder / "da4ml" / "y.npy")
+    return done.stdout.split(" stages")[0].split()[-1], found, values
 
 
 def simulated() -> None:
@@ -247,8 +272,10 @@ def numerics(peers: str) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     rows = {
-        "matrix": lambda a: beside_da4ml("64x32 W4A8, a vector per cycle, xc7", matrix_layers, a.peers),
-        "jet": lambda a: beside_da4ml("Jet network 16-64-32-32-5, W4A8, xc7", jet_layers, a.peers),
+        "matrix": lambda a: beside_da4ml(
+            "64x32 W4A8, a vector per cycle, xc7", matrix_layers, a.seeds, a.runs, a.peers
+        ),
+        "jet": lambda a: beside_da4ml("Jet network 16-64-32-32-5, W4A8, xc7", jet_layers, [11], a.runs, a.peers),
         "simulated": lambda a: simulated(),
         "folded": lambda a: folded(),
         "fmax": lambda a: fmax(),
@@ -256,7 +283,9 @@ if __name__ == "__main__":
         "numerics": lambda a: numerics(a.peers),
     }
     parser.add_argument("rows", nargs="*", help=f"of {', '.join(rows)}; all by default")
-    parser.add_argument("--peers", default=sys.executable)
+    parser.add_argument("--peers", default=sys.executable, help="a Python with da4ml and hls4ml")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[7, 8, 9], help="of matrices")
+    parser.add_argument("--runs", type=int, default=2, help="of da4ml for each network")
     given = parser.parse_args()
     print(
         tools.call([*tools.require("yosys"), "-V"], Path.cwd()).strip(),

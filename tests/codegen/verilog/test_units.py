@@ -90,9 +90,9 @@ def one_two_all(name, node):
 @pytest.mark.parametrize("group", GROUPS)
 def test_units_are_exact_in_values_and_cycles(group, tmp_path):
     def corners(name, node):
-        if name in ("fc", "fc_dsp"):
+        if name == "fc":
             return one_two_all(name, node)
-        if name in ("fc_serial", "fc_serial_groups"):
+        if name in ("fc_dsp", "fc_serial", "fc_serial_groups"):
             return {(0, 99), (99, 0), (1, 1), (99, 99)}
         return {(0, 0), (99, 99)} if group in ("elements", "windows") else middle(name, node)
 

@@ -60,12 +60,11 @@ COPIES = {f"copy{width}": CudaRowwise(width, dtype="float16", out="float16") for
 """Row kernels that do nothing but read and write: launched and scheduled like the others."""
 
 
-def by_torch(
-    left: torch.Tensor, right: torch.Tensor, quantize: Callable[[torch.Tensor], object], x: torch.Tensor
-) -> object:
+def by_torch(matrices: list[torch.Tensor], quantize: Callable[[torch.Tensor], object], x: torch.Tensor) -> object:
     """``x @ (left (x) right)`` in two products, quantized."""
     import torch
 
+    left, right = matrices
     products = torch.matmul(left.T, torch.matmul(x.view(-1, len(left), len(right)), right))
     return quantize(products.view(x.shape))
 
@@ -115,7 +114,7 @@ def main() -> None:
                     _into, module[f"quantize{kernel.width}_int{kernel.bits}"], codes[0], scale
                 )
                 plain, fused = (
-                    measure([functools.partial(by_torch, *matrices, quantize, x) for x in xs[:LEAST]])
+                    measure([functools.partial(by_torch, matrices, quantize, x) for x in xs[:LEAST]])
                     for quantize in (functools.partial(quantize_rows, bits=kernel.bits), own_quantizer)
                 )
                 row |= {"torch_us": plain * 1e6, "torch_fused_us": fused * 1e6}

@@ -109,11 +109,11 @@ def _report_products(job: Job, lowered: ir.Model) -> None:
     for node in lowered.graph:
         if node.op_type != "Kronecker":
             continue
-        x, *matrices = node.inputs
-        known = all(v is not None and v.shape is not None and isinstance(v.shape[-1], int) for v in node.inputs)
-        sizes = tuple(int(v.shape[-1]) for v in matrices) if known else ()  # type: ignore[union-attr]
-        reason = refusal(int(x.shape[-1]), sizes, job.target) if len(sizes) == 2 else ""  # type: ignore[union-attr, arg-type]
-        reason = reason or "what reads the product is not one quantizer"
+        ends = [v.shape[-1] if v is not None and v.shape is not None else None for v in node.inputs]
+        reason = "what reads the product is not one quantizer"
+        if all(isinstance(end, int) for end in ends) and len(ends) == 3:
+            width, left, right = (int(str(end)) for end in ends)
+            reason = refusal(width, (left, right), job.target) or reason
         job.report.refuse("row kernel of a Kronecker product", node.name or "Kronecker", reason)
 
 

@@ -10,7 +10,8 @@ fragments for mma.m16n8k16"), so that pairs of the second operand are neighbours
 
 A warp computes tiles of 32 x 32, the same number of both. X and Z^T lie in shared memory as float16, filled up with zeros: rows
 to multiples of 32, positions to multiples of 16, and eight more so that `ldmatrix` meets all banks. The matrices come from
-memory as the lanes hold them (`KroneckerRows.pack`), through the first-level cache, and stay there from row to row. Rows of R^T
+memory as the lanes hold them (`KroneckerRows.pack`), through the first-level cache, and stay there from row to row; where rows are
+few, they are copied to shared memory while the kernel before ends. Rows of R^T
 are ordered so that a lane has eight neighbours of Y: column 2 t + h of tile j of four is column 8 t + 2 j + h of 32.
 
 Operands are float16, sums float32: what is rounded is x, Z and the matrices, each by 2^-12 of an element on average. The matrices
@@ -52,12 +53,14 @@ class KroneckerConfig:
         resident: blocks that are to fit a multiprocessor.
         ahead: the next row of a block is loaded while one is computed.
         overlaid: Z^T takes the place of X in shared memory.
+        kept: the matrices lie there, too, copied before the row is there.
     """
 
     warps: int
     resident: int = 1
     ahead: bool = False
     overlaid: bool = False
+    kept: bool = False
 
 
 @dataclass(frozen=True)
@@ -124,10 +127,15 @@ class KroneckerRows:
         return self.blocks * self.tiles[1] * TILE * self.turned_pitch // 2
 
     @property
-    def words(self) -> int:
+    def row_space(self) -> int:
         """Words for both."""
         parts = self.row_words, self.turned_words
         return max(parts) if self.config.overlaid else sum(parts)
+
+    @property
+    def words(self) -> int:
+        """Words of shared memory, those of the matrices last."""
+        return self.row_space + (self.matrix_words(0) + self.matrix_words(1) if self.config.kept else 0)
 
     @property
     def turned_at(self) -> int:
@@ -194,10 +202,12 @@ def kronecker_configs(
         w = replace(rows, config=KroneckerConfig(warps, overlaid=overlaid))
         elements = -(-width // w.threads)
         registers = 56 + TILE * w.rounds + (elements // 2 if direct else elements)
-        fitting = min(65536 // (w.threads * registers), (target.shared_sm << 0) // (4 * w.words + 3072), 8)
+        fitting = min(65536 // (w.threads * registers), target.shared_sm // (4 * w.words + 3072), 8)
         resident = max(1, min(fitting, 2048 // w.threads)) if not most else 1
-        chosen.append((most, replace(w.config, resident=resident, ahead=direct and resident * w.threads <= 512)))
-    return chosen if chosen[0][1].warps != chosen[1][1].warps else chosen[1:]
+        config = replace(w.config, resident=resident, ahead=direct)
+        kept = [replace(config, kept=True, overlaid=o) for o in (False, True)] if most else []
+        chosen.append((most, next((c for c in kept if 4 * replace(w, config=c).words + 2048 <= target.shared), config)))
+    return chosen
 
 
 def _warps(count: int, rounds: int) -> int:

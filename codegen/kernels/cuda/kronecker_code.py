@@ -29,16 +29,33 @@ class KroneckerCode(ScaledRows):
         assert mixed is not None
         self.mixed: KroneckerRows = mixed
         self._clear()
+        if mixed.config.kept:
+            self._keep()
 
     def _meet(self) -> None:
+        if self.mixed.config.kept:
+            e.wait(0)
         T.evaluate(T.cuda.cta_sync())
+
+    def _keep(self) -> None:
+        """Copy the matrices, in the background."""
+        w = self.mixed
+        start = self.row_at + w.row_space
+        for side, matrix in enumerate((self.left, self.right)):
+            size = w.matrix_words(side) // 4
+            with T.serial(-(-size // w.threads)) as i:
+                at = e.let(i * w.threads + self.tx)
+                with T.If(at < size), T.Then():
+                    e.copy_async(self.arena.ptr_to([start + 4 * at]), matrix.ptr_to([4 * at]), 16)
+            start += 4 * size
+        e.commit()
 
     def _clear(self) -> None:
         """Zeros where X and Z^T lie: elements that no row has stay so, unless one takes the place of the other."""
         w = self.mixed
-        with T.serial(-(-w.words // w.threads)) as i:
+        with T.serial(-(-w.row_space // w.threads)) as i:
             at = e.let(i * w.threads + self.tx)
-            with T.If(at < w.words), T.Then():
+            with T.If(at < w.row_space), T.Then():
                 B.buffer_store(self.arena, e.u32(0), [self.row_at + at])
 
     def _begin_row(self) -> None:
@@ -87,7 +104,8 @@ class KroneckerCode(ScaledRows):
         """Tile of 32 rows of a matrix, turned, by 32 columns whose first word is at ``place``: row ``16 m + 8 h + g`` of it, columns
         ``8 j + 2 t`` and one more, to ``sums[first + 2 m + h, 2 j ..]``."""
         steps = self.mixed.steps[side]
-        matrix = (self.left, self.right)[side]
+        matrix, kept = (self.left, self.right)[side], self.mixed.config.kept
+        kept_at = self.row_at + self.mixed.row_space + (self.mixed.matrix_words(0) if side else 0)
         # ldmatrix: 8 columns, their next 8 positions, the next 8 columns
         columns = self.lane % 8 + self.lane // 16 * 8
         start = e.let(place + columns * (pitch // 2) + self.lane // 8 % 2 * 4)
@@ -96,8 +114,12 @@ class KroneckerCode(ScaledRows):
 
         def load(s: int) -> None:
             for m in range(2):
-                address = matrix.ptr_to([words + (2 * s + m) * 32 * 4])
-                e.ptx("ld.global.nc.v4.b32", *[a[s % 2, m, i] for i in range(4)], address)
+                registers = [a[s % 2, m, i] for i in range(4)]
+                at = words + (2 * s + m) * 32 * 4
+                if kept:
+                    e.read_shared(registers, self.arena.ptr_to([kept_at + at]))
+                else:
+                    e.ptx("ld.global.nc.v4.b32", *registers, matrix.ptr_to([at]))
             for j in range(0, 4, 2):
                 address = self.arena.ptr_to([start + 8 * j * (pitch // 2) + s * (STEP // 2)])
                 registers = [b[s % 2, j + i, c] for i in range(2) for c in range(2)]

@@ -24,6 +24,8 @@ class RotatedRows(WarpRotate, ScaledRows):
         if self.blocks > 1:
             self._start_barriers(self.k.barriers)
         self._prepare_signs()
+        if rotation.gather > 1:
+            self.parts = e.Registers((self.k.chunks, rotation.gather, 4), "uint32")
 
     def _meet(self) -> None:
         if self.blocks > 1:
@@ -36,6 +38,43 @@ class RotatedRows(WarpRotate, ScaledRows):
     def _end_row(self) -> None:
         if self.rotation.radix > 1 and self.rotation.config.twice:
             T.evaluate(T.cuda.cta_sync())
+
+    def _load_words(self, row: Any) -> None:
+        w = self.rotation
+        if w.gather == 1:
+            super()._load_words(row)
+            return
+
+        def load(c: int, at: Any) -> None:
+            for part in range(w.gather):
+                for i, word in enumerate(self._read_words(self.x, [row, w.gathered(at, part)], 4)):
+                    self.parts[c, part, i] = word
+
+        self._each(load)
+
+    def _scale_words(self, scale: Any) -> None:
+        """And, if the row is gathered, add it up."""
+        k, w = self.k, self.rotation
+        if w.gather == 1:
+            super()._scale_words(scale)
+            return
+        with T.If(scale != T.float32(1)), T.Then():
+            factor = e.pair(scale, scale, "float16")
+            for c in range(k.chunks):
+                for part in range(w.gather):
+                    for i in range(4):
+                        e.ptx("mul.rn.f16x2", self.parts[c, part, i], self.parts[c, part, i], factor)
+        for level in range(w.gather.bit_length() - 1):
+            minus = T.Select(self.rank >> level & 1 == 1, e.u32(0xBC00BC00), e.u32(0x3C003C00))
+            sign = e.let(minus)
+            for c in range(k.chunks):
+                for part in range(0, w.gather, 2 << level):
+                    for i in range(4):
+                        low, high = self.parts[c, part, i], self.parts[c, part + (1 << level), i]
+                        e.ptx("fma.rn.f16x2", low, high, sign, low)
+        for c in range(k.chunks):
+            for i in range(4):
+                self.words[c, i] = self.parts[c, 0, i]
 
     def _take(self, scale: Any) -> None:
         """All but the third product."""
@@ -57,7 +96,8 @@ class RotatedRows(WarpRotate, ScaledRows):
 
         for turn in range(w.rounds):
             _, conditions = k.place(turn * w.held, self.tx, self.rank)
-            task = e.let(self.rank * w.share + turn * w.config.warps + self.warp)
+            rank = self.rank if w.config.blocks > 1 else 0
+            task = e.let(rank * w.share + turn * w.config.warps + self.warp)
             if not conditions:
                 rotate(turn, task)
             else:
@@ -99,14 +139,14 @@ class RotatedRows(WarpRotate, ScaledRows):
             start = e.let(w.column(block, self.lane // 4, part, quad) + self.lane % 4 * 8)
             for h in range(-(-w.radix // 8)):
                 inside = [] if 8 * h + 8 <= w.radix else [self.lane // 4 < w.radix - 8 * h]
-                store(self.products, first + h, inside, start + 8 * h * w.stride)
+                store(self.products, first + h, inside, w.gathered(start + 8 * h * w.stride, self.rank))
 
         if w.radix > 1:
             self._pieces(piece)
         else:
-            self._each(lambda c, at: store(self.value, c, [], at))
+            self._each(lambda c, at: store(self.value, c, [], w.gathered(at, self.rank)))
 
     def _unit(self) -> Any:
         w = self.rotation
         exponent = self.exponent + (self.point_exponent if w.radix > 1 else 0)
-        return T.float32(2.0**exponent / np.sqrt(w.order))
+        return T.float32(2.0**exponent / np.sqrt(w.order * w.gather))

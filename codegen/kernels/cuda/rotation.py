@@ -23,7 +23,9 @@ what float16 rows were rounded by before. Rows of other types, and rows that lea
 with a power of two that is found by trying again.
 
 A row may be shared by the blocks of a cluster: each transforms its vectors, puts the results where their columns are multiplied,
-and multiplies its columns.
+and multiplies its columns. Or each loads all of the row, in 2^s parts, and adds them up by the signs of its row of the Hadamard matrix
+of that order: bits of the index are transformed so, too, and what is left for the block is a row of its own. Blocks then exchange
+nothing but the maximum.
 
 Sources: Fino and Algazi, "Unified matrix treatment of the fast Walsh-Hadamard transform" (1976); Agarwal et al., "HadaCore:
 Tensor Core Accelerated Hadamard Transform Kernel" (2024), for the idea of a transform by chained products.
@@ -32,6 +34,7 @@ Tensor Core Accelerated Hadamard Transform Kernel" (2024), for the idea of a tra
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 from qcompile.formats.hadamard import factors
 from qcompile.targets.cuda import CudaTarget
@@ -49,7 +52,7 @@ MOST_RADIX = 48
 """Its signs are held in registers."""
 
 ARRIVED = 0
-"""The mbarrier that counts what other blocks send of a row; those after it count words of reductions."""
+"""The mbarrier that counts what other blocks send of a row; those after it, two by two, count words of reductions."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,8 @@ class RotationConfig:
         resident: blocks that are to fit a multiprocessor.
         twice: the third product is computed for the maximum and again for the codes, instead of being kept.
         ahead: the next row of a block is loaded while one is computed.
+        gathered: blocks that share a row load all of it and add up what they rotate, instead of exchanging it.
+        staged: warps find the maximum of a block before blocks tell each other.
     """
 
     warps: int
@@ -71,6 +76,8 @@ class RotationConfig:
     resident: int = 1
     twice: bool = False
     ahead: bool = False
+    gathered: bool = False
+    staged: bool = False
 
 
 @dataclass(frozen=True)
@@ -80,6 +87,7 @@ class WarpRotation:
     Attributes:
         bits: of the index within a vector that are transformed.
         radix: points of the third product; 1 if there is none.
+        gather: blocks that each transform such a row, made of this many, into a share of the result; 1 if there is one row.
     """
 
     width: int
@@ -87,6 +95,7 @@ class WarpRotation:
     bits: int
     radix: int
     config: RotationConfig
+    gather: int = 1
 
     @property
     def held(self) -> int:
@@ -112,6 +121,20 @@ class WarpRotation:
     def rounds(self) -> int:
         """Tasks of a warp, at most."""
         return -(-self.share // self.config.warps)
+
+    @property
+    def shares(self) -> int:
+        """Blocks of a row."""
+        return self.config.blocks * self.gather
+
+    @property
+    def run(self) -> int:
+        """Neighbours of a row that are neighbours before they are gathered."""
+        return 1 << factors(self.order)[1]
+
+    def gathered(self, at: Any, part: Any) -> Any:
+        """The column that is added up to column ``at``, of ``gather``, and where it goes in the result of block ``part``."""
+        return at // self.run * (self.run * self.gather) + part * self.run + at % self.run if self.gather > 1 else at
 
     @property
     def stride(self) -> int:
@@ -202,6 +225,16 @@ def rotations(width: int, order: int) -> list[WarpRotation]:
 
 def warp_rotation(width: int, order: int, config: RotationConfig | None = None) -> WarpRotation | None:
     """How to rotate such rows, with ``config`` if that is given; None if tensor cores do not."""
+    if config is not None and config.gathered:
+        inner, parts = replace(config, blocks=1), config.blocks
+        if order % parts or parts & (parts - 1) or factors(order)[1] < parts.bit_length() + 2:
+            return None
+        found = [
+            replace(w, config=inner, gather=parts)
+            for w in rotations(width // parts, order // parts)
+            if w.held == config.held and factors(w.order)[0] == factors(order)[0]
+        ]
+        return found[0] if found else None
     found = rotations(width, order)
     if config is not None:
         found = [replace(w, config=config) for w in found if w.held == config.held]

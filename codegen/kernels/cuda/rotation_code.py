@@ -73,6 +73,7 @@ class WarpRotate:
     rank: Any
     row_at: int
     stmatrix: bool
+    parity: Any
 
     def _prepare_signs(self) -> None:
         w = self.rotation
@@ -209,6 +210,10 @@ class WarpRotate:
     def _barrier(self, index: int) -> Any:
         return self.arena.ptr_to([2 * index])
 
+    def _counting(self, reduction: int) -> Any:
+        """Index of the mbarrier that counts words of a reduction of this row."""
+        return ARRIVED + 1 + 2 * reduction + self.parity
+
     def _start_barriers(self, count: int) -> None:
         """And let the other blocks know; `_await_others` must come before anything is sent."""
         with T.If(self.tx == 0), T.Then():
@@ -221,15 +226,17 @@ class WarpRotate:
         e.ptx("barrier.cluster.wait.acquire.aligned")
 
     def _expect(self, count: int) -> None:
-        """How much arrives for one row: at barrier `ARRIVED` columns to be multiplied, at the others a word of every warp."""
+        """How much arrives for one row: at barrier `ARRIVED` columns to be multiplied, at those of reductions a word of every block or warp."""
         w = self.rotation
         mine = T.max(T.min(w.pieces - self.rank * w.piece_share, w.piece_share), 0)
         with T.If(self.tx == 0), T.Then():
-            for index in range(count):
-                size = e.u32(4 * w.config.blocks * w.config.warps)
+            for index in range(1 + count // 2):
+                size = e.u32(4 * w.shares * (1 if w.config.staged else w.config.warps))
                 if index == ARRIVED:
-                    size = T.cast(mine * (w.radix * COLUMNS * 2), "uint32") if w.radix > 1 else e.u32(0)
-                e.ptx("mbarrier.arrive.expect_tx.shared::cta.b64", self._barrier(index), size)
+                    exchanged = w.radix > 1 and w.config.blocks > 1
+                    size = T.cast(mine * (w.radix * COLUMNS * 2), "uint32") if exchanged else e.u32(0)
+                place = index if index == ARRIVED else self._counting(index - 1)
+                e.ptx("mbarrier.arrive.expect_tx.shared::cta.b64", self._barrier(place), size)
 
     def _remote(self, owner: Any) -> Any:
         """Address of the shared memory of a block of the cluster."""

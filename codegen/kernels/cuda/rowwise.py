@@ -46,8 +46,17 @@ from qcompile.errors import TargetError
 from qcompile.formats.hadamard import factors, hadamard_matrix
 from qcompile.targets.cuda import CudaTarget
 
+
+@dataclass(frozen=True)
+class SpreadConfig:
+    """Rows that are not transformed, a block of up to 1024 threads to each: for few rows."""
+
+
 MOST_COLUMNS = 1024 * 32
 """A row is held by one block."""
+
+SPREAD_WIDTH = 2048
+"""From this width on few rows are spread over more threads."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +97,7 @@ class CudaRowwise:
     zero_point: int = 0
     dtype: str = "float32"
     out: str = ""
-    config: RotationConfig | KroneckerConfig | None = None
+    config: RotationConfig | KroneckerConfig | SpreadConfig | None = None
 
     def __post_init__(self) -> None:
         if self.hadamard and self.width % self.hadamard:
@@ -101,24 +110,33 @@ class CudaRowwise:
             raise TargetError("a Kronecker product comes before a quantizer, and there is no other rotation")
         if any(self.kronecker) and self.mixed is None:
             raise TargetError(f"rows of {self.width} are not multiplied by {self.kronecker} in one kernel")
-        if self.config is not None and self.transform is None:
+        if self.spread and self.hadamard:
+            raise TargetError("rows that are rotated by butterflies are not spread over more threads")
+        if self.config is not None and self.transform is None and not self.spread:
             raise TargetError(f"rows of {self.width} are not rotated in blocks of {self.hadamard} by {self.config}")
         if isinstance(self.config, RotationConfig) and self.config.blocks > 1 and self.config.twice:
             raise TargetError("blocks that share a row keep the third product of its rotation")
+        if self.rotation and self.rotation.gather > 1 and not self.direct:
+            raise TargetError("only rows that are rotated as they are loaded are gathered")
 
     @functools.cached_property
     def rotation(self) -> WarpRotation | None:
         """How tensor cores rotate the row, if they do."""
-        if not self.quantize or isinstance(self.config, KroneckerConfig):
+        if not self.quantize or isinstance(self.config, KroneckerConfig | SpreadConfig):
             return None
         return warp_rotation(self.width, self.hadamard, self.config)
 
     @functools.cached_property
     def mixed(self) -> KroneckerRows | None:
         """How they multiply it by a Kronecker product, if they do."""
-        if not any(self.kronecker) or isinstance(self.config, RotationConfig):
+        if not any(self.kronecker) or isinstance(self.config, RotationConfig | SpreadConfig):
             return None
         return kronecker_rows(self.width, self.kronecker, self.config)
+
+    @property
+    def spread(self) -> bool:
+        """See `SpreadConfig`."""
+        return isinstance(self.config, SpreadConfig)
 
     @property
     def transform(self) -> WarpRotation | KroneckerRows | None:
@@ -143,6 +161,8 @@ class CudaRowwise:
             return 8
         if self.mixed:
             return self.mixed.vector
+        if self.spread and self.width % 8 == 0:
+            return 8
         return 4 if self.width % 4 == 0 else 1
 
     @property
@@ -151,7 +171,7 @@ class CudaRowwise:
         a multiprocessor."""
         if self.transform:
             return self.transform.threads
-        each = 32 if self.width > 4096 else 16 if self.width > 512 else 4
+        each = self.vector if self.spread else 32 if self.width > 4096 else 16 if self.width > 512 else 4
         wanted = max(1, -(-self.width // each))
         return min(1024, max(32, 1 << (wanted - 1).bit_length()))
 
@@ -165,7 +185,7 @@ class CudaRowwise:
     @property
     def shares(self) -> int:
         """Blocks that share a row."""
-        return self.rotation.config.blocks if self.rotation else 1
+        return self.rotation.shares if self.rotation else 1
 
     @property
     def slots(self) -> int:
@@ -174,8 +194,9 @@ class CudaRowwise:
 
     @property
     def barriers(self) -> int:
-        """The mbarriers of a block that shares rows with others: one for what is rotated, one per reduction."""
-        return 1 + self.reductions if self.shares > 1 else 0
+        """The mbarriers of a block that shares rows with others: one for what is rotated, two per reduction, for rows in turn: another
+        block may begin the next one while a word of this one is under way."""
+        return 1 + 2 * self.reductions if self.shares > 1 else 0
 
     @property
     def reductions(self) -> int:
@@ -214,7 +235,7 @@ class CudaRowwise:
         if w := self.rotation:
             turn, c = divmod(chunk, w.held)
             within = turn * w.config.warps + thread // 32
-            task = rank * w.share + within
+            task = rank * w.share + within if w.config.blocks > 1 else within
             conditions = [] if (turn + 1) * w.config.warps <= w.share else [within < w.share]
             conditions += [] if w.config.blocks * w.share == w.tasks else [task < w.tasks]
             return (task * w.held + c) * VECTOR + thread % 32 * 8, conditions
@@ -223,8 +244,11 @@ class CudaRowwise:
 
     def variants(self, target: CudaTarget) -> list[tuple[int, CudaRowwise]]:
         """Kernels for up to so many rows, in this order; the last one takes any number."""
-        if self.config is not None or self.transform is None:
+        if self.config is not None:
             return [(0, self)]
+        if self.transform is None:
+            few = self.width >= SPREAD_WIDTH and not self.hadamard and bool(self.quantize or self.norm)
+            return [*([(target.multiprocessors, replace(self, config=SpreadConfig()))] if few else []), (0, self)]
         if self.mixed:
             if reason := refusal(self.width, self.kronecker, target):
                 raise TargetError(reason)
@@ -299,7 +323,7 @@ def source(kernels: Mapping[str, CudaRowwise], target: CudaTarget) -> Path:
     make = lambda: {name: kernel.build(target, name) for name, kernel in built.items()}  # noqa: E731
     resident = {name: kernel.resident for name, kernel in built.items() if kernel.resident > 1}
     rotations = {name: kernel.rotation for name, kernel in built.items() if kernel.rotation}
-    clusters = {name: w.config.blocks for name, w in rotations.items() if w.config.blocks > 1}
+    clusters = {name: w.shares for name, w in rotations.items() if w.shares > 1}
     return build.source({"row kernels": described}, make, target, tail, resident=resident, clusters=clusters)
 
 

@@ -13,7 +13,6 @@ from qcompile.codegen.kernels.cuda import emit as e
 from qcompile.codegen.kernels.cuda.butterflies_code import Butterflies
 from qcompile.codegen.kernels.cuda.kronecker_code import KroneckerCode
 from qcompile.codegen.kernels.cuda.rotated_code import RotatedRows
-from qcompile.codegen.kernels.cuda.rotation import ARRIVED
 from qcompile.codegen.kernels.cuda.rowwise import CudaRowwise
 from qcompile.codegen.kernels.cuda.scaled_code import MAGIC
 from qcompile.targets.cuda import CudaTarget
@@ -35,7 +34,9 @@ class _Kernel:
     """Names of one kernel while it is written; ``most`` rows at once, if blocks take several."""
 
     _barrier: Callable[[int], Any]
+    _counting: Callable[[int], Any]
     _remote: Callable[[Any], Any]
+    value: e.Registers
     left: Any = None
     right: Any = None
     gain: Any = None
@@ -70,7 +71,8 @@ class _Kernel:
             self.row = T.cta_id([launched])
         self.tx = T.thread_id([k.threads])
         self.arena, self.row_at = e.shared(k.shared_bytes), k.row_at
-        self.reductions, self.parity = 0, 0
+        self.reductions, self.parity, self.phase = 0, 0, 0
+        self.constants: dict[Any, e.Registers] = {}
         self._rows(m, launched)
 
     def _rows(self, m: Any, launched: Any) -> None:
@@ -174,46 +176,80 @@ class _Kernel:
         """Over the block, or all blocks of the row; zero must be neutral, and maxima not negative. Every reduction has scratch of
         its own, and those of two rows that follow each other have, so that one barrier is enough."""
         warps = self.k.threads // 32
-        used = warps * self.blocks
-        if operator == "max":
-            value = T.reinterpret("float32", e.largest_of_warp(T.reinterpret("uint32", value)))
-        value = e.let(value if operator == "max" else T.cuda.warp_reduce(value, operator))
-        if used == 1:
+        value = self._of_warp(operator, value)
+        if warps * self.blocks == 1:
             return value
         place = self.k.scratch_at + self.reductions * self.k.slots
         if self.k.transform:
             place = self.k.scratch_at + (2 * self.reductions + self.parity) * self.k.slots
         self.reductions += 1
-        lane, word = self.tx % 32, T.reinterpret("uint32", value)
-        if self.blocks > 1:
-            with T.If(lane < self.blocks), T.Then():
-                there = e.let(self._remote(lane))
-                slot = T.cast((place + self.rank * warps + self.tx // 32) * 4, "uint32")
-                e.store_remote(there + slot, word, there + e.u32(8 * (ARRIVED + self.reductions)))
-            T.evaluate(T.cuda.mbarrier_wait(self._barrier(ARRIVED + self.reductions), self.parity))
-        else:
-            with T.If(lane == 0), T.Then():
-                B.buffer_store(self.arena, word, [place + self.tx // 32])
+        staged = self.k.rotation is not None and self.k.rotation.config.staged
+        if self.blocks == 1 or (staged and warps > 1):
+            with T.If(self.tx % 32 == 0), T.Then():
+                B.buffer_store(self.arena, T.reinterpret("uint32", value), [place + self.tx // 32])
             T.evaluate(T.cuda.cta_sync())
+            value = self._of_scratch(operator, place, warps)
+            if self.blocks == 1:
+                return value
+            place += warps
+        if staged:
+            self._tell(value, place + self.rank, self.tx)
+            return self._of_scratch(operator, place, self.blocks)
+        self._tell(value, place + self.rank * warps + self.tx // 32, self.tx % 32)
+        return self._of_scratch(operator, place, warps * self.blocks)
+
+    def _of_warp(self, operator: str, value: Any) -> Any:
         if operator == "max":  # of words: NaN counts as largest
-            part, zero = e.Registers((1,), "uint32"), e.u32(0)
-        else:
-            part, zero = e.Registers((1,), "float32"), T.float32(0)
-        part[0] = zero
-        for start in range(0, used, 32):
+            return e.let(T.reinterpret("float32", e.largest_of_warp(T.reinterpret("uint32", value))))
+        return e.let(T.cuda.warp_reduce(value, operator))
+
+    def _of_scratch(self, operator: str, place: Any, count: int) -> Any:
+        """Over words from ``place`` on."""
+        part = e.Registers((1,), "uint32" if operator == "max" else "float32")
+        part[0] = e.u32(0) if operator == "max" else T.float32(0)
+        lane = self.tx % 32
+        for start in range(0, count, 32):
 
             def add(start: int = start) -> None:
                 other = self.arena[place + lane + start]
                 part[0] = T.max(part[0], other) if operator == "max" else part[0] + T.reinterpret("float32", other)
 
-            if start + 32 <= used:
+            if start + 32 <= count:
                 add()
             else:
-                with T.If(lane < used - start), T.Then():
+                with T.If(lane < count - start), T.Then():
                     add()
         if operator == "max":
             return e.let(T.reinterpret("float32", e.largest_of_warp(part[0])))
         return e.let(T.cuda.warp_reduce(part[0], operator))
+
+    def _tell(self, value: Any, place: Any, thread: Any) -> None:
+        """Store a word in all blocks of the row, each by the ``thread`` of its rank, and wait for theirs."""
+        with T.If(thread < self.blocks), T.Then():
+            there = e.let(self._remote(thread))
+            barrier = there + T.cast(8 * self._counting(self.reductions - 1), "uint32")
+            e.store_remote(there + T.cast(place * 4, "uint32"), T.reinterpret("uint32", value), barrier)
+        T.evaluate(T.cuda.mbarrier_wait(self._barrier(self._counting(self.reductions - 1)), self.phase))
+
+    def _constants(self, vector: Any, chunk: int, at: Any) -> Any:
+        """What this thread needs of gamma or beta, if there is any."""
+        if vector is None:
+            return None
+        kept = self.constants.get(vector)
+        return self._read(vector, [at], "float32") if kept is None else e.View(kept, chunk)
+
+    def _load_constants(self) -> None:
+        """Before the row may be read."""
+        for vector in (self.gamma, self.beta):
+            if vector is None:
+                continue
+            kept = self.constants[vector] = e.Registers((self.k.chunks, self.k.vector), "float32")
+
+            def load(c: int, at: Any, vector: Any = vector, kept: e.Registers = kept) -> None:
+                for i, value in enumerate(self._read(vector, [at], "float32")):
+                    kept[c, i] = value
+
+            self._each(load)
 
     def _sum(self, term: Any) -> Any:
         """Of ``term(value)`` over the row."""
@@ -241,8 +277,7 @@ class _Kernel:
         factor = e.let(T.float32(1) / T.sqrt(self._sum(lambda v: v * v) * inverse + T.float32(k.epsilon)))
 
         def scale(c: int, at: Any) -> None:
-            gamma = self._read(self.gamma, [at], "float32") if self.gamma is not None else None
-            beta = self._read(self.beta, [at], "float32") if self.beta is not None else None
+            gamma, beta = self._constants(self.gamma, c, at), self._constants(self.beta, c, at)
             for i in range(k.vector):
                 v = self.value[c, i] * factor
                 v = v * gamma[i] if gamma is not None else v
@@ -287,7 +322,10 @@ class _PlainKernel(_Kernel, Butterflies):
 
     def _rows(self, m: Any, launched: Any) -> None:
         k = self.k
-        e.start()
+        e.share_device()
+        if k.spread:
+            self._load_constants()
+        e.await_previous()
         self.value = e.Registers((k.chunks, k.vector), "float32")
         self._load()
         self._normalise()

@@ -37,6 +37,7 @@ class ScaledRows(ABC):
     arena: Any
     row_at: int
     parity: Any
+    phase: Any
     reductions: int
     value: e.Registers
     words: e.Registers
@@ -95,17 +96,18 @@ class ScaledRows(ABC):
         self._begin()
         self.value = e.Registers((k.chunks, k.vector), "float32")
         self.words = e.Registers((k.chunks, max(1, k.vector // 2)), "uint32")
-        row, parity, tries = (e.Registers((1,), "int32") for _ in range(3))
+        row, turn, tries = (e.Registers((1,), "int32") for _ in range(3))
         scale = e.Registers((1,), "float32")
-        row[0], parity[0], tries[0], scale[0] = self.row, T.int32(0), T.int32(0), T.float32(1)
+        row[0], turn[0], tries[0], scale[0] = self.row, T.int32(0), T.int32(0), T.float32(1)
         e.await_previous()
         if k.ahead:
             self._load_words(row[0])
         self._meet()
         with T.While(row[0] < m):
-            self.row, self.parity, self.reductions = e.let(row[0]), e.let(parity[0]), 0
+            self.row, self.parity, self.reductions = e.let(row[0]), e.let(turn[0] % 2), 0
+            self.phase = e.let(turn[0] // 2 % 2)
             following = e.let(self.row + launched)
-            parity[0] = 1 - self.parity
+            turn[0] = turn[0] + 1
             self._begin_row()
             if not k.direct:
                 self._load()
@@ -176,7 +178,7 @@ class ScaledRows(ABC):
         elements lose no more than they had lost. A row of zeros is known by being zero times 2^64, too."""
         bits = e.let(T.reinterpret("uint32", largest))  # in the order of the numbers, NaN last
         infinite = bits >= e.u32(0x7F800000)
-        factor = T.float32(2.0**-8)
+        factor = T.float32(2.0**-10)
         again = e.Registers((1,), "int32")
         if self.k.direct:
             again[0] = T.Select(T.And(tries[0] == 0, infinite), T.int32(1), T.int32(0))

@@ -14,7 +14,7 @@ from qcompile.codegen.kernels.cuda.cache import CudaCacheAttention
 from qcompile.codegen.kernels.cuda.kronecker import KroneckerConfig
 from qcompile.codegen.kernels.cuda.quantized_attention import CudaQuantizedAttention
 from qcompile.codegen.kernels.cuda.rotation import RotationConfig
-from qcompile.codegen.kernels.cuda.rowwise import CudaRowwise
+from qcompile.codegen.kernels.cuda.rowwise import CudaRowwise, SpreadConfig
 from qcompile.kernels import ROWS as BUCKETS
 from qcompile.kernels import Plan, plan, quantizer
 from qcompile.targets.cuda import CudaTarget
@@ -307,6 +307,19 @@ ROWWISE = {
         2288, norm="layer", gamma=True, beta=True, quantize="tensor", zero_point=5, dtype="float16", kronecker=(44, 52)
     ),
     "kronecker_wide": CudaRowwise(28672, **ROTATED, kronecker=(128, 224)),
+    "kronecker_kept": CudaRowwise(2752, **ROTATED, kronecker=(43, 64), config=KroneckerConfig(3, kept=True)),
+    "spread": CudaRowwise(8192, norm="rms", gamma=True, quantize="token", dtype="float16", config=SpreadConfig()),
+    "spread_layer": CudaRowwise(
+        2056,
+        norm="layer",
+        gamma=True,
+        beta=True,
+        factor=True,
+        quantize="token",
+        bits=4,
+        out="float32",
+        config=SpreadConfig(),
+    ),
     "kronecker_overlaid": CudaRowwise(
         11008, norm="rms", gamma=True, quantize="token", kronecker=(86, 128), config=KroneckerConfig(6, overlaid=True)
     ),
@@ -326,6 +339,16 @@ CLUSTERS = {
         out="float16",
         config=RotationConfig(4, 1, blocks=4),
     ),
+    "gathered": CudaRowwise(
+        8192, **ROTATED, hadamard=8192, config=RotationConfig(1, 4, blocks=8, gathered=True, staged=True, ahead=True)
+    ),
+    "gathered28": CudaRowwise(
+        14336, **ROTATED, hadamard=14336, bits=4, config=RotationConfig(7, 1, blocks=8, gathered=True, staged=True)
+    ),
+    "gathered_blocks": CudaRowwise(
+        5120, **ROTATED, hadamard=1024, config=RotationConfig(5, 1, blocks=4, gathered=True)
+    ),
+    "staged": CudaRowwise(28672, **ROTATED, hadamard=28672, config=RotationConfig(8, 4, blocks=4, staged=True)),
     "shared_blocks": CudaRowwise(
         5120,
         gated=True,

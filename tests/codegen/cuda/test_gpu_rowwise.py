@@ -81,7 +81,8 @@ def test_matches_numpy(name: str) -> None:
             codes, scale = got
             near, share, relative = np.full((m, 1), 2e-3), 2e-3, 1e-5
             if kernel.transform:
-                near, share, relative = ROUNDED * np.abs(want["real"]).max(1, keepdims=True), 0.05, 1e-3
+                relative = 3e-3 if kernel.mixed else 1e-3  # small factors: the largest of a row is a sum of few
+                near, share = ROUNDED * np.abs(want["real"]).max(1, keepdims=True), 0.05
             assert np.allclose(scale, want["scale"], rtol=relative, atol=0)
             off = codes != want["codes"]
             tie = np.abs(want["real"] - np.floor(want["real"]) - 0.5)

@@ -54,6 +54,7 @@ class KroneckerConfig:
         ahead: the next row of a block is loaded while one is computed.
         overlaid: Z^T takes the place of X in shared memory.
         kept: the matrices lie there, too, copied before the row is there.
+        paired: a warp computes two neighbouring tiles at once, which share one of their operands.
     """
 
     warps: int
@@ -61,6 +62,7 @@ class KroneckerConfig:
     ahead: bool = False
     overlaid: bool = False
     kept: bool = False
+    paired: bool = False
 
 
 @dataclass(frozen=True)
@@ -86,10 +88,21 @@ class KroneckerRows:
         """Tiles of a row."""
         return self.blocks * prod(self.tiles)
 
+    @cached_property
+    def unit(self) -> tuple[int, int]:
+        """Tiles that a warp computes at once, along n1 and n2."""
+        even = [size % 2 == 0 for size in self.tiles]
+        return (1, 1) if not (self.config.paired and any(even)) else (2, 1) if even[0] else (1, 2)
+
     @property
     def rounds(self) -> int:
+        """Units of a warp, at most."""
+        return -(-self.count // prod(self.unit) // self.config.warps)
+
+    @property
+    def held(self) -> int:
         """Tiles of a warp, at most."""
-        return -(-self.count // self.config.warps)
+        return self.rounds * prod(self.unit)
 
     @property
     def threads(self) -> int:
@@ -185,7 +198,7 @@ def kronecker_rows(width: int, sizes: tuple[int, int], config: KroneckerConfig |
     found = KroneckerRows(width, sizes, config or KroneckerConfig(1))
     if config is None:
         found = replace(found, config=KroneckerConfig(_warps(found.count, 2)))
-    return found if found.config.warps <= MOST_WARPS and found.rounds <= MOST_ROUNDS else None
+    return found if found.config.warps <= MOST_WARPS and found.held <= MOST_ROUNDS else None
 
 
 def kronecker_configs(

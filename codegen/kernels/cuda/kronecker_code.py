@@ -86,42 +86,39 @@ class KroneckerCode(ScaledRows):
 
     # Tiles
 
-    def _tiles(self, use: Callable[[int, Any, Any, Any], None], inner: int) -> None:
-        """Call ``use(turn, block, first, second)`` for every tile of this warp, ``second`` counting to ``inner``."""
+    def _units(self, use: Callable[[int, Any, Any, Any], None], side: int) -> None:
+        """Call ``use(turn, block, first, second)`` for every unit of this warp; ``first`` is its first tile along the side of the matrix,
+        ``second`` that along the other."""
         w = self.mixed
+        step, other = w.unit[side], w.unit[1 - side]
+        inner, each = w.tiles[1 - side] // other, prod(w.tiles) // prod(w.unit)
         for turn in range(w.rounds):
             number = e.let(turn * w.config.warps + self.warp)
-            each = prod(w.tiles)
             block, within = (number // each, number % each) if w.blocks > 1 else (T.int32(0), number)
-            block, first, second = e.let(block), e.let(within // inner), e.let(within % inner)
-            if (turn + 1) * w.config.warps <= w.count:
+            block, first, second = e.let(block), e.let(within // inner * step), e.let(within % inner * other)
+            if (turn + 1) * w.config.warps <= w.blocks * each:
                 use(turn, block, first, second)
                 continue
-            with T.If(number < w.count), T.Then():
+            with T.If(number < w.blocks * each), T.Then():
                 use(turn, block, first, second)
 
-    def _product(self, sums: e.Registers, first: int, side: int, tile: Any, place: Any, pitch: int) -> None:
-        """Tile of 32 rows of a matrix, turned, by 32 columns whose first word is at ``place``: row ``16 m + 8 h + g`` of it, columns
-        ``8 j + 2 t`` and one more, to ``sums[first + 2 m + h, 2 j ..]``."""
-        steps = self.mixed.steps[side]
-        matrix, kept = (self.left, self.right)[side], self.mixed.config.kept
-        kept_at = self.row_at + self.mixed.row_space + (self.mixed.matrix_words(0) if side else 0)
+    def _product(self, sums: e.Registers, start: int, side: int, tile: Any, place: Any, pitch: int) -> None:
+        """A unit: tiles of 32 rows of a matrix, turned, by tiles of 32 columns whose first word is at ``place``. Row ``16 m + 8 h + g`` of
+        tile i, columns ``8 j + 2 t`` and one more of tile c of n go to ``sums[start + 4 (i n + c) + 2 m + h, 2 j ..]``."""
+        w = self.mixed
+        steps, (high, wide) = w.steps[side], (w.unit[side], w.unit[1 - side])
         # ldmatrix: 8 columns, their next 8 positions, the next 8 columns
         columns = self.lane % 8 + self.lane // 16 * 8
-        start = e.let(place + columns * (pitch // 2) + self.lane // 8 % 2 * 4)
+        line = e.let(place + columns * (pitch // 2) + self.lane // 8 % 2 * 4)
         words = e.let(tile * (steps * 2 * 32 * 4) + self.lane * 4)
-        a, b = e.Registers((2, 2, 4), "uint32"), e.Registers((2, 4, 2), "uint32")
+        a, b = e.Registers((2, 2 * high, 4), "uint32"), e.Registers((2, 4 * wide, 2), "uint32")
 
         def load(s: int) -> None:
-            for m in range(2):
-                registers = [a[s % 2, m, i] for i in range(4)]
-                at = words + (2 * s + m) * 32 * 4
-                if kept:
-                    e.read_shared(registers, self.arena.ptr_to([kept_at + at]))
-                else:
-                    e.ptx("ld.global.nc.v4.b32", *registers, matrix.ptr_to([at]))
-            for j in range(0, 4, 2):
-                address = self.arena.ptr_to([start + 8 * j * (pitch // 2) + s * (STEP // 2)])
+            for m in range(2 * high):
+                at = words + ((m // 2 * steps + s) * 2 + m % 2) * 32 * 4
+                self._read_matrix([a[s % 2, m, i] for i in range(4)], side, at)
+            for j in range(0, 4 * wide, 2):
+                address = self.arena.ptr_to([line + 8 * j * (pitch // 2) + s * (STEP // 2)])
                 registers = [b[s % 2, j + i, c] for i in range(2) for c in range(2)]
                 e.ptx("ldmatrix.sync.aligned.m8n8.x4.shared.b16", *registers, address)
 
@@ -129,74 +126,90 @@ class KroneckerCode(ScaledRows):
         for s in range(steps):
             if s + 1 < steps:
                 load(s + 1)
-            for m in range(2):
-                for j in range(4):
-                    out = [sums[first + 2 * m + c // 2, 2 * j + c % 2] for c in range(4)]
-                    before = out if s else [T.float32(0)] * 4
-                    operands = [a[s % 2, m, i] for i in range(4)], [b[s % 2, j, c] for c in range(2)]
-                    e.ptx(MMA, *out, *operands[0], *operands[1], *before)
+            for m in range(2 * high):
+                for j in range(4 * wide):
+                    first = start + 4 * (m // 2 * wide + j // 4) + m % 2 * 2
+                    out = [sums[first + c // 2, 2 * (j % 4) + c % 2] for c in range(4)]
+                    operands = [*(a[s % 2, m, i] for i in range(4)), *(b[s % 2, j, c] for c in range(2))]
+                    e.ptx(MMA, *out, *operands, *(out if s else [T.float32(0)] * 4))
+
+    def _read_matrix(self, registers: list[Any], side: int, at: Any) -> None:
+        """Four words of a packed matrix."""
+        w = self.mixed
+        if w.config.kept:
+            start = self.row_at + w.row_space + (w.matrix_words(0) if side else 0)
+            e.read_shared(registers, self.arena.ptr_to([start + at]))
+        else:
+            e.ptx("ld.global.nc.v4.b32", *registers, (self.left, self.right)[side].ptr_to([at]))
 
     def _turn(self) -> None:
-        """Z^T, a tile of 32 columns of Z by 32 rows at a time."""
+        """Z^T, a unit of columns of Z by rows at a time."""
         w = self.mixed
-        sums = e.Registers((4, 8), "float32")
-        rounded = e.Registers((w.rounds if w.config.overlaid else 1, 4, 4), "uint32")
+        size = 4 * prod(w.unit)
+        sums = e.Registers((size, 8), "float32")
+        rounded = e.Registers((size * (w.rounds if w.config.overlaid else 1), 4), "uint32")
 
         def multiply(turn: int, block: Any, column: Any, row: Any) -> None:
-            held = turn if w.config.overlaid else 0
+            held = turn * size if w.config.overlaid else 0
             place = e.let(self.row_at + (block * w.tiles[0] + row) * (TILE * w.row_pitch // 2))
             self._product(sums, 0, 1, column, place, w.row_pitch)
-            for h in range(4):
+            for h in range(size):
                 for j in range(4):
-                    rounded[held, h, j] = e.pair(sums[h, 2 * j], sums[h, 2 * j + 1], "float16")
+                    rounded[held + h, j] = e.pair(sums[h, 2 * j], sums[h, 2 * j + 1], "float16")
             if not w.config.overlaid:
                 store(turn, block, column, row)
 
         def store(turn: int, block: Any, column: Any, row: Any) -> None:
-            held = turn if w.config.overlaid else 0
+            held = turn * size if w.config.overlaid else 0
+            pitch = w.turned_pitch // 2
             line = (block * w.tiles[1] + column) * TILE + self.lane // 4
-            place = e.let(self.row_at + w.turned_at + line * (w.turned_pitch // 2) + row * (TILE // 2) + self.lane % 4)
-            for h in range(4):
+            place = e.let(self.row_at + w.turned_at + line * pitch + row * (TILE // 2) + self.lane % 4)
+            for h in range(size):
+                tile, c = divmod(h // 4, w.unit[0])
                 for j in range(4):
-                    at = place + 8 * h * (w.turned_pitch // 2) + 4 * j
-                    B.buffer_store(self.arena, rounded[held, h, j], [at])
+                    at = place + (TILE * tile + 8 * (h % 4)) * pitch + TILE // 2 * c + 4 * j
+                    B.buffer_store(self.arena, rounded[held + h, j], [at])
 
-        self._tiles(multiply, w.tiles[0])
+        self._units(multiply, 1)
         if w.config.overlaid:
             T.evaluate(T.cuda.cta_sync())
-            self._tiles(store, w.tiles[0])
+            self._units(store, 1)
         T.evaluate(T.cuda.cta_sync())
 
     def _transformed(self, grow: Callable[[e.Registers, int], None]) -> None:
         w = self.mixed
+        size = 4 * prod(w.unit)
         self._turn()
-        self.products = e.Registers((4 * w.rounds, 8), "float32")
+        self.products = e.Registers((size * w.rounds, 8), "float32")
 
         def multiply(turn: int, block: Any, row: Any, column: Any) -> None:
             line = (block * w.tiles[1] + column) * TILE
             place = e.let(self.row_at + w.turned_at + line * (w.turned_pitch // 2))
-            self._product(self.products, 4 * turn, 0, row, place, w.turned_pitch)
-            for h in range(4):
-                grow(self.products, 4 * turn + h)
+            self._product(self.products, size * turn, 0, row, place, w.turned_pitch)
+            for h in range(size):
+                grow(self.products, size * turn + h)
 
-        self._tiles(multiply, w.tiles[1])
+        self._units(multiply, 0)
 
     def _results(self, store: Store) -> None:
         w = self.mixed
-        n1, n2 = w.sizes
+        (n1, n2), size = w.sizes, 4 * prod(w.unit)
 
-        def tile(turn: int, block: Any, row: Any, column: Any) -> None:
+        def unit(turn: int, block: Any, row: Any, column: Any) -> None:
             line = e.let(row * TILE + self.lane // 4)
-            self.column = e.let(column * TILE + self.lane % 4 * 8)
-            start = e.let((block * n1 + line) * n2 + self.column)
-            for h in range(4):
-                if w.tiles[0] == 1 and 8 * h >= n1:
+            first = e.let(column * TILE + self.lane % 4 * 8)
+            start = e.let((block * n1 + line) * n2 + first)
+            for h in range(size):
+                tile, c = divmod(h // 4, w.unit[1])
+                down, along = TILE * tile + 8 * (h % 4), TILE * c
+                if w.tiles[0] == 1 and down >= n1:
                     continue
-                conditions = [line < n1 - 8 * h] if n1 % TILE else []
+                self.column = first + along
+                conditions = [line < n1 - down] if n1 % TILE else []
                 conditions += [self.column < n2] if n2 % TILE else []
-                store(self.products, 4 * turn + h, conditions, start + 8 * h * n2)
+                store(self.products, size * turn + h, conditions, start + down * n2 + along)
 
-        self._tiles(tile, w.tiles[1])
+        self._units(unit, 0)
 
     def _store_codes(self, codes: list[Any], conditions: list[Any], at: Any) -> None:
         """Eight neighbours of one row of Y, or as many as it has."""

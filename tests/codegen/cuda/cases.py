@@ -308,6 +308,9 @@ ROWWISE = {
     ),
     "kronecker_wide": CudaRowwise(28672, **ROTATED, kronecker=(128, 224)),
     "kronecker_kept": CudaRowwise(2752, **ROTATED, kronecker=(43, 64), config=KroneckerConfig(3, kept=True)),
+    "kronecker_paired": CudaRowwise(
+        5504, norm="rms", gamma=True, quantize="token", kronecker=(86, 64), config=KroneckerConfig(2, 2, paired=True)
+    ),
     "spread": CudaRowwise(8192, norm="rms", gamma=True, quantize="token", dtype="float16", config=SpreadConfig()),
     "spread_layer": CudaRowwise(
         2056,

@@ -74,6 +74,20 @@ def product(
     return out
 
 
+def tiles(w: KroneckerRows, side: int) -> list[tuple[int, int, int]]:
+    """Tiles of all warps of a block, those of a unit by `KroneckerCode._units`."""
+    step, other = w.unit[side], w.unit[1 - side]
+    inner, each = w.tiles[1 - side] // other, prod(w.tiles) // prod(w.unit)
+    found = []
+    for number in range(w.rounds * w.config.warps):
+        block, within = divmod(number, each)
+        if number < w.blocks * each:
+            first, second = within // inner * step, within % inner * other
+            found += [(block, first + i, second + c) for i in range(step) for c in range(other)]
+    assert len(set(found)) == len(found) == w.count
+    return found
+
+
 def multiply(w: KroneckerRows, x: np.ndarray, packed: dict[str, np.ndarray], rounded: type = np.float64) -> np.ndarray:
     """A row, by the steps of the kernel; elements that none of them writes are not numbers."""
     (n1, n2), half = w.sizes, TILE // 2
@@ -82,11 +96,9 @@ def multiply(w: KroneckerRows, x: np.ndarray, packed: dict[str, np.ndarray], rou
     row = row // n1 * (w.tiles[0] * TILE) + row % n1
     shared[row * w.row_pitch + column] = x.astype(rounded)
     turned = {}
-    for block in range(w.blocks):
-        for first in range(w.tiles[1]):
-            for second in range(w.tiles[0]):
-                place = (block * w.tiles[0] + second) * (TILE * w.row_pitch // 2)
-                turned[block, first, second] = product(w, 1, packed["right"], first, shared, place, w.row_pitch)
+    for block, first, second in tiles(w, 1):
+        place = (block * w.tiles[0] + second) * (TILE * w.row_pitch // 2)
+        turned[block, first, second] = product(w, 1, packed["right"], first, shared, place, w.row_pitch)
     if w.config.overlaid:
         shared[:] = np.nan
     for (block, first, second), sums in turned.items():
@@ -97,17 +109,15 @@ def multiply(w: KroneckerRows, x: np.ndarray, packed: dict[str, np.ndarray], rou
                 at = place + 8 * h * (w.turned_pitch // 2) + 4 * (c // 2)
                 shared[2 * at + c % 2] = sums[h, c].astype(rounded)
     out = np.full(w.width, np.nan)
-    for block in range(w.blocks):
-        for first in range(w.tiles[0]):
-            for second in range(w.tiles[1]):
-                place = w.turned_at + (block * w.tiles[1] + second) * TILE * (w.turned_pitch // 2)
-                sums = product(w, 0, packed["left"], first, shared, place, w.turned_pitch)
-                for h in range(4):
-                    for c in range(8):
-                        line, column = first * TILE + 8 * h + G, second * TILE + 8 * THREAD + c
-                        inside = (line < n1) & (column < n2)
-                        assert (np.abs(sums[h, c][~inside]) == 0).all()  # they count among the largest
-                        out[(block * n1 + line * 1)[inside] * n2 + column[inside]] = sums[h, c][inside]
+    for block, first, second in tiles(w, 0):
+        place = w.turned_at + (block * w.tiles[1] + second) * TILE * (w.turned_pitch // 2)
+        sums = product(w, 0, packed["left"], first, shared, place, w.turned_pitch)
+        for h in range(4):
+            for c in range(8):
+                line, column = first * TILE + 8 * h + G, second * TILE + 8 * THREAD + c
+                inside = (line < n1) & (column < n2)
+                assert (np.abs(sums[h, c][~inside]) == 0).all()  # they count among the largest
+                out[((block * n1 + line) * n2 + column)[inside]] = sums[h, c][inside]
     return out * packed["gain"][0]
 
 
@@ -119,11 +129,12 @@ def expected(x: np.ndarray, left: np.ndarray, right: np.ndarray) -> np.ndarray:
 SIZES = st.integers(1, 70)
 
 
-@given(SIZES, SIZES, st.integers(1, 3), st.booleans(), st.integers(0, 1000))
+@given(SIZES, SIZES, st.integers(1, 3), st.booleans(), st.booleans(), st.integers(0, 1000))
 @settings(max_examples=25, deadline=None)
-def test_rows_are_multiplied(first: int, second: int, blocks: int, overlaid: bool, seed: int) -> None:
+def test_rows_are_multiplied(first: int, second: int, blocks: int, overlaid: bool, paired: bool, seed: int) -> None:
     """Small integers, so that float16 holds the matrices and float64 everything else."""
-    w = KroneckerRows(first * second * blocks, (first, second), KroneckerConfig(4, overlaid=overlaid))
+    config = KroneckerConfig(4, overlaid=overlaid, paired=paired)
+    w = KroneckerRows(first * second * blocks, (first, second), config)
     rng = np.random.default_rng(seed)
     left, right = (rng.integers(-4, 5, (n, n)).astype(np.float32) for n in w.sizes)
     x = rng.standard_normal(w.width)
@@ -217,7 +228,7 @@ def test_every_element_is_loaded_once(width: int) -> None:
             assert (places // kernel.kronecker[1] == at[:, None] // kernel.kronecker[1]).all()  # one row of X
             np.add.at(seen, places, 1)
         assert (seen == 1).all()
-        assert config.warps * kernel.mixed.rounds >= kernel.mixed.count  # type: ignore[union-attr]
+        assert config.warps * kernel.mixed.held >= kernel.mixed.count  # type: ignore[union-attr]
 
 
 def test_rows_of_tiles_meet_all_banks() -> None:

@@ -182,6 +182,31 @@ def test_rows_are_rotated(width: int, order: int) -> None:
             assert np.allclose(rotate(w, x), want), w
 
 
+@pytest.mark.parametrize(
+    "width, order, parts, held", [(8192, 8192, 8, 4), (14336, 14336, 4, 1), (28672, 28672, 8, 1), (5120, 1024, 4, 1)]
+)
+def test_rows_are_gathered(width: int, order: int, parts: int, held: int) -> None:
+    """Every block adds the row up by the signs of its own row of a small Hadamard matrix, and rotates that."""
+    w = warp_rotation(width, order, RotationConfig(4, held, blocks=parts, gathered=True))
+    assert w is not None and w.shares == parts and w.width * parts == width
+    x = np.random.default_rng(0).standard_normal(width)
+    column, out = np.arange(w.width), np.full(width, np.nan)
+    assert (w.gathered(column[::8], 1) % 8 == 0).all()  # eight neighbours of a lane stay neighbours
+    for rank in range(parts):
+        signs = hadamard_signs(parts)[rank]
+        gathered = sum(sign * x[w.gathered(column, part)] for part, sign in enumerate(signs))
+        out[w.gathered(column, rank)] = rotate(w, gathered) / np.sqrt(parts)
+    assert np.allclose(out, hadamard(x, order))
+
+
+def test_gathers_that_cannot_be() -> None:
+    gathered = RotationConfig(4, 1, blocks=8, gathered=True)
+    assert warp_rotation(7168, 896, gathered) is None  # 112 is too few for a product of what is left
+    assert warp_rotation(14336, 14336, replace(gathered, blocks=7)) is None
+    with pytest.raises(TargetError, match="as they are loaded"):
+        CudaRowwise(14336, hadamard=14336, quantize="token", dtype="float32", config=gathered)
+
+
 @pytest.mark.parametrize("width, order", [(4096, 4096), (14336, 14336), (28672, 28672), (11008, 256)])
 def test_rounding_is_far_below_that_of_the_quantizer(width: int, order: int) -> None:
     """The quantizer's error is 0.29 steps."""

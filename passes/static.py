@@ -56,6 +56,15 @@ OPERANDS = {
     "Softplus": 1,
     "Elu": 1,
     "LeakyRelu": 1,
+    "PRelu": 1,
+    "Abs": 1,
+    "Sin": 1,
+    "Cos": 1,
+    "Softsign": 1,
+    "Mish": 1,
+    "Celu": 1,
+    "Selu": 1,
+    "ThresholdedRelu": 1,
     "AveragePool": 1,
     "GlobalAveragePool": 1,
     "MaxPool": 1,
@@ -63,8 +72,20 @@ OPERANDS = {
 }
 """How many inputs of an operator are operands that must be integers."""
 
-JOINS = ("Add", "Sub", "Mul", "Concat")
+JOINS = ("Add", "Sub", "Mul", "Div", "Neg", "Concat")
 """Operators that need integers where several of their inputs are not constant."""
+
+SUMS = (
+    "MatMul",
+    "Gemm",
+    "Conv",
+    "AveragePool",
+    "GlobalAveragePool",
+    "ReduceMean",
+    "LayerNormalization",
+    "RMSNormalization",
+)
+"""Operators that still take constant factors and summands before the quantizer that follows."""
 
 LOG2_QUANTIZE = """
 <domain: "qcompile", opset_import: ["" : 23]>
@@ -241,8 +262,31 @@ def _operands(node: ir.Node) -> list[ir.Value]:
         tables = [constant(v) for v in node.inputs if v is not None and _is_weight(v)]
         # A table that differs between tokens (positions) is added to integers, not to the sums before a quantizer.
         wide = any(t is not None and sum(extent > 1 for extent in t.shape) > 1 for t in tables)
-        return moving if len(moving) > 1 or wide else []
+        return moving if len(moving) > 1 or wide or not all(_takes_constants(v) for v in moving) else []
+    if node.op_type in ("Relu", "Clip") and node.inputs[0] is not None and _source(node.inputs[0]).is_graph_input():
+        return [node.inputs[0]]
     return []
+
+
+def _source(value: ir.Value) -> ir.Value:
+    """The value whose elements ``value`` has, in front of operators that only move them."""
+    while (node := value.producer()) is not None and not node.domain and node.op_type in MOVEMENT:
+        if node.inputs[0] is None:
+            break
+        value = node.inputs[0]
+    return value
+
+
+def _takes_constants(value: ir.Value) -> bool:
+    """Whether constants may be added to a value, or multiplied into it, before it is rounded."""
+    value = _source(value)
+    node = value.producer()
+    if node is None:
+        return False
+    if node.op_type in ("DequantizeLinear", "Log2Dequantize", "Bipolar", *DEQUANTIZERS, *SUMS):
+        return True
+    moving = [v for v in node.inputs if v is not None and not _is_weight(v)]
+    return not node.domain and node.op_type in JOINS and len(moving) == 1 and _takes_constants(moving[0])
 
 
 def _is_weight(value: ir.Value) -> bool:

@@ -96,6 +96,7 @@ def write_weight(
     width = fmt.bits if narrow else 8
     codes = add_initializer(graph, f"{base}.codes", integer_tensor(weight.codes, width), like=like)
     codes.metadata_props.update({TRUE_BITS: str(fmt.bits), FORMAT: str(fmt), SITE: site})
+    copy = (codes.name or "").removeprefix(f"{base}.codes")  # of a weight that several operators read
     k, n = weight.codes.shape
     nodes: list[ir.Node] = []
 
@@ -107,8 +108,8 @@ def write_weight(
 
     def nested(groups: ir.Value, whole: ir.Value, count: int) -> ir.Value:
         """Scales of groups times one per column."""
-        product = ir.node("Mul", [groups, whole], name=f"{base}.scales")
-        product.outputs[0].name, product.outputs[0].type = f"{base}.scales", ir.TensorType(ir.DataType.FLOAT)
+        product = ir.node("Mul", [groups, whole], name=f"{base}.scales{copy}")
+        product.outputs[0].name, product.outputs[0].type = f"{base}.scales{copy}", ir.TensorType(ir.DataType.FLOAT)
         product.outputs[0].shape = ir.Shape([count, n])
         nodes.append(product)
         return product.outputs[0]
@@ -147,9 +148,9 @@ def write_weight(
         nodes.append(ir.node("DequantizeSuperBlocks", [codes, *parameters], domain=DOMAIN, attributes=sizes))
     else:
         raise FormatError(f"{site}: there is no ONNX form of {fmt}; choose another format")
-    nodes[-1].name = f"{base}.dequantize"
+    nodes[-1].name = f"{base}.dequantize{copy}"
     out = nodes[-1].outputs[0]
-    out.name, out.shape, out.type = f"{base}.dequantized", ir.Shape([k, n]), ir.TensorType(ir.DataType.FLOAT)
+    out.name, out.shape, out.type = f"{base}.dequantized{copy}", ir.Shape([k, n]), ir.TensorType(ir.DataType.FLOAT)
     return nodes
 
 

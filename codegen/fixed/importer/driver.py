@@ -83,6 +83,11 @@ class Context:
             raise UnsupportedOperatorError(f"{label(node)}: an input is missing")
         if value not in self.values:
             if value.const_value is None:
+                if value.is_graph_input() and value.dtype is not None and not value.dtype.is_floating_point():
+                    raise UnsupportedOperatorError(
+                        f"{label(node)}: the input {value.name!r} is {value.dtype.name}; hardware takes numbers, not "
+                        "indices: let the model begin with what is looked up"
+                    )
                 raise UnsupportedOperatorError(f"{label(node)}: its input {value.name!r} is not quantized")
             self.values[value] = Constant(np.asarray(value.const_value.numpy()))
         return self.values[value]
@@ -132,6 +137,18 @@ def label(node: ir.Node) -> str:
     return f"{node.op_type} {node.name or (node.outputs[0].name if node.outputs else '')!r}"
 
 
+def _listed(nodes: list[ir.Node], most: int = 6) -> str:
+    """Nodes by name, one of every operator first, and "has" or "have"."""
+    firsts: dict[tuple[str, str], ir.Node] = {}
+    for node in nodes:
+        firsts.setdefault((node.domain, node.op_type), node)
+    words = [f"{n.domain}::{label(n)}" if n.domain else label(n) for n in list(firsts.values())[:most]]
+    more = len(nodes) - len(words)
+    if more:
+        words.append(f"{more} more")
+    return f"{', '.join(words)} {'have' if len(words) > 1 else 'has'}"
+
+
 def import_model(model: ir.Model, name: str) -> Imported:
     """Turn a model in which every operand is quantized into a program.
 
@@ -147,12 +164,13 @@ def import_model(model: ir.Model, name: str) -> Imported:
     context = Context(model)
     for value in [*model.graph.inputs, *model.graph.outputs]:
         context.builder.names |= {value.name or "", (value.name or "").lower()}
+    unknown = [node for node in model.graph if (node.domain, node.op_type) not in HANDLERS]
+    if unknown:
+        raise UnsupportedOperatorError(
+            f"{_listed(unknown)} no fixed-point form; rewrite the model without, or compile for another target"
+        )
     for node in model.graph:
-        handler = HANDLERS.get((node.domain, node.op_type))
-        if handler is None:
-            domain = f"{node.domain}::" if node.domain else ""
-            raise UnsupportedOperatorError(f"{domain}{label(node)} has no fixed-point form")
-        results = handler(context, node)
+        results = HANDLERS[node.domain, node.op_type](context, node)
         for out, value in zip(node.outputs, results if isinstance(results, list) else [results]):
             context.values[out] = value
     outputs = [_output(context, value) for value in model.graph.outputs]

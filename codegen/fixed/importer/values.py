@@ -373,8 +373,3 @@ def _part(builder: Builder, stream: Stream, rows: np.ndarray, where: str) -> tup
         )
     part = builder.add(Select(builder.name(f"{where}_part"), (stream,), tokens, channels))
     return part, (token - tokens[0]) * width + channel - channels[0]
-
-
-def image_order(index: np.ndarray) -> bool:
-    """Whether ``(C, H, W)`` positions are those of an image: rows, columns, then channels."""
-    return index.ndim == 3 and bool((index.transpose(1, 2, 0).reshape(-1) == np.arange(index.size)).all())

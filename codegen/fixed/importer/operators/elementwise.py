@@ -59,6 +59,21 @@ FUNCTIONS: dict[str, Callable[[ir.Node], Callable[[np.ndarray], np.ndarray]]] = 
         lambda x: np.clip(float(attribute(node, "alpha", 0.2)) * x + float(attribute(node, "beta", 0.5)), 0, 1)
     ),
     "Elu": lambda node: lambda x: np.where(x > 0, x, float(attribute(node, "alpha", 1.0)) * np.expm1(np.minimum(x, 0))),
+    "Abs": lambda node: np.abs,
+    "Sin": lambda node: np.sin,
+    "Cos": lambda node: np.cos,
+    "Softsign": lambda node: lambda x: x / (1 + np.abs(x)),
+    "Mish": lambda node: lambda x: x * np.tanh(np.logaddexp(0, x)),
+    "Celu": lambda node: (
+        lambda x: np.maximum(x, 0) + (a := float(attribute(node, "alpha", 1.0))) * np.expm1(np.minimum(x / a, 0))
+    ),
+    "Selu": lambda node: (
+        lambda x: (
+            float(attribute(node, "gamma", 1.0507009873554805))
+            * np.where(x > 0, x, float(attribute(node, "alpha", 1.6732632423543772)) * np.expm1(np.minimum(x, 0)))
+        )
+    ),
+    "ThresholdedRelu": lambda node: lambda x: np.where(x > float(attribute(node, "alpha", 1.0)), x, 0.0),
     "LeakyRelu": lambda node: lambda x: np.where(x > 0, x, float(attribute(node, "alpha", 0.01)) * x),
     "Gelu": lambda node: (
         (lambda x: 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))))
@@ -74,6 +89,17 @@ def _function(context: Context, node: ir.Node) -> Value:
     value = context.real(node.inputs[0], node)
     shape = value.stream.shape
     return Function(bare(node), value.index, shape, value.stream, value.scale, FUNCTIONS[node.op_type](node))
+
+
+@operator("PRelu")
+def _prelu(context: Context, node: ir.Node) -> Value:
+    value, slopes = context.real(node.inputs[0], node), np.unique(context.constant(node.inputs[1], node))
+    if len(slopes) != 1:
+        raise UnsupportedOperatorError(f"{label(node)}: its slope must be the same for all channels")
+    slope = float(slopes[0])
+    return Function(
+        bare(node), value.index, value.stream.shape, value.stream, value.scale, lambda x: np.where(x > 0, x, slope * x)
+    )
 
 
 # Sums and products.
@@ -109,16 +135,16 @@ def _add(context: Context, node: ir.Node) -> Value:
     sign = -1.0 if node.op_type == "Sub" else 1.0
     if isinstance(left, Constant | Codes) and isinstance(right, Constant | Codes):
         return Constant(left.array + sign * right.array)
-    if isinstance(left, Constant | Codes):
-        if sign < 0:
-            raise UnsupportedOperatorError(f"{label(node)}: a constant minus an activation")
-        left, right = right, left
+    turned = 1.0
+    if isinstance(left, Constant | Codes):  # c - x = -x + c
+        left, right, turned, sign = right, left, sign, 1.0
     if isinstance(right, Constant | Codes):
         pending = _scaled(context, node, left) if isinstance(left, Real) else left
         if not isinstance(pending, Linear | Scaled):
             raise UnsupportedOperatorError(f"{label(node)}: its input needs a quantizer before a constant is added")
         if np.isfinite(pending.low) or np.isfinite(pending.high):
             raise UnsupportedOperatorError(f"{label(node)}: its input needs a quantizer after its activation")
+        pending = pending.times(turned) if turned < 0 else pending
         offset = sign * _per_channel(pending, right.array, node)
         if isinstance(pending, Linear):
             if len(offset) > 1:
@@ -128,6 +154,17 @@ def _add(context: Context, node: ir.Node) -> Value:
     a, b = (context.real(v, node) for v in node.inputs)
     streams = _aligned(context, node, a, b)
     return Sum(bare(node), _same_index(a), streams[0].shape, streams, (a.scale, sign * b.scale))
+
+
+@operator("Neg")
+def _negative(context: Context, node: ir.Node) -> Value:
+    found = context.get(node.inputs[0], node)
+    if isinstance(found, Constant | Codes):
+        return Constant(-found.array)
+    pending = _scaled(context, node, found) if isinstance(found, Real) else found
+    if not isinstance(pending, Linear | Scaled) or np.isfinite(pending.low) or np.isfinite(pending.high):
+        raise UnsupportedOperatorError(f"{label(node)}: its input needs a quantizer before it is negated")
+    return pending.times(-1.0)
 
 
 @operator("Mul", "Div")
@@ -159,7 +196,9 @@ def _multiply(context: Context, node: ir.Node) -> Value:
 def _aligned(context: Context, node: ir.Node, a: Real, b: Real) -> tuple[Stream, Stream]:
     """Both streams, element for element."""
     if a.index.shape != b.index.shape or a.log2 or b.log2:
-        raise UnsupportedOperatorError(f"{label(node)}: operands of shapes {a.index.shape} and {b.index.shape}")
+        raise UnsupportedOperatorError(
+            f"{label(node)}: operands of shapes {a.index.shape} and {b.index.shape}; two activations must have the same"
+        )
     if a.stream.shape == b.stream.shape and a.index.size == math.prod(a.stream.shape) and (a.index == b.index).all():
         return a.stream, b.stream
     views = []

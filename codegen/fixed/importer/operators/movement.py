@@ -62,7 +62,10 @@ def _transpose(context: Context, node: ir.Node) -> Value:
     if isinstance(found, Constant | Codes):
         return _move(context, node, lambda a: a.transpose(perm))
     if perm is None or perm[0] != 0:
-        raise UnsupportedOperatorError(f"{label(node)}: the batch axis must stay the first one")
+        raise UnsupportedOperatorError(
+            f"{label(node)}: the batch axis must stay the first one; nn.MultiheadAttention moves it, "
+            "scaled_dot_product_attention on (batch, heads, tokens, size) does not"
+        )
     return _move(context, node, lambda a: a.transpose(perm))
 
 

@@ -17,6 +17,9 @@ from qcompile.codegen.fixed.stream import Stream
 from qcompile.errors import UnsupportedOperatorError
 from qcompile.formats.fixed import IntType, Requantize
 
+WINDOWS = ("Conv", "MaxPool", "AveragePool")
+"""Operators that read the channels of a pixel together."""
+
 
 @operator("QuantizeLinear")
 def _quantize(context: Context, node: ir.Node) -> Value:
@@ -56,6 +59,8 @@ def _input(context: Context, node: ir.Node, value: ir.Value, scale: float, kind:
     if len(shape) == 3:  # an image travels by pixels
         channels, height, width = shape
         stream_shape, index = (height * width, channels), positions.reshape(height, width, channels).transpose(2, 0, 1)
+    elif len(shape) == 2 and _slides(node.outputs[0]):  # a row of pixels
+        stream_shape, index = shape[::-1], positions.reshape(shape[::-1]).T
     elif len(shape) in (1, 2):
         stream_shape, index = (1, *shape)[-2:], positions.reshape(shape)
     else:
@@ -67,6 +72,12 @@ def _input(context: Context, node: ir.Node, value: ir.Value, scale: float, kind:
     context.streams.append(stream)
     context.inputs.append(Port(value.name or "input", shape, name, index, scale))
     return Real(stream, index, scale)
+
+
+def _slides(value: ir.Value) -> bool:
+    """Whether windows slide over a quantized value."""
+    readers = [use.node for use in value.uses()]
+    return any(n.op_type in WINDOWS or (n.op_type == "DequantizeLinear" and _slides(n.outputs[0])) for n in readers)
 
 
 @operator("DequantizeLinear")

@@ -31,7 +31,10 @@ class SoftmaxPending(Pending):
         return Real(out, self.index, 1.0, log2=True)
 
     def build(self, builder: Any, scale: float, low: int, high: int) -> Stream:
-        raise UnsupportedOperatorError(f"{self.where}: probabilities must be powers of two (Log2Quantize)")
+        raise UnsupportedOperatorError(
+            f"Softmax {self.where!r}: only a product with values (attention) reads probabilities in hardware; "
+            "let the model end with what the softmax reads"
+        )
 
     def reach(self) -> float:
         return 1.0
@@ -40,16 +43,17 @@ class SoftmaxPending(Pending):
 @operator("Softmax")
 def _softmax(context: Context, node: ir.Node) -> Value:
     value = context.real(node.inputs[0], node)
-    index = value.index if value.index.ndim == 3 else value.index[None]
+    rank = value.index.ndim
+    index = value.index.reshape((1,) * (3 - rank) + value.index.shape)
     axis = int(attribute(node, "axis", -1))
-    if axis not in (-1, value.index.ndim) or value.index.ndim not in (2, 3):
+    if axis not in (-1, rank) or rank > 3:
         raise UnsupportedOperatorError(f"{label(node)}: the softmax must run over the last axis")
     heads, tokens, _ = index.shape
     stream, order = matrix_view(context.builder, value, label(node), index.transpose(1, 0, 2).reshape(tokens, -1))
     if (np.diff(order) != 1).any():
         raise UnsupportedOperatorError(f"{label(node)}: its rows are reordered")
     out = np.arange(index.size).reshape(tokens, heads, -1).transpose(1, 0, 2)
-    return SoftmaxPending(bare(node), out if value.index.ndim == 3 else out[0], stream, heads, value.scale)
+    return SoftmaxPending(bare(node), out.reshape(value.index.shape), stream, heads, value.scale)
 
 
 @operator("LayerNormalization", "RMSNormalization")

@@ -40,6 +40,7 @@ from qcompile.solvers import correct_weight, get_solver, output_error
 from qcompile.solvers.base import Solver
 
 _KINDS: dict[type, str] = {LinearSite: "linear", ExpertSite: "experts", ConvSite: "convolution"}
+_OF_FLOAT = "convolutions and experts are solved for the activations of the float model"
 _ROUTER = "rounded, this router would choose other experts; an override of the recipe quantizes it"
 _MIN_TABLE = 64  # rows; smaller tables (token types) are not worth a gather of codes
 
@@ -139,6 +140,8 @@ def quantize_model(
             report.layers.append(record)
             if isinstance(site, ExpertSite) and _wants_hessian(site, recipe):
                 _tell_of_sharing(site, known, report)
+            if linear is not statistics and isinstance(site, ConvSite | ExpertSite) and _wants_hessian(site, recipe):
+                report.refuse(f"Hessian of the {recipe.hessian} model", site.name, _OF_FLOAT)
         if progress is not None:
             progress(site.name)
     for table in embedding_sites(model):

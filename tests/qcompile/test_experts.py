@@ -256,3 +256,15 @@ def test_experts_that_are_chosen_beforehand_have_a_hessian(tmp_path):
     done = qcompile.compile(model, calibration=feeds, **options)
     expected = feeds[0]["x"] @ stack[ids]
     assert np.linalg.norm(done(feeds[0]) - expected) < 0.2 * np.linalg.norm(expected)
+
+
+def test_hessians_of_the_float_model_are_reported_where_others_were_asked_for(tmp_path):
+    model, _ = routed()
+    x = np.random.default_rng(1).standard_normal((200, 12)).astype(np.float32)
+    for hessian in ("float", "quantized"):
+        done = qcompile.compile(
+            model, recipe="w4a8", solver="gptq", hessian=hessian, transforms=(), calibration=[{"x": x}], progress=False,
+            output=tmp_path / hessian,
+        )  # fmt: skip
+        told = [r for r in done.report.refusals if r.what == "Hessian of the quantized model"]
+        assert len(told) == (hessian == "quantized") and all("float model" in r.reason for r in told)

@@ -48,9 +48,12 @@ class SharedShape(TiledShape):
 
     Attributes:
         share: blocks along N that share their rows of x.
+        late: whether the next kernel may start only when the last copies are asked for, so that its blocks, which begin with
+            theirs, spread over all multiprocessors.
     """
 
     share: int = 1
+    late: bool = False
 
     @property
     def launched(self) -> int:
@@ -125,10 +128,11 @@ class SharedShape(TiledShape):
     @property
     def most_registers(self) -> int:
         """Of a thread, so that the blocks fit: a quarter of a multiprocessor has 512 for every lane, and whole warps."""
-        if self.traded and self.resident < 2:
-            return (512 - COPY_REGISTERS) // self.wg // 8 * 8
         warps = -(-max(1, self.resident) * self.launched // 128)
-        return min(255, 512 // warps // 8 * 8)
+        most = min(255, 512 // warps // 8 * 8)
+        if self.traded:  # what the block is launched with
+            most = ((self.wg + 1) * most - COPY_REGISTERS) // self.wg // 8 * 8
+        return most
 
 
 class _Shared(TiledLinear):
@@ -146,7 +150,7 @@ class _Shared(TiledLinear):
 
     def shape(self, problem: LinearProblem, config: dict[str, Any]) -> SharedShape:
         keys = ("rows", "wg", "mt", "split", "stages", "wgmma", "share", "dtype", "out")
-        given = {key: config[key] for key in keys} | {"overlap": bool(config.get("overlap"))}
+        given = {key: config[key] for key in keys} | {key: bool(config.get(key)) for key in ("overlap", "late")}
         resident = config.get("resident", 0)
         return SharedShape(k=problem.k, n=problem.n, weight=problem.weight, cluster=True, resident=resident, **given)
 

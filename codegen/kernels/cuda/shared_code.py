@@ -36,7 +36,7 @@ class SharedKernel(RingKernel):
         row_blocks = (self.m + (s.rows - 1)) // s.rows
         self.bx, self.by = T.cta_id([row_blocks * s.blocks_along_n, s.split])
         self.tx = T.thread_id([s.launched])
-        if s.overlap:
+        if s.overlap and not s.late:
             e.share_device()
         self.arena = e.shared(s.shared_bytes)
         self.lane = e.let(self.tx % 32)
@@ -155,6 +155,8 @@ class SharedKernel(RingKernel):
                 T.evaluate(T.cuda.mbarrier_wait(self._barrier(slot, empty=True), more // s.stages % 2))
                 self._issue_weights(slot, self.start + more + first)
                 self._issue_rows(slot, self.start + more + first)
+            if s.overlap and s.late:
+                e.share_device()
 
     def _issue_weights(self, slot: Any, block: Any) -> None:
         """Start copying the weights of stage ``block`` into ``slot``, and say what will arrive there."""

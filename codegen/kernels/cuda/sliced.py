@@ -43,6 +43,7 @@ class SlicedShape(LinearShape):
         overlap: see `stream.StreamShape`.
         early: stages copied before the kernel before has ended, at most; the others are asked for after x, which would wait
             behind them. 0: all.
+        late: whether the next kernel may start only after the products, so that its blocks spread over all multiprocessors.
     """
 
     tn: int
@@ -52,6 +53,7 @@ class SlicedShape(LinearShape):
     split: int = 1
     overlap: bool = False
     early: int = 0
+    late: bool = False
 
     @property
     def threads(self) -> int:
@@ -149,7 +151,7 @@ class SlicedLinear(CudaLinear):
         given = {key: config[key] for key in ("tn", "kw", "stages", "dtype", "out")}
         split = config["split"] if config.get("cluster") else 1  # nothing else adds its sums up
         given |= {"wide": config.get("wide", 1), "split": split, "overlap": bool(config.get("overlap"))}
-        given["early"] = config.get("early", 0)
+        given |= {"early": config.get("early", 0), "late": bool(config.get("late"))}
         return SlicedShape(k=problem.k, n=problem.n, weight=problem.weight, **given)
 
     def configs(self, problem: LinearProblem, target: Target) -> list[dict[str, Any]]:

@@ -44,7 +44,7 @@ class SlicedKernel(Tail):
         T.device_entry()
         self.bx, self.by, self.bz = T.cta_id([s.grid_n, s.split, self.m])
         self.tx = T.thread_id([s.threads])
-        if s.overlap:
+        if s.overlap and not s.late:
             e.share_device()
         self.arena = e.shared(s.shared_bytes)
         self.lane = e.let(self.tx % 32)
@@ -65,6 +65,8 @@ class SlicedKernel(Tail):
         turns = e.let(T.max((s.blocks - self.first + (s.stride - 1)) // s.stride, 0))
         with T.serial(turns) as i:
             self._block(e.let(self.first + i * s.stride))
+        if s.overlap and s.late:
+            e.share_device()
         e.wait(0)
         self._keep()
         self._finish()

@@ -116,6 +116,43 @@ def test_weights_that_are_looked_up(weight, cpu, kernel, tmp_path, emulation):
     np.testing.assert_allclose(library.run(x)[0], expected, atol=3e-6 * np.abs(expected).max())
 
 
+EXPERTS = """
+<ir_version: 10, opset_import: ["" : 21]>
+experts (float[batch, 12] x, int64[batch, 2] picked) => (float[pairs, 9] y) {
+    rest = Constant <value_ints = [-1]> ()
+    one = Constant <value_ints = [1]> ()
+    each = Constant <value_ints = [1, 2, 1]> ()
+    wide = Constant <value_ints = [-1, 12]> ()
+    ids = Reshape (picked, rest)
+    middle = Unsqueeze (x, one)
+    spread = Expand (middle, each)
+    repeated = Reshape (spread, wide)
+    row = Unsqueeze (repeated, one)
+    w = Gather <axis=0> (stack, ids)
+    product = MatMul (row, w)
+    y = Squeeze (product, one)
+}
+"""
+
+
+@pytest.mark.parametrize(
+    ("weight", "cpu", "kernel"), [("int4/g4", "cortex-a53", "arm-smlal"), ("nf4", "cortex-a76", "arm-table16")]
+)
+def test_experts(weight, cpu, kernel, tmp_path, emulation):
+    """Products with matrices that are picked at run time."""
+    from qcompile import ort
+
+    source = onnx.parser.parse_model(EXPERTS)
+    source.graph.initializer.append(initializer(np.random.default_rng(0), "stack", 4, 12, 9))
+    made = compiled(source, get_target(cpu, cores=1), tmp_path / "out", weight=weight)
+    assert [(layer.kind, layer.kernel) for layer in made.report.layers] == [("experts", kernel)]
+    library = CLibrary(tmp_path / "out", "net", tmp_path, get_target(cpu))
+    rng = np.random.default_rng(1)
+    x, picked = rng.normal(size=(7, 12)).astype(np.float32), rng.integers(0, 4, (7, 2))
+    expected = ort.run(ort.session(tmp_path / "out" / "model.onnx"), {"x": x, "picked": picked})["y"]
+    np.testing.assert_allclose(library.run(x, picked)[0], expected, atol=3e-6 * np.abs(expected).max())
+
+
 @needs_cc
 @needs_avx2
 def test_a_refused_input_is_a_status_with_a_message(tmp_path):

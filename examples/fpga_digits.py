@@ -198,6 +198,7 @@ def main(
     )
     content = json.loads((Path(folder) / "program.json").read_text())
     source = content["inputs"][0]["name"]
+    np.savez(Path(folder) / "test.npz", **{source: test_x})  # for `qcompile simulate`
     frames = hardware.encode_frames(content["inputs"], {source: test_x})
     if simulator == "c":
         codes = hardware.run_c(hardware.compile_c(Path(folder) / "c"), content, frames)

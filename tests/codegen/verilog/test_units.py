@@ -194,6 +194,9 @@ def test_a_pipeline_is_as_fast_as_its_slowest_node(simulator, tmp_path):
             pytest.skip(str(error))
     rng = np.random.default_rng(4)
     program = chain(rng)
+    if simulator == "cxxrtl":  # its C++ takes long to compile
+        program = replace(program, nodes=program.nodes[:2], outputs=("b",))
+    (last,) = program.outputs
     netlist = hardware.make_netlist(program)
     slowest = max(node.interval for node in program.nodes)
     line = timing.evaluate(netlist, 40)
@@ -203,6 +206,6 @@ def test_a_pipeline_is_as_fast_as_its_slowest_node(simulator, tmp_path):
     compiled = simulate.build(tmp_path, "chain", files, netlist.inputs, netlist.outputs, simulator)
     for stalls in (0, 1, 2):
         results, traffic = compiled.run({"x": x}, stalls)
-        np.testing.assert_array_equal(results["c"], program.reference({"x": x})["c"].ravel())
+        np.testing.assert_array_equal(results[last], program.reference({"x": x})[last].ravel())
         if not stalls:
-            assert traffic["c"].last - traffic["x"].first + 1 == line.cycles(netlist)
+            assert traffic[last].last - traffic["x"].first + 1 == line.cycles(netlist)

@@ -42,11 +42,12 @@ class KroneckerCode(ScaledRows):
         w = self.mixed
         start = self.row_at + w.row_space
         for side, matrix in enumerate((self.left, self.right)):
-            size = w.matrix_words(side) // 4
+            size = w.kept_words(side) // 4
+            first = self.rank * size * 4 if side == 1 and self.blocks > 1 else 0
             with T.serial(-(-size // w.threads)) as i:
                 at = e.let(i * w.threads + self.tx)
                 with T.If(at < size), T.Then():
-                    e.copy_async(self.arena.ptr_to([start + 4 * at]), matrix.ptr_to([4 * at]), 16)
+                    e.copy_async(self.arena.ptr_to([start + 4 * at]), matrix.ptr_to([first + 4 * at]), 16)
             start += 4 * size
         e.commit()
 
@@ -88,10 +89,10 @@ class KroneckerCode(ScaledRows):
 
     def _units(self, use: Callable[[int, Any, Any, Any], None], side: int) -> None:
         """Call ``use(turn, block, first, second)`` for every unit of this warp; ``first`` is its first tile along the side of the matrix,
-        ``second`` that along the other."""
+        ``second`` that along the other, counted from the first one of this block."""
         w = self.mixed
         step, other = w.unit[side], w.unit[1 - side]
-        inner, each = w.tiles[1 - side] // other, prod(w.tiles) // prod(w.unit)
+        inner, each = w.mine[1 - side] // other, prod(w.mine) // prod(w.unit)
         for turn in range(w.rounds):
             number = e.let(turn * w.config.warps + self.warp)
             block, within = (number // each, number % each) if w.blocks > 1 else (T.int32(0), number)
@@ -137,10 +138,11 @@ class KroneckerCode(ScaledRows):
         """Four words of a packed matrix."""
         w = self.mixed
         if w.config.kept:
-            start = self.row_at + w.row_space + (w.matrix_words(0) if side else 0)
+            start = self.row_at + w.row_space + (w.kept_words(0) if side else 0)
             e.read_shared(registers, self.arena.ptr_to([start + at]))
         else:
-            e.ptx("ld.global.nc.v4.b32", *registers, (self.left, self.right)[side].ptr_to([at]))
+            first = self.rank * w.kept_words(1) if side == 1 and self.blocks > 1 else 0
+            e.ptx("ld.global.nc.v4.b32", *registers, (self.left, self.right)[side].ptr_to([first + at]))
 
     def _turn(self) -> None:
         """Z^T, a unit of columns of Z by rows at a time."""
@@ -162,7 +164,7 @@ class KroneckerCode(ScaledRows):
         def store(turn: int, block: Any, column: Any, row: Any) -> None:
             held = turn * size if w.config.overlaid else 0
             pitch = w.turned_pitch // 2
-            line = (block * w.tiles[1] + column) * TILE + self.lane // 4
+            line = (block * w.mine[1] + column) * TILE + self.lane // 4
             place = e.let(self.row_at + w.turned_at + line * pitch + row * (TILE // 2) + self.lane % 4)
             for h in range(size):
                 tile, c = divmod(h // 4, w.unit[0])
@@ -183,7 +185,7 @@ class KroneckerCode(ScaledRows):
         self.products = e.Registers((size * w.rounds, 8), "float32")
 
         def multiply(turn: int, block: Any, row: Any, column: Any) -> None:
-            line = (block * w.tiles[1] + column) * TILE
+            line = (block * w.mine[1] + column) * TILE
             place = e.let(self.row_at + w.turned_at + line * (w.turned_pitch // 2))
             self._product(self.products, size * turn, 0, row, place, w.turned_pitch)
             for h in range(size):
@@ -197,6 +199,7 @@ class KroneckerCode(ScaledRows):
 
         def unit(turn: int, block: Any, row: Any, column: Any) -> None:
             line = e.let(row * TILE + self.lane // 4)
+            column = column + self.rank * w.mine[1] if self.blocks > 1 else column
             first = e.let(column * TILE + self.lane % 4 * 8)
             start = e.let((block * n1 + line) * n2 + first)
             for h in range(size):

@@ -9,7 +9,7 @@ import numpy as np
 from tvm.script import tirx as T
 
 from qcompile.codegen.kernels.cuda import emit as e
-from qcompile.codegen.kernels.cuda.rotation import ARRIVED
+from qcompile.codegen.kernels.cuda.cluster_code import ARRIVED
 from qcompile.codegen.kernels.cuda.rotation_code import WarpRotate
 from qcompile.codegen.kernels.cuda.scaled_code import ScaledRows, Store
 
@@ -21,19 +21,9 @@ class RotatedRows(WarpRotate, ScaledRows):
         rotation = self.k.rotation
         assert rotation is not None
         self.rotation = rotation
-        if self.blocks > 1:
-            self._start_barriers(self.k.barriers)
         self._prepare_signs()
         if rotation.gather > 1:
             self.parts = e.Registers((self.k.chunks, rotation.gather, 4), "uint32")
-
-    def _meet(self) -> None:
-        if self.blocks > 1:
-            self._await_others()
-
-    def _begin_row(self) -> None:
-        if self.blocks > 1:
-            self._expect(self.k.barriers)
 
     def _end_row(self) -> None:
         if self.rotation.radix > 1 and self.rotation.config.twice:
@@ -104,7 +94,7 @@ class RotatedRows(WarpRotate, ScaledRows):
                 with T.If(e.all_of(conditions)), T.Then():
                     rotate(turn, task)
         if w.radix > 1:
-            if self.blocks > 1:
+            if w.config.blocks > 1:
                 T.evaluate(T.cuda.mbarrier_wait(self._barrier(ARRIVED), self.parity))
             else:
                 T.evaluate(T.cuda.cta_sync())

@@ -51,9 +51,6 @@ COLUMNS = 32
 MOST_RADIX = 48
 """Its signs are held in registers."""
 
-ARRIVED = 0
-"""The mbarrier that counts what other blocks send of a row; those after it, two by two, count words of reductions."""
-
 
 @dataclass(frozen=True)
 class RotationConfig:

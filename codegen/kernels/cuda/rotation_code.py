@@ -11,7 +11,8 @@ from tvm.script import tirx as T
 from tvm.tirx.script.builder import ir as B
 
 from qcompile.codegen.kernels.cuda import emit as e
-from qcompile.codegen.kernels.cuda.rotation import ARRIVED, COLUMNS, FIRST, SECOND, WarpRotation
+from qcompile.codegen.kernels.cuda.cluster_code import ARRIVED, Cluster
+from qcompile.codegen.kernels.cuda.rotation import COLUMNS, FIRST, SECOND, WarpRotation
 from qcompile.formats.hadamard import hadamard_signs
 
 MMA = "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32"
@@ -62,18 +63,14 @@ class Signs:
         return [self.kept[self._third(row, column)][0] for column in range(2) for row in range(2)]
 
 
-class WarpRotate:
+class WarpRotate(Cluster):
     """Rotation of what the warps of a block hold; `rowwise_code` sets the names it uses."""
 
     rotation: WarpRotation
-    tx: Any
-    arena: Any
     lane: Any
     warp: Any
-    rank: Any
     row_at: int
     stmatrix: bool
-    parity: Any
 
     def _prepare_signs(self) -> None:
         w = self.rotation
@@ -205,45 +202,13 @@ class WarpRotate:
             for j, word in enumerate(words):
                 B.buffer_store(self.arena, word, [start + self.lane + 32 * j])
 
-    # Blocks that share a row: words are sent with `st.async`, and an mbarrier of the receiver counts their bytes.
-
-    def _barrier(self, index: int) -> Any:
-        return self.arena.ptr_to([2 * index])
-
-    def _counting(self, reduction: int) -> Any:
-        """Index of the mbarrier that counts words of a reduction of this row."""
-        return ARRIVED + 1 + 2 * reduction + self.parity
-
-    def _start_barriers(self, count: int) -> None:
-        """And let the other blocks know; `_await_others` must come before anything is sent."""
-        with T.If(self.tx == 0), T.Then():
-            for index in range(count):
-                e.ptx("mbarrier.init.shared::cta.b64", self._barrier(index), e.u32(1))
-            e.ptx("fence.mbarrier_init.release.cluster")
-        e.ptx("barrier.cluster.arrive.release.aligned")
-
-    def _await_others(self) -> None:
-        e.ptx("barrier.cluster.wait.acquire.aligned")
-
-    def _expect(self, count: int) -> None:
-        """How much arrives for one row: at barrier `ARRIVED` columns to be multiplied, at those of reductions a word of every block or warp."""
+    def _incoming(self) -> Any:
+        """Bytes other blocks, and this one, send for the third product."""
         w = self.rotation
+        if w.radix == 1 or w.config.blocks == 1:
+            return e.u32(0)
         mine = T.max(T.min(w.pieces - self.rank * w.piece_share, w.piece_share), 0)
-        with T.If(self.tx == 0), T.Then():
-            for index in range(1 + count // 2):
-                size = e.u32(4 * w.shares * (1 if w.config.staged else w.config.warps))
-                if index == ARRIVED:
-                    exchanged = w.radix > 1 and w.config.blocks > 1
-                    size = T.cast(mine * (w.radix * COLUMNS * 2), "uint32") if exchanged else e.u32(0)
-                place = index if index == ARRIVED else self._counting(index - 1)
-                e.ptx("mbarrier.arrive.expect_tx.shared::cta.b64", self._barrier(place), size)
-
-    def _remote(self, owner: Any) -> Any:
-        """Address of the shared memory of a block of the cluster."""
-        there = e.Registers((1,), "uint32")
-        here = T.cuda.cvta_generic_to_shared(self.arena.ptr_to([0]))
-        e.ptx("mapa.shared::cluster.u32", there[0], here, T.cast(owner, "uint32"))
-        return there[0]
+        return T.cast(mine * (w.radix * COLUMNS * 2), "uint32")
 
     def _pieces(self, use: Callable[[int, Any, Any, Any], None]) -> None:
         """Call ``use(turn, block, part, quad)`` for every product with 32 columns of this warp."""

@@ -49,7 +49,9 @@ from qcompile.targets.cuda import CudaTarget
 
 @dataclass(frozen=True)
 class SpreadConfig:
-    """Rows that are not transformed, a block of up to 1024 threads to each: for few rows."""
+    """Rows that are not transformed, a block of up to 1024 threads to each, or several that share it: for few rows."""
+
+    blocks: int = 1
 
 
 MOST_COLUMNS = 1024 * 32
@@ -171,7 +173,7 @@ class CudaRowwise:
         a multiprocessor."""
         if self.transform:
             return self.transform.threads
-        each = self.vector if self.spread else 32 if self.width > 4096 else 16 if self.width > 512 else 4
+        each = self.vector * self.shares if self.spread else 32 if self.width > 4096 else 16 if self.width > 512 else 4
         wanted = max(1, -(-self.width // each))
         return min(1024, max(32, 1 << (wanted - 1).bit_length()))
 
@@ -180,12 +182,27 @@ class CudaRowwise:
         """Vectors of a thread."""
         if self.rotation:
             return self.rotation.rounds * self.rotation.held
-        return -(-self.width // (self.threads * self.vector))
+        shares = self.shares if self.spread else 1  # transforms take the whole row
+        return -(-self.width // (self.threads * self.vector * shares))
 
     @property
     def shares(self) -> int:
         """Blocks that share a row."""
+        if self.mixed:
+            return self.mixed.config.blocks
+        if isinstance(self.config, SpreadConfig):
+            return self.config.blocks
         return self.rotation.shares if self.rotation else 1
+
+    @property
+    def staged(self) -> bool:
+        """Whether warps find what is reduced of a block before blocks tell each other."""
+        return self.rotation.config.staged if self.rotation else self.shares > 1
+
+    @property
+    def told(self) -> int:
+        """Words that a block receives for one reduction."""
+        return self.shares * (1 if self.staged else self.threads // 32)
 
     @property
     def slots(self) -> int:
@@ -196,7 +213,12 @@ class CudaRowwise:
     def barriers(self) -> int:
         """The mbarriers of a block that shares rows with others: one for what is rotated, two per reduction, for rows in turn: another
         block may begin the next one while a word of this one is under way."""
-        return 1 + 2 * self.reductions if self.shares > 1 else 0
+        return 1 + 2 * self.common if self.shares > 1 else 0
+
+    @property
+    def common(self) -> int:
+        """Reductions, the last ones, over what all blocks of a row hold: of a row that each block holds, that of its results."""
+        return 1 if self.mixed else self.reductions
 
     @property
     def reductions(self) -> int:
@@ -239,8 +261,10 @@ class CudaRowwise:
             conditions = [] if (turn + 1) * w.config.warps <= w.share else [within < w.share]
             conditions += [] if w.config.blocks * w.share == w.tasks else [task < w.tasks]
             return (task * w.held + c) * VECTOR + thread % 32 * 8, conditions
-        at = (chunk * self.threads + thread) * self.vector
-        return at, [] if (chunk + 1) * self.threads * self.vector <= self.width else [at < self.width]
+        shares = self.shares if self.spread else 1
+        at = (((chunk * shares + rank) if shares > 1 else chunk) * self.threads + thread) * self.vector
+        inside = (chunk + 1) * shares * self.threads * self.vector <= self.width
+        return at, [] if inside else [at < self.width]
 
     def variants(self, target: CudaTarget) -> list[tuple[int, CudaRowwise]]:
         """Kernels for up to so many rows, in this order; the last one takes any number."""
@@ -322,8 +346,7 @@ def source(kernels: Mapping[str, CudaRowwise], target: CudaTarget) -> Path:
     described = {name: repr(kernel) for name, kernel in built.items()} | ({"names": list(kernels)} if tail else {})
     make = lambda: {name: kernel.build(target, name) for name, kernel in built.items()}  # noqa: E731
     resident = {name: kernel.resident for name, kernel in built.items() if kernel.resident > 1}
-    rotations = {name: kernel.rotation for name, kernel in built.items() if kernel.rotation}
-    clusters = {name: w.shares for name, w in rotations.items() if w.shares > 1}
+    clusters = {name: kernel.shares for name, kernel in built.items() if kernel.shares > 1}
     return build.source({"row kernels": described}, make, target, tail, resident=resident, clusters=clusters)
 
 

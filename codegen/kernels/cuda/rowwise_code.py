@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from tvm.script import tirx as T
@@ -11,6 +10,7 @@ from tvm.tirx.script.builder import ir as B
 from qcompile.codegen.kernels.base import Epilogue
 from qcompile.codegen.kernels.cuda import emit as e
 from qcompile.codegen.kernels.cuda.butterflies_code import Butterflies
+from qcompile.codegen.kernels.cuda.cluster_code import Cluster
 from qcompile.codegen.kernels.cuda.kronecker_code import KroneckerCode
 from qcompile.codegen.kernels.cuda.rotated_code import RotatedRows
 from qcompile.codegen.kernels.cuda.rowwise import CudaRowwise
@@ -30,12 +30,9 @@ def emit(kind: CudaRowwise, name: str, target: CudaTarget) -> Any:
     return builder.get()
 
 
-class _Kernel:
+class _Kernel(Cluster):
     """Names of one kernel while it is written; ``most`` rows at once, if blocks take several."""
 
-    _barrier: Callable[[int], Any]
-    _counting: Callable[[int], Any]
-    _remote: Callable[[Any], Any]
     value: e.Registers
     left: Any = None
     right: Any = None
@@ -81,8 +78,17 @@ class _Kernel:
 
     def _store_values(self) -> None:
         k = self.k
-        if self.y is not None:
-            self._each(lambda c, at: self._write(self.y, at, [self.value[c, i] for i in range(k.vector)], k.out))
+        if self.y is None:
+            return
+
+        def write(c: int, at: Any) -> None:
+            self._write(self.y, at, [self.value[c, i] for i in range(k.vector)], k.out)
+
+        if k.mixed and self.blocks > 1:  # each has the whole row
+            with T.If(self.rank == 0), T.Then():
+                self._each(write)
+        else:
+            self._each(write)
 
     def _multiply_factor(self) -> None:
         """Multiply values by the factor of their channel, if there is one."""
@@ -178,24 +184,25 @@ class _Kernel:
         warps = self.k.threads // 32
         value = self._of_warp(operator, value)
         if warps * self.blocks == 1:
-            return value
+            return value  # of the only warp
         place = self.k.scratch_at + self.reductions * self.k.slots
         if self.k.transform:
             place = self.k.scratch_at + (2 * self.reductions + self.parity) * self.k.slots
-        self.reductions += 1
-        staged = self.k.rotation is not None and self.k.rotation.config.staged
-        if self.blocks == 1 or (staged and warps > 1):
+        index, self.reductions = self.reductions, self.reductions + 1
+        index -= self.k.reductions - self.k.common
+        alone = self.blocks == 1 or index < 0
+        if alone or (self.k.staged and warps > 1):
             with T.If(self.tx % 32 == 0), T.Then():
                 B.buffer_store(self.arena, T.reinterpret("uint32", value), [place + self.tx // 32])
             T.evaluate(T.cuda.cta_sync())
             value = self._of_scratch(operator, place, warps)
-            if self.blocks == 1:
+            if alone:
                 return value
             place += warps
-        if staged:
-            self._tell(value, place + self.rank, self.tx)
+        if self.k.staged:
+            self._tell(value, index, place + self.rank, self.tx)
             return self._of_scratch(operator, place, self.blocks)
-        self._tell(value, place + self.rank * warps + self.tx // 32, self.tx % 32)
+        self._tell(value, index, place + self.rank * warps + self.tx // 32, self.tx % 32)
         return self._of_scratch(operator, place, warps * self.blocks)
 
     def _of_warp(self, operator: str, value: Any) -> Any:
@@ -222,14 +229,6 @@ class _Kernel:
         if operator == "max":
             return e.let(T.reinterpret("float32", e.largest_of_warp(part[0])))
         return e.let(T.cuda.warp_reduce(part[0], operator))
-
-    def _tell(self, value: Any, place: Any, thread: Any) -> None:
-        """Store a word in all blocks of the row, each by the ``thread`` of its rank, and wait for theirs."""
-        with T.If(thread < self.blocks), T.Then():
-            there = e.let(self._remote(thread))
-            barrier = there + T.cast(8 * self._counting(self.reductions - 1), "uint32")
-            e.store_remote(there + T.cast(place * 4, "uint32"), T.reinterpret("uint32", value), barrier)
-        T.evaluate(T.cuda.mbarrier_wait(self._barrier(self._counting(self.reductions - 1)), self.phase))
 
     def _constants(self, vector: Any, chunk: int, at: Any) -> Any:
         """What this thread needs of gamma or beta, if there is any."""
@@ -323,11 +322,16 @@ class _PlainKernel(_Kernel, Butterflies):
     def _rows(self, m: Any, launched: Any) -> None:
         k = self.k
         e.share_device()
+        if self.blocks > 1:
+            self._start_barriers(k.barriers)
+            self._expect(e.u32(0), k.common, k.told)
         if k.spread:
             self._load_constants()
         e.await_previous()
         self.value = e.Registers((k.chunks, k.vector), "float32")
         self._load()
+        if self.blocks > 1:
+            self._await_others()
         self._normalise()
         self._store_values()
         if k.quantize:
@@ -359,7 +363,7 @@ class _PlainKernel(_Kernel, Butterflies):
             most = self._reduce(largest[0], "max")
             e.ptx("div.rn.f32", step[0], most * T.float32(k.clip), T.float32(top))
             step[0] = T.Select(step[0] == T.float32(0), T.float32(1), step[0])
-        with T.If(self.tx == 0), T.Then():
+        with T.If(self.tx == 0 if self.blocks == 1 else T.And(self.tx == 0, self.rank == 0)), T.Then():
             B.buffer_store(self.scale, step[0], [self.row])
         e.ptx("div.rn.f32", inverse[0], T.float32(1), step[0])
         bounded = self.static is not None or k.clip < 1

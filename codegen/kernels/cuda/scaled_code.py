@@ -14,6 +14,7 @@ from tvm.script import tirx as T
 from tvm.tirx.script.builder import ir as B
 
 from qcompile.codegen.kernels.cuda import emit as e
+from qcompile.codegen.kernels.cuda.cluster_code import Cluster
 from qcompile.codegen.kernels.cuda.rowwise import CudaRowwise
 
 MAGIC = 12582912.0
@@ -26,18 +27,12 @@ Store = Callable[[e.Registers, Any, list[Any], Any], None]
 """Takes codes from registers: eight results by register array and first index, what must hold, and their first column."""
 
 
-class ScaledRows(ABC):
+class ScaledRows(Cluster, ABC):
     """The loop over rows of a block; `rowwise_code` sets the names it uses."""
 
     k: CudaRowwise
-    blocks: int
     row: Any
-    rank: Any
-    tx: Any
-    arena: Any
     row_at: int
-    parity: Any
-    phase: Any
     reductions: int
     value: e.Registers
     words: e.Registers
@@ -60,10 +55,14 @@ class ScaledRows(ABC):
     def _begin(self) -> None:
         """Before anything that the kernel before wrote is read."""
 
-    def _meet(self) -> None:  # noqa: B027
+    def _meet(self) -> None:
         """Before the first row is transformed."""
 
-    def _begin_row(self) -> None:  # noqa: B027
+    def _incoming(self) -> Any:
+        """Bytes of a row that blocks which share it exchange."""
+        return e.u32(0)
+
+    def _begin_row(self) -> None:
         """Before a row is loaded."""
 
     @abstractmethod
@@ -78,7 +77,7 @@ class ScaledRows(ABC):
     def _results(self, store: Store) -> None:
         """Give all results to ``store``, with their places."""
 
-    def _end_row(self) -> None:  # noqa: B027
+    def _end_row(self) -> None:
         """After the codes of a row."""
 
     @abstractmethod
@@ -93,6 +92,8 @@ class ScaledRows(ABC):
         k = self.k
         e.share_device()
         self.lane, self.warp = e.let(self.tx % 32), e.let(self.tx // 32)
+        if self.blocks > 1:
+            self._start_barriers(k.barriers)
         self._begin()
         self.value = e.Registers((k.chunks, k.vector), "float32")
         self.words = e.Registers((k.chunks, max(1, k.vector // 2)), "uint32")
@@ -103,11 +104,15 @@ class ScaledRows(ABC):
         if k.ahead:
             self._load_words(row[0])
         self._meet()
+        if self.blocks > 1:
+            self._await_others()
         with T.While(row[0] < m):
             self.row, self.parity, self.reductions = e.let(row[0]), e.let(turn[0] % 2), 0
             self.phase = e.let(turn[0] // 2 % 2)
             following = e.let(self.row + launched)
             turn[0] = turn[0] + 1
+            if self.blocks > 1:
+                self._expect(self._incoming(), k.common, k.told)
             self._begin_row()
             if not k.direct:
                 self._load()

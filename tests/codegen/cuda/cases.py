@@ -352,6 +352,19 @@ CLUSTERS = {
         5120, **ROTATED, hadamard=1024, config=RotationConfig(5, 1, blocks=4, gathered=True)
     ),
     "staged": CudaRowwise(28672, **ROTATED, hadamard=28672, config=RotationConfig(8, 4, blocks=4, staged=True)),
+    "kronecker_shared": CudaRowwise(
+        28672, **ROTATED, kronecker=(128, 224), config=KroneckerConfig(4, blocks=7, kept=True, ahead=True)
+    ),
+    "kronecker_shared_odd": CudaRowwise(
+        5504,
+        norm="rms",
+        gamma=True,
+        quantize="token",
+        out="float32",
+        kronecker=(64, 86),
+        config=KroneckerConfig(2, blocks=3),
+    ),
+    "spread_shared": CudaRowwise(8192, norm="rms", gamma=True, quantize="token", config=SpreadConfig(4)),
     "shared_blocks": CudaRowwise(
         5120,
         gated=True,

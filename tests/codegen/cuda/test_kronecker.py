@@ -58,7 +58,7 @@ def product(
 ) -> np.ndarray:
     """A tile of 32 x 32: ``[row / 8, column of the lane, lane]``."""
     steps = w.steps[side]
-    halves = words.view(np.float16).astype(np.float64).reshape(w.tiles[side], steps, 2, 32, 4, 2)[tile]
+    halves = words.view(np.float16).astype(np.float64).reshape(w.mine[side], steps, 2, 32, 4, 2)[tile]
     out = np.zeros((4, 8, 32))
     columns = LANE % 8 + LANE // 16 * 8
     for s in range(steps):
@@ -77,7 +77,7 @@ def product(
 def tiles(w: KroneckerRows, side: int) -> list[tuple[int, int, int]]:
     """Tiles of all warps of a block, those of a unit by `KroneckerCode._units`."""
     step, other = w.unit[side], w.unit[1 - side]
-    inner, each = w.tiles[1 - side] // other, prod(w.tiles) // prod(w.unit)
+    inner, each = w.mine[1 - side] // other, prod(w.mine) // prod(w.unit)
     found = []
     for number in range(w.rounds * w.config.warps):
         block, within = divmod(number, each)
@@ -90,7 +90,18 @@ def tiles(w: KroneckerRows, side: int) -> list[tuple[int, int, int]]:
 
 def multiply(w: KroneckerRows, x: np.ndarray, packed: dict[str, np.ndarray], rounded: type = np.float64) -> np.ndarray:
     """A row, by the steps of the kernel; elements that none of them writes are not numbers."""
+    parts = [multiply_part(w, rank, x, packed, rounded) for rank in range(w.config.blocks)]
+    written = ~np.isnan(parts)
+    assert (written.sum(0) == 1).all()
+    return np.nansum(parts, 0) * packed["gain"][0]
+
+
+def multiply_part(
+    w: KroneckerRows, rank: int, x: np.ndarray, packed: dict[str, np.ndarray], rounded: type
+) -> np.ndarray:
+    """What one block of those that share a row computes."""
     (n1, n2), half = w.sizes, TILE // 2
+    own = packed["right"].reshape(w.tiles[1], -1)[rank * w.mine[1] :][: w.mine[1]].reshape(-1)
     shared = np.zeros(2 * w.words)  # `KroneckerCode._clear`
     row, column = np.divmod(np.arange(w.width), n2)
     row = row // n1 * (w.tiles[0] * TILE) + row % n1
@@ -98,11 +109,11 @@ def multiply(w: KroneckerRows, x: np.ndarray, packed: dict[str, np.ndarray], rou
     turned = {}
     for block, first, second in tiles(w, 1):
         place = (block * w.tiles[0] + second) * (TILE * w.row_pitch // 2)
-        turned[block, first, second] = product(w, 1, packed["right"], first, shared, place, w.row_pitch)
+        turned[block, first, second] = product(w, 1, own, first, shared, place, w.row_pitch)
     if w.config.overlaid:
         shared[:] = np.nan
     for (block, first, second), sums in turned.items():
-        line = (block * w.tiles[1] + first) * TILE + G
+        line = (block * w.mine[1] + first) * TILE + G
         place = w.turned_at + line * (w.turned_pitch // 2) + second * half + THREAD
         for h in range(4):
             for c in range(8):
@@ -110,15 +121,15 @@ def multiply(w: KroneckerRows, x: np.ndarray, packed: dict[str, np.ndarray], rou
                 shared[2 * at + c % 2] = sums[h, c].astype(rounded)
     out = np.full(w.width, np.nan)
     for block, first, second in tiles(w, 0):
-        place = w.turned_at + (block * w.tiles[1] + second) * TILE * (w.turned_pitch // 2)
+        place = w.turned_at + (block * w.mine[1] + second) * TILE * (w.turned_pitch // 2)
         sums = product(w, 0, packed["left"], first, shared, place, w.turned_pitch)
         for h in range(4):
             for c in range(8):
-                line, column = first * TILE + 8 * h + G, second * TILE + 8 * THREAD + c
+                line, column = first * TILE + 8 * h + G, (rank * w.mine[1] + second) * TILE + 8 * THREAD + c
                 inside = (line < n1) & (column < n2)
                 assert (np.abs(sums[h, c][~inside]) == 0).all()  # they count among the largest
                 out[((block * n1 + line) * n2 + column)[inside]] = sums[h, c][inside]
-    return out * packed["gain"][0]
+    return out
 
 
 def expected(x: np.ndarray, left: np.ndarray, right: np.ndarray) -> np.ndarray:
@@ -129,11 +140,14 @@ def expected(x: np.ndarray, left: np.ndarray, right: np.ndarray) -> np.ndarray:
 SIZES = st.integers(1, 70)
 
 
-@given(SIZES, SIZES, st.integers(1, 3), st.booleans(), st.booleans(), st.integers(0, 1000))
+@given(SIZES, SIZES, st.integers(1, 3), st.booleans(), st.booleans(), st.integers(1, 3), st.integers(0, 1000))
 @settings(max_examples=25, deadline=None)
-def test_rows_are_multiplied(first: int, second: int, blocks: int, overlaid: bool, paired: bool, seed: int) -> None:
+def test_rows_are_multiplied(
+    first: int, second: int, blocks: int, overlaid: bool, paired: bool, sharing: int, seed: int
+) -> None:
     """Small integers, so that float16 holds the matrices and float64 everything else."""
-    config = KroneckerConfig(4, overlaid=overlaid, paired=paired)
+    sharing = sharing if -(-second // TILE) % sharing == 0 else 1
+    config = KroneckerConfig(4, overlaid=overlaid, paired=paired, blocks=sharing)
     w = KroneckerRows(first * second * blocks, (first, second), config)
     rng = np.random.default_rng(seed)
     left, right = (rng.integers(-4, 5, (n, n)).astype(np.float32) for n in w.sizes)
@@ -257,7 +271,11 @@ def test_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("QCOMPILE_CUDA_CACHE", str(tmp_path))
     kernel = CudaRowwise(8192, kronecker=(64, 128), quantize="token", dtype="float16")
     text = source({"mix": kernel}, TARGETS["sm_90a"]).read_text()
-    assert "mma_sync_aligned_m16n8k16" in text and "if (rows <= 132) return __tvm_ffi_mix_0" in text
+    assert "mma_sync_aligned_m16n8k16" in text
+    for i, (rows, variant) in enumerate(kernel.variants(TARGETS["sm_90a"])):
+        call = f"return __tvm_ffi_mix_{i}(self, args, count, result);"
+        assert (f"if (rows <= {rows}) {call}" if rows else call) in text
+        assert (f"__cluster_dims__(1, {variant.shares}, 1)" in text) or variant.shares == 1
     assert "left" in text and "gain" in text and "griddepcontrol" in text
 
 

@@ -93,6 +93,10 @@ def candidates(problem: LinearProblem, target: CudaTarget, rows: int, count: int
         both = [(n, c) for n, c in first if "persistent" not in n and "planes" not in n]
         early = [(n, {**c, "overlap": not c.get("overlap")}) for n, c in both][: -(-count // 2)]
         more += early
+        # And a third where x or the next kernel comes at another time.
+        third = -(-count // 3)
+        more += [(n, {**c, "late": True}) for n, c in first if "shared" in n][:third]
+        more += [(n, {**c, "early": 1}) for n, c in first if "sliced" in n][:third]
     return [Entry(rows, name, {**config, "out": "float16"}) for name, config in first + more]
 
 

@@ -126,7 +126,7 @@ class SlicedShape(LinearShape):
         chunks = BLOCK // self.chunk
         planes = len(self.layout.planes)
         held = self.code_bytes // 128 + chunks * self.meta_bytes // 4 + 4 + 4 * planes
-        return 38 + 2 * self.tn + self.wide * held + (QUADS + 4 * chunks) * planes
+        return 27 + 2 * self.tn + self.wide * held + (QUADS + 4 * chunks) * planes
 
 
 class SlicedLinear(CudaLinear):

@@ -103,6 +103,7 @@ def test_model_reads_the_packed_weights(
 ) -> None:
     """``model.onnx`` holds no weights of its own, and means what the quantized stage means."""
     monkeypatch.setattr(Plan, "functions", lambda self, prefix="": {})  # no code is looked at
+    monkeypatch.setattr(Plan, "clusters", lambda self, prefix="": {})
     model = quantized(recipe, weight=weight)
     program = build_cuda_program(lower(model), get_target("cuda", variant="sm_90a"))
     arrays = {name: a for name, a in program.params.items() if not name.startswith("workspace.")}

@@ -2,6 +2,7 @@
 
     python benchmarks/cuda_rowwise.py --prepare                 without a GPU: generate the sources
     python benchmarks/cuda_rowwise.py [--out results.jsonl]     measure
+    python benchmarks/cuda_rowwise.py --candidates              measure clusters that are not chosen yet
 
 A float16 tensor is read and int8 codes (of 8 or 4 bits) are written; `copy` reads and writes the float16 tensor, by torch.
 Kronecker products are also compared with torch: two products of float16 matrices, then the quantizer as tensor operations, and as the row
@@ -18,7 +19,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qcompile.codegen.kernels.cuda import build, rowwise
-from qcompile.codegen.kernels.cuda.rowwise import CudaRowwise
+from qcompile.codegen.kernels.cuda.kronecker import shared_config
+from qcompile.codegen.kernels.cuda.rotation import RotationConfig
+from qcompile.codegen.kernels.cuda.rowwise import CudaRowwise, SpreadConfig
 from qcompile.kernels import quantize_rows
 from qcompile.passes.learn.mixing import balanced
 from qcompile.targets.cuda import TARGETS
@@ -50,6 +53,40 @@ KERNELS = (
     }
 )
 
+GATHERED = {"ahead": True, "gathered": True, "staged": True}
+
+CANDIDATES = (
+    {
+        f"hadamard{width}_by{blocks}": CudaRowwise(
+            width,
+            hadamard=width,
+            quantize="token",
+            dtype="float16",
+            config=RotationConfig(warps, 1, blocks=blocks, **GATHERED),
+        )
+        for width in (14336, 28672)
+        for warps, blocks in ((7, 8), (4, 8), (14, 4), (7, 4))
+    }
+    | {
+        f"kronecker{width}_shared": CudaRowwise(
+            width,
+            kronecker=balanced(width),
+            quantize="token",
+            dtype="float16",
+            config=shared_config(width, balanced(width), TARGETS["sm_90a"], True),
+        )
+        for width in WIDTHS
+    }
+    | {
+        f"rms{width}_by{blocks}": CudaRowwise(
+            width, norm="rms", gamma=True, quantize="token", dtype="float16", config=SpreadConfig(blocks)
+        )
+        for width in (4096, 8192)
+        for blocks in (1, 2, 4, 8)
+    }
+)
+"""Configs of clusters that no rule chooses yet, for few rows."""
+
 QUANTIZERS = {
     f"quantize{width}_int{bits}": CudaRowwise(width, quantize="token", bits=bits, dtype="float16")
     for width in WIDTHS
@@ -77,11 +114,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", default="sm_90a", choices=list(TARGETS))
     parser.add_argument("--prepare", action="store_true")
+    parser.add_argument("--candidates", action="store_true", help="measure `CANDIDATES` instead, up to 64 rows")
     parser.add_argument("--only", default="", help="beginning of the names of kernels to measure")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     target = TARGETS[args.arch]
-    source = rowwise.source(KERNELS | QUANTIZERS | COPIES, target)
+    measured = CANDIDATES if args.candidates else KERNELS
+    source = rowwise.source(measured | QUANTIZERS | COPIES, target)
     if args.prepare:
         print(source)
         return
@@ -91,8 +130,8 @@ def main() -> None:
 
     module = build.load(build.compile_library(source, target))
     print("device", torch.cuda.get_device_name(), "torch", torch.__version__)
-    for name, kernel in KERNELS.items():
-        for m in ROWS if name.startswith(args.only) else ():
+    for name, kernel in measured.items():
+        for m in (r for r in ROWS if name.startswith(args.only) and r <= (64 if args.candidates else ROWS[-1])):
             count = max(2, -(-CACHE // (m * kernel.width * 2))) if m >= 256 else 64
             xs = [torch.randn(m, kernel.width, device="cuda", dtype=torch.float16) for _ in range(count)]
             gamma = [torch.rand(kernel.width, device="cuda")] if kernel.gamma else []

@@ -220,16 +220,12 @@ def kronecker_configs(
     """Configs for up to so many rows, in this order; the last one takes any number. ``direct``: elements are float16 that are multiplied
     as they are loaded.
 
-    The rule fits what was fastest of 60 candidates on an H200 at 4096, 8192, 11008, 14336 and 28672: a cluster per row where rows are
-    few, then a block per row and multiprocessor, then as many as registers allow; pairs of tiles where a row is much work.
+    The rule fits what was fastest of 37 candidates on an H200 at 4096, 8192, 11008, 14336 and 28672: a block per row and multiprocessor
+    where rows are few, then as many as registers allow; pairs of tiles where a row is much work.
     """
     rows = kronecker_rows(width, sizes)
     assert rows is not None
     count, chosen = rows.blocks * prod(rows.tiles), []
-    sharing = max((n for n in range(1, 9) if rows.tiles[1] % n == 0), default=1) if target.has("cluster") else 1
-    if sharing > 1:
-        config = KroneckerConfig(_warps(count // sharing, 1), ahead=direct, blocks=sharing)
-        chosen.append((target.multiprocessors // sharing, _placed(rows, config, target)))
     even = any(size % 2 == 0 for size in rows.tiles)
     paired = even and (count > 16 or count % 8 == 0)
     config = KroneckerConfig(_warps(count, 2 if paired else 1), ahead=direct, paired=paired)
@@ -242,6 +238,17 @@ def kronecker_configs(
     config = replace(config, resident=fitting) if fitting > 1 else _placed(rows, config, target)
     chosen.append((0, config))
     return [entry for entry, (_, later) in zip(chosen, [*chosen[1:], (0, None)]) if entry[1] != later]
+
+
+def shared_config(width: int, sizes: tuple[int, int], target: CudaTarget, direct: bool) -> KroneckerConfig | None:
+    """Of the largest cluster that shares a row, if there is one; `kronecker_configs` does not choose it, see docs/cuda-results.md."""
+    rows = kronecker_rows(width, sizes)
+    assert rows is not None
+    blocks = max(n for n in range(1, 9) if rows.tiles[1] % n == 0)
+    if blocks == 1 or not target.has("cluster"):
+        return None
+    warps = _warps(rows.blocks * prod(rows.tiles) // blocks, 1)
+    return _placed(rows, KroneckerConfig(warps, ahead=direct, blocks=blocks), target)
 
 
 def _placed(rows: KroneckerRows, config: KroneckerConfig, target: CudaTarget) -> KroneckerConfig:

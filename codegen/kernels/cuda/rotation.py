@@ -253,8 +253,13 @@ def rotation_configs(width: int, order: int, target: CudaTarget, direct: bool) -
     assert best is not None
     chosen = []
     most = max((w for w in found if w.radix == 1 or w.radix >= 12), key=lambda w: w.held, default=best)
+    gathered = direct and width == order and width in GATHERED and target.has("cluster")
+    if gathered:
+        chosen.append((16, RotationConfig(1, GATHERED[width], blocks=8, ahead=True, gathered=True, staged=True)))
     if target.has("cluster") and width >= SHARED_WIDTH:
         for rows, blocks in _sharing(most):
+            if gathered and rows <= 16:
+                continue
             # Two blocks have as many warps as vectors to load, more blocks as many as products.
             work = most.pieces if most.radix > 1 and blocks > 2 else most.tasks
             share = -(-work // blocks)
@@ -266,6 +271,9 @@ def rotation_configs(width: int, order: int, target: CudaTarget, direct: bool) -
     chosen.append((0, _fitting(best, _warps(best, max(8, -(-width // (VECTOR * few)))), direct)))
     return [entry for entry, (_, later) in zip(chosen, [*chosen[1:], (0, None)]) if entry[1] != later]
 
+
+GATHERED = {4096: 2, 8192: 4}
+"""Widths of which up to 16 rows are gathered by eight blocks of one warp, with the vectors that it holds."""
 
 SHARED_WIDTH = 8192
 """From which width on few rows are shared by blocks."""

@@ -22,6 +22,7 @@ from qcompile.codegen.kernels.cuda.kronecker import (
     kronecker_rows,
     neighbours,
     refusal,
+    shared_config,
 )
 from qcompile.codegen.kernels.cuda.rotation import RotationConfig
 from qcompile.codegen.kernels.cuda.rowwise import CudaRowwise, source
@@ -228,6 +229,18 @@ def test_widths_of_models_have_kernels_that_fit(arch: str) -> None:
                 resident = variant.resident
                 assert resident * (variant.shared_bytes + 1024) <= target.shared_sm
                 assert resident * variant.threads <= 2048 and (variant.direct or not variant.ahead)
+
+
+def test_clusters_fit() -> None:
+    for width in (1376, 4096, 11008, 14336, 28672):
+        sizes = balanced(width)
+        config = shared_config(width, sizes, TARGETS["sm_90a"], True)
+        assert config is not None and config.blocks > 1 and shared_config(width, sizes, TARGETS["sm_89"], True) is None
+        kernel = CudaRowwise(width, kronecker=sizes, quantize="token", dtype="float16", config=config)
+        assert kernel.shares == config.blocks and kernel.shared_bytes <= TARGETS["sm_90a"].shared
+        with pytest.raises(TargetError, match="no clusters"):
+            kernel.build(TARGETS["sm_89"], "mix")
+    assert shared_config(384, (16, 24), TARGETS["sm_90a"], True) is None
 
 
 @pytest.mark.parametrize("width", [width for width in range(384, 28673, 1499) if max(balanced(width)) <= 256])

@@ -159,8 +159,8 @@ def source(
         for name, blocks in (resident or {}).items():
             bounds = rf"__launch_bounds__\((\d+)\)( {name}_kernel\()"
             text = re.sub(bounds, rf"__launch_bounds__(\1, {blocks})\2", text)
-        for name, blocks in (clusters or {}).items():
-            x, y = blocks if isinstance(blocks, tuple) else (1, blocks)
+        for name, size in (clusters or {}).items():
+            x, y = size if isinstance(size, tuple) else (1, size)
             text, places = re.subn(
                 rf"(?=__launch_bounds__\([^)]*\) {name}_kernel\()", f"__cluster_dims__({x}, {y}, 1) ", text
             )

@@ -12,6 +12,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 import onnx_ir as ir
+import onnx_ir.passes.common as common_passes
 
 from qcompile.errors import ModelError
 
@@ -62,6 +63,7 @@ def from_proto(proto: Any, name: str, base: Path | None = None) -> ir.Model:
         logger.setLevel(level)
     if base is not None:
         ir.external_data.set_base_dir(model.graph, base.resolve())
+    common_passes.RemoveInitializersFromInputsPass()(model)  # as older exporters write weights: inputs with a default
     return model
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 
 from qcompile import ort
@@ -116,3 +117,14 @@ def test_exports_of_the_older_exporter(
         (got,) = ort.run(result, inputs).values()
         keep = inputs["attention_mask"] != 0
         np.testing.assert_allclose(got[keep], wanted[keep], rtol=1e-4, atol=2e-5)
+
+
+def test_weights_that_are_inputs_with_a_default_are_weights():
+    proto = onnx.parser.parse_model(
+        '<ir_version: 10, opset_import: ["": 20]> g (float[n, 2] x, float[2, 3] w) => (float[n, 3] y)'
+        "<float[2, 3] w = {1, 2, 3, 4, 5, 6}> { y = MatMul (x, w) }"
+    )
+    assert [value.name for value in proto.graph.input] == ["x", "w"]
+    captured = capture(proto)
+    assert [value.name for value in captured.model.graph.inputs] == ["x"]
+    assert captured.model.graph.initializers["w"].const_value.numpy().tolist() == [[1, 2, 3], [4, 5, 6]]

@@ -6,9 +6,9 @@ import json
 import os
 import shutil
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -17,6 +17,9 @@ from qcompile.backends import Runner, get_backend
 from qcompile.errors import ArtifactError
 from qcompile.report import Report
 from qcompile.runtime import TensorSpec
+
+if TYPE_CHECKING:
+    from qcompile.generation import Generation
 
 
 class CompiledModel:
@@ -34,6 +37,12 @@ class CompiledModel:
     def run(self, feeds: Mapping[str, Any]) -> dict[str, np.ndarray]:
         """Run with inputs by name; returns every output by name."""
         return self.program.run(feeds)
+
+    def generate(self, prompt: str | Sequence[int], **options: Any) -> Generation:
+        """Continue a text with a decoder that has a cache; see `qcompile.generation.generate`."""
+        from qcompile.generation import generate
+
+        return generate(self, prompt, **options)
 
     @property
     def program(self) -> Runner:

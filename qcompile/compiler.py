@@ -21,6 +21,7 @@ from qcompile.backends import Job, get_backend
 from qcompile.calibration import Feed, collect, input_specs, load_feeds
 from qcompile.compiled import CompiledModel, load
 from qcompile.errors import CalibrationError, RecipeError, TargetError, UnsupportedOperatorError
+from qcompile.generation import TOKENIZER
 from qcompile.passes.sites import conv_sites, linear_sites, matrix_sites
 from qcompile.progress import Progress
 from qcompile.quantization import (
@@ -190,6 +191,8 @@ def compile(
             with bars.stage("check against float"):
                 samples = feeds[:MAX_CHECK_SAMPLES] or _example(captured.example_inputs)
                 _check(folder, reference, samples, report)
+            if captured.tokenizer is not None and "generation" in captured.source:
+                shutil.copyfile(captured.tokenizer, folder / TOKENIZER)
             _write(folder, report, chosen, machine, captured.source)
         result = load(output, verify=False)
         result.report = report

@@ -161,7 +161,8 @@ def text_encoder(tokenizer: str | os.PathLike[str] | None, inputs: Sequence[Inpu
     encoder.no_padding()
     encoder.no_truncation()
     known = {"input_ids": "ids", "attention_mask": "attention_mask", "token_type_ids": "type_ids"}
-    strange = [i.name for i in inputs if i.name not in known and i.name != "position_ids"]
+    empty = {i.name: _no_past(i) for i in inputs if i.name.startswith("past_key_values.")}
+    strange = [i.name for i in inputs if i.name not in {*known, *empty, "position_ids"}]
     if strange:
         raise CalibrationError(f"cannot make input(s) {', '.join(strange)} from text; pass arrays in a .npz file")
 
@@ -172,6 +173,9 @@ def text_encoder(tokenizer: str | os.PathLike[str] | None, inputs: Sequence[Inpu
             stop = min(start + max_tokens, len(whole.ids))
             feed = {}
             for i in inputs:
+                if i.name in empty:
+                    feed[i.name] = empty[i.name]
+                    continue
                 if i.name == "position_ids":
                     row = list(range(stop - start))
                 else:
@@ -181,6 +185,14 @@ def text_encoder(tokenizer: str | os.PathLike[str] | None, inputs: Sequence[Inpu
         return feeds
 
     return encode
+
+
+def _no_past(spec: InputSpec) -> np.ndarray:
+    """A cache ``(batch, heads, past, size)`` of one sequence that has read nothing yet."""
+    batch, *rest = spec.shape
+    return np.zeros(
+        [1 if isinstance(batch, str) else batch or 1, *(d if isinstance(d, int) else 0 for d in rest)], spec.dtype
+    )
 
 
 def _check(feed: Feed, inputs: Sequence[InputSpec], where: str) -> None:

@@ -142,6 +142,20 @@ def load(directory: Path, *, task: str | None, kv_cache: bool, token_types: bool
     return prepared
 
 
+def generation(directory: Path) -> dict[str, Any]:
+    """How texts of a decoder end: ``ends``, the tokens that end one, and ``positions``, the most it reads (or None)."""
+    facts = _read_json(directory / "config.json")
+    facts = {**facts, **(facts.get("text_config") or {})}
+    chosen = directory / "generation_config.json"
+    ends = (_read_json(chosen) if chosen.is_file() else {}).get("eos_token_id", facts.get("eos_token_id"))
+    ends = ends if isinstance(ends, list) else [ends]
+    positions = facts.get("max_position_embeddings")
+    return {
+        "ends": [end for end in ends if isinstance(end, int)],
+        "positions": positions if isinstance(positions, int) and positions > 0 else None,
+    }
+
+
 def default_task(architecture: str, config: Any) -> str:
     """The task that an architecture's name and the kind of its input imply."""
     if architecture.endswith(("ForCausalLM", "LMHeadModel")):

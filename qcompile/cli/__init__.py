@@ -43,6 +43,7 @@ class Commands(click.Group):
 COMMANDS = {
     "compile": "compile",
     "run": "run",
+    "generate": "generate",
     "bench": "bench",
     "tune": "tune",
     "inspect": "inspect",

@@ -43,13 +43,20 @@ def make_feed(inputs: Sequence[TensorSpec], extents: Mapping[str, int]) -> dict[
     random = np.random.default_rng(0)
     feed = {}
     for spec in inputs:
-        missing = [d for d in spec.shape if isinstance(d, str) and d not in extents]
-        if missing:
+        parts = [part for d in spec.shape if isinstance(d, str) for part in d.split(" + ")]
+        if missing := [part for part in parts if not part.isdigit() and part not in extents]:
             raise InputError(f"give the extent of {missing[0]!r} (of input {spec}), e.g. `--shape {missing[0]}=1`")
-        shape = [d if isinstance(d, int) else extents[d] for d in spec.shape]
+        shape = [_extent(d, extents) for d in spec.shape]
         dtype = np.dtype(spec.dtype)
         feed[spec.name] = random.standard_normal(shape).astype(dtype) if dtype.kind == "f" else np.ones(shape, dtype)
     return feed
+
+
+def _extent(dim: int | str, extents: Mapping[str, int]) -> int:
+    """Of a dimension that may be a sum: ``past + sequence``."""
+    if isinstance(dim, int):
+        return dim
+    return sum(int(part) if part.isdigit() else extents[part] for part in dim.split(" + "))
 
 
 def measure(

@@ -36,7 +36,8 @@ def bench(
     from qcompile.compiled import load
 
     model = load(artifact)
-    symbols = list(dict.fromkeys(d for spec in model.inputs for d in spec.shape if isinstance(d, str)))
+    dims = [d for spec in model.inputs for d in spec.shape if isinstance(d, str)]
+    symbols = list(dict.fromkeys(part for d in dims for part in d.split(" + ") if not part.isdigit()))
     extents = [_extents(text) for text in shapes] or [{s: 1 if i == 0 else 128 for i, s in enumerate(symbols)}]
     points = [Point(tuple(e.items()), t) for e in extents for t in (threads or (1,))]
     peers = None
@@ -47,7 +48,8 @@ def bench(
         source = float_model or model.manifest["source"].get("path")
         if not source:
             raise click.UsageError("the artifact does not say where its float model lies; pass --model")
-        peers = OrtPeers(recognise(capture(source, check=False).model)[0])
+        cached = "generation" in model.manifest["source"]
+        peers = OrtPeers(recognise(capture(source, kv_cache=cached, check=False).model)[0])
     table = compare(model.program, peers, points, seconds=seconds)
     if as_json:
         click.echo(json.dumps(table))

@@ -164,6 +164,13 @@ def test_command(model, tmp_path):
     assert piped.stdout == want + "\n"
 
 
+def test_a_step_is_measured_beside_onnx_runtime_on_the_float_step(model):
+    shape = ("--shape", "batch=1,sequence=1,past=9", "--seconds", "0.05", "--json")
+    (times,) = json.loads(call("bench", model.path, "--against", "onnxruntime", *shape).stdout).values()
+    assert {"qcompile", "ORT float", "ORT int8"} <= times.keys() and min(times.values()) > 0
+    assert "give the extent of 'past'" in call("bench", model.path, "--shape", "batch=1,sequence=1").stderr
+
+
 @pytest.mark.parametrize(
     ("prompt", "options", "message"),
     [

@@ -35,9 +35,6 @@ MOST_ROWS = 128
 DEEPEST = 16
 """Stages of a pipeline."""
 
-COPY_REGISTERS = 24
-"""Of threads that copy, if they leave registers to others; the least there can be."""
-
 RAGGED = 12
 """Multiprocessors that clusters of more than two may leave idle: those of a chip's parts are not a multiple of the cluster."""
 
@@ -57,13 +54,8 @@ class SharedShape(TiledShape):
 
     @property
     def launched(self) -> int:
-        """Threads of a block, the copying warp included, or a group of four of which one copies."""
-        return self.threads + (128 if self.traded else 32)
-
-    @property
-    def traded(self) -> bool:
-        """Whether the threads that copy leave registers to those that multiply, which would not have enough."""
-        return self.wg == 4 and self.mt * self.rows > 64
+        """Threads of a block, the copying warp included."""
+        return self.threads + 32
 
     @property
     def blocks_of_cluster(self) -> tuple[int, int]:
@@ -129,10 +121,7 @@ class SharedShape(TiledShape):
     def most_registers(self) -> int:
         """Of a thread, so that the blocks fit: a quarter of a multiprocessor has 512 for every lane, and whole warps."""
         warps = -(-max(1, self.resident) * self.launched // 128)
-        most = min(255, 512 // warps // 8 * 8)
-        if self.traded:  # what the block is launched with
-            most = ((self.wg + 1) * most - COPY_REGISTERS) // self.wg // 8 * 8
-        return most
+        return min(255, 512 // warps // 8 * 8)
 
 
 class _Shared(TiledLinear):
@@ -210,7 +199,9 @@ class _Shared(TiledLinear):
         chain = stages * (150 + s.mt * s.rows * 2) / min(max(fit, 1), busiest, 2) / clock
         ends = 2.6e-6 + (0.8e-6 if s.split > 1 else 0) + 4 * s.rows * s.columns * busiest / 80 / clock
         # Where another block fits, that of the next kernel begins early.
-        return ends - 0.4e-6 * (busiest < fit) + 1.1 * max(memory, cache, products, chain) + 0.5e-6 * (busiest > fit)
+        ends += 0.5e-6 * (busiest > fit) - 0.4e-6 * (busiest < fit)
+        # More rows were never measured; the blocks of `tiled` are ordered for them.
+        return (ends + 1.1 * max(memory, cache, products, chain)) * (1 if m <= MOST_ROWS else 2)
 
     def scratch(self, problem: LinearProblem, config: dict[str, Any], m: int) -> tuple[int, int]:
         return 1, 1

@@ -11,7 +11,7 @@ from qcompile.codegen.kernels.base import Epilogue
 from qcompile.codegen.kernels.cuda import emit as e
 from qcompile.codegen.kernels.cuda.layout import BLOCK
 from qcompile.codegen.kernels.cuda.ring_code import SWIZZLE_128, TENSOR, RingKernel
-from qcompile.codegen.kernels.cuda.shared import COPY_REGISTERS, SharedShape
+from qcompile.codegen.kernels.cuda.shared import SharedShape
 
 TENSOR_3D = TENSOR.replace("2d", "3d")
 
@@ -52,17 +52,11 @@ class SharedKernel(RingKernel):
         e.ptx("barrier.cluster.arrive.release.aligned")
         with T.If(self.tx >= s.threads):
             with T.Then():
-                self._trade("dec", COPY_REGISTERS)
                 self._copy()
             with T.Else():
-                self._trade("inc", s.most_registers)
                 self._registers()
                 self._loop()
                 self._end()
-
-    def _trade(self, direction: str, registers: int) -> None:
-        if self.s.traded:
-            e.ptx(f"setmaxnreg.{direction}.sync.aligned.u32", registers)
 
     def _before(self) -> None:
         """Describe x and the weights to the copy engine; it reads zeros beyond their ends."""

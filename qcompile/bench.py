@@ -16,7 +16,7 @@ import onnx_ir as ir
 from qcompile import ort
 from qcompile.backends import Runner
 from qcompile.errors import InputError
-from qcompile.runtime import TensorSpec, set_threads
+from qcompile.runtime import TensorSpec, aligned, set_threads
 
 Run = Callable[[Mapping[str, np.ndarray]], Any]
 
@@ -48,7 +48,8 @@ def make_feed(inputs: Sequence[TensorSpec], extents: Mapping[str, int]) -> dict[
             raise InputError(f"give the extent of {missing[0]!r} (of input {spec}), e.g. `--shape {missing[0]}=1`")
         shape = [_extent(d, extents) for d in spec.shape]
         dtype = np.dtype(spec.dtype)
-        feed[spec.name] = random.standard_normal(shape).astype(dtype) if dtype.kind == "f" else np.ones(shape, dtype)
+        values = random.standard_normal(shape).astype(dtype) if dtype.kind == "f" else np.ones(shape, dtype)
+        feed[spec.name] = aligned(values)  # as what programs return, such as a cache, is
     return feed
 
 

@@ -1,0 +1,69 @@
+// What row kernels are written in, beside `blocks.h`: products and matrices of a warp, pairs of float16, reductions.
+#include "blocks.h"
+#include <cmath>
+
+struct nv_bfloat16 { ushort bits; };
+static float part(uint word, int i) {
+  half value;
+  ushort bits = word >> 16 * i;
+  return memcpy(&value, &bits, 2), (float)value;
+}
+template <typename Operation>
+static uint pairwise(Operation operation) { return pair(operation(1), operation(0)); }
+
+static int lane() { return threadIdx.x % 32; }
+template <typename T>
+static T exchanged(T value, int other) {
+  memcpy(&warp().words[lane()], &value, 4);
+  warp_sync();
+  memcpy(&value, &warp().words[other], 4);
+  warp_sync();
+  return value;
+}
+#define __shfl_xor_sync(mask, value, other) exchanged(value, lane() ^ (other))
+static uint __reduce_max_sync(uint, uint value) {
+  for (int other = 16; other; other /= 2) value = max(value, __shfl_xor_sync(0, value, other));
+  return value;
+}
+
+// mma.m16n8k16 with float32 sums: sum c is that of row g + 8 (c / 2), column 2 t + c % 2.
+struct Operands { uint a[32][4], b[32][2]; };
+static Operands operands[LIMIT][32];
+static void product(float (&sums)[4], const uint (&a)[4], const uint (&b)[2]) {
+  Operands& all = operands[rank][threadIdx.x / 32];
+  int g = lane() / 4, t = lane() % 4;
+  memcpy(all.a[lane()], a, 16);
+  memcpy(all.b[lane()], b, 8);
+  warp_sync();
+  for (int c = 0; c < 4; c++) for (int h = 0; h < 2; h++) for (int i = 0; i < 4; i++) {
+    uint x = all.a[4 * g + i][2 * h + c / 2], y = all.b[4 * (2 * t + c % 2) + i][h];
+    sums[c] += part(x, 0) * part(y, 0) + part(x, 1) * part(y, 1);
+  }
+  warp_sync();
+}
+
+// ldmatrix and stmatrix of four matrices; lane l names row l % 8 of matrix l / 8.
+static uchar* row_of(int matrix, int row) { return place(warp().words[8 * matrix + row], 16); }
+static void load_matrices(uint (&words)[4], uint address, bool turned) {
+  int g = lane() / 4, t = lane() % 4;
+  warp().words[lane()] = address;
+  warp_sync();
+  for (int i = 0; i < 4; i++) {
+    ushort both[2];
+    for (int k = 0; k < 2; k++) memcpy(&both[k], row_of(i, turned ? 2 * t + k : g) + 2 * (turned ? g : 2 * t + k), 2);
+    memcpy(&words[i], both, 4);
+  }
+  warp_sync();
+}
+static void store_matrices(uint address, const uint (&words)[4]) {
+  warp().words[lane()] = address;
+  warp_sync();
+  for (int i = 0; i < 4; i++) memcpy(row_of(i, lane() / 4) + 4 * (lane() % 4), &words[i], 4);
+  warp_sync();
+}
+static uint permuted(uint a, uint b, uint select) {
+  uint64_t bytes = (uint64_t)b << 32 | a, out = 0;
+  for (int i = 0; i < 4; i++) out |= (bytes >> 8 * (select >> 4 * i & 7) & 255) << 8 * i;
+  return out;
+}
+static float largest(float a, float b) { return a != a ? a : b != b ? b : fmaxf(a, b); }

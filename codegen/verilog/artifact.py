@@ -70,7 +70,7 @@ def _test_bench(imported: Imported, netlist: Netlist, vectors: Mapping[str, np.n
 def describe(imported: Imported, netlist: Netlist) -> dict[str, Any]:
     """Every node and the whole: shapes, exact ranges, widths, folding, cycles and estimated area."""
     program, target = imported.program, netlist.target
-    line = timing.evaluate(netlist)
+    line = timing.evaluate(netlist, 4)
     nodes = []
     total = area.Area()
     for node in program.nodes:

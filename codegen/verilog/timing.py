@@ -42,12 +42,13 @@ class Timeline:
         return max(self.taken[c.name][-1] for c in netlist.outputs) - first + 1
 
     def interval(self, netlist: Netlist) -> int:
-        """Cycles between the last beats of the last two frames."""
-        ends = []
+        """The most cycles between the last beats of two frames, in the second half of the frames."""
+        found = 0
         for c in netlist.outputs:
-            taken = self.taken[c.name]
-            ends.append(taken[-1] - taken[-1 - c.beats] if self.frames > 1 else taken[-1])
-        return max(ends)
+            ends = np.array(self.taken[c.name][c.beats - 1 :: c.beats])
+            gaps = np.diff(ends)[-max(1, self.frames // 2) :] if self.frames > 1 else ends
+            found = max(found, int(gaps.max()))  # a FIFO that is too short may delay every other frame only
+        return found
 
     def latency(self, netlist: Netlist) -> int:
         """From the cycle the first beat enters to the one the first frame is complete, both counted."""
@@ -182,7 +183,7 @@ def size_fifos(netlist: Netlist, frames: int = 4, trials: int = 80) -> Timeline:
 
     Args:
         netlist: its depths are replaced.
-        frames: evaluated, at least; the last two are in the steady state, so where frames follow one another faster than
+        frames: evaluated, at least; the second half is in the steady state, so where frames follow one another faster than
             they pass through, more are.
         trials: evaluations spent on making FIFOs smaller.
     """

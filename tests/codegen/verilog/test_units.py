@@ -162,6 +162,13 @@ def chain(rng):
     return Program("chain", (x,), tuple(nodes), ("c",))
 
 
+def test_frames_are_as_far_apart_as_the_later_one_of_two():
+    netlist = Netlist("dut")
+    netlist.outputs.append(netlist.input("y", 1, IntType(8, True), 2))
+    late_every_other_time = {"y": [8, 10, 18, 20, 29, 31, 39, 41]}
+    assert timing.Timeline(4, taken=late_every_other_time).interval(netlist) == 11
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("device", ["ecp5-85k", "xc7"])  # adders of two and of three
 def test_constant_layers_in_a_row_are_one_pipeline(device, tmp_path):

@@ -64,8 +64,8 @@ def test_tables_of_7_series_equal_the_portable_adder(tmp_path):
                 "proc; flatten; rename -top side; opt_clean"
             )
             script += [
-                f"design -reset; read_verilog -defer {RTL / 'ternary_adder.v'}; {choose}; design -stash gold",
-                f"read_verilog -defer {RTL / 'xc7' / 'ternary_adder.v'}; read_verilog cells.v; {choose}; design -stash gate",
+                f'design -reset; read_verilog -defer "{RTL / "ternary_adder.v"}"; {choose}; design -stash gold',
+                f'read_verilog -defer "{RTL / "xc7" / "ternary_adder.v"}"; read_verilog cells.v; {choose}; design -stash gate',
                 "design -copy-from gold -as gold side; design -copy-from gate -as gate side",
                 "miter -equiv -flatten gold gate miter; hierarchy -top miter; sat -verify -prove trigger 0 miter",
             ]

@@ -31,20 +31,24 @@ from qcompile.codegen.kernels.cpu.look_up import LookUpGemm, over_tiles
 from qcompile.codegen.kernels.cpu.lut import PAIR, PlanePanels
 from qcompile.codegen.kernels.cpu.superblocks import planes_of
 from qcompile.codegen.kernels.cpu.tail import finish
+from qcompile.codegen.kernels.x86.instructions import prefetch
 from qcompile.codegen.kernels.x86.lut_micro import LutEmission, micro
 from qcompile.codegen.kernels.x86.lut_sums import LANES
 from qcompile.codegen.kernels.x86.lut_tables import BYTES, TableBuffers
 from qcompile.targets.target import Target
 
 CACHE = 256 << 10
-"""Bytes the tables of a block of rows may take."""
+"""Bytes the tables of a block of rows may take, and those of weights whose pages may be asked for at once."""
+
+PAGE = 4096
 
 
 class LutGemm(LookUpGemm):
     """``vpshufb`` on 256- or 512-bit registers.
 
     Config: ``bytes`` of a register, ``columns`` of a panel in registers of int32 lanes, ``rows`` of a tile, ``streams``:
-    panels a single row takes at once, ``block_rows`` whose tables are built together, ``prefetch`` bytes ahead, ``scales`` (``float16`` or ``float32``, of groups).
+    panels a single row takes at once, ``block_rows`` whose tables are built together, ``prefetch`` bytes ahead, ``scales`` (``float16`` or ``float32``, of groups),
+    ``pages``: whether a single row asks for the first line of every page of weights before its tables are built (False if left out).
     """
 
     name = "x86-lut"
@@ -102,13 +106,15 @@ class LutGemm(LookUpGemm):
         table = -(-problem.k // PAIR) * BYTES
         block = max(4, min(16, CACHE // table // 4 * 4))
         fixed = {"bytes": size, "block_rows": block}
-        return [
+        found: list[dict[str, Any]] = [
             {**fixed, "columns": width, "rows": rows, "streams": streams, "prefetch": ahead, "scales": kind}
             for kind in self.scale_kinds(problem)
             for width in order
             for ahead, streams in itertools.product((2048, 1024, 4096, 0), self.streams(problem, width))
             for rows in (4, 2)
         ]
+        small = problem.k * problem.n * planes.bits <= 8 * CACHE and (problem.m or 1) == 1
+        return found + ([{**config, "pages": True} for config in found] if small else [])
 
     def streams(self, problem: LinearProblem, width: int) -> list[int]:
         """Numbers of panels a single row takes at once."""
@@ -154,6 +160,9 @@ class LutGemm(LookUpGemm):
         with T.serial(T.truncdiv(m + (block - 1), block)) as index:
             start = v.let(index * block)
             here = v.let(T.min(m - start, block))
+            if config.get("pages"):
+                with T.If(here == 1), T.Then():
+                    _ask_for_pages(panels, names["weight"])
             with T.serial(here) if problem.threads == 1 else T.parallel(here) as row:
                 tables.build(names["x"], start + row, row)
             self._panels(e, start, here)
@@ -183,6 +192,12 @@ class LutGemm(LookUpGemm):
                     lambda first, rows: micro(tile, panel, first, rows),
                     lambda first, rows: finish(e.problem, e.names, tile.tile, p, LANES, panel, start + first, rows),
                 )
+
+
+def _ask_for_pages(panels: PlanePanels, weight: Any) -> None:
+    step = max(1, PAGE // panels.pair_bytes)
+    with T.serial(panels.count) as panel, T.serial(-(-panels.pairs // step)) as page:
+        prefetch(weight, [panel, page * step, 0])
 
 
 def _largest(problem: LinearProblem) -> int:

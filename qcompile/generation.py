@@ -180,8 +180,10 @@ class Generation:
                 yield piece
 
     def ids(self) -> Iterator[int]:
-        """Tokens, one after the other."""
-        random, pace, room = np.random.default_rng(self.sampling.seed), self.pace, self.longest
+        """Tokens, one after the other; from the start whenever it is called."""
+        random, room = np.random.default_rng(self.sampling.seed), self.longest
+        self.tokens, self.pace = [], Pace()
+        pace = self.pace
         self.decoder.reset()
         start = time.perf_counter()
         logits = self.decoder.read(np.array([self.prompt], np.int64))

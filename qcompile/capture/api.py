@@ -178,8 +178,8 @@ def _from_directory(
         "files": file_hashes([directory / "config.json", *huggingface.weight_files(directory)]),
         "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers", "onnxscript")},
     }
-    if kv_cache:
-        source["generation"] = huggingface.generation(directory)
+    if prepared.generation is not None:
+        source["generation"] = prepared.generation
     if check:
         source["parity"] = check_parity(model, prepared.module, prepared.examples, str(path), prepared.padding_input)
     tokenizer = directory / "tokenizer.json"

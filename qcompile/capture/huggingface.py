@@ -40,6 +40,7 @@ class Prepared:
     strip_prefix: str = "model."
     renamed_dims: dict[str, str] = field(default_factory=dict)
     padding_input: int | None = None
+    generation: dict[str, Any] | None = None
 
 
 def model_directory(directory: Path) -> tuple[Path, bool]:
@@ -137,21 +138,19 @@ def load(directory: Path, *, task: str | None, kv_cache: bool, token_types: bool
     else:
         types = token_types if token_types is not None else getattr(config, "type_vocab_size", 0) > 1
         prepared = _text(model, config, "logits" if task == "classification" else "last_hidden_state", types, False)
+    if kv_cache:
+        prepared.generation = _generation(model, config)
     prepared.task = task
     prepared.architecture = architecture or type(model).__name__
     return prepared
 
 
-def generation(directory: Path) -> dict[str, Any]:
+def _generation(model: Any, config: Any) -> dict[str, Any]:
     """How texts of a decoder end: ``ends``, the tokens that end one, and ``positions``, the most it reads (or None)."""
-    facts = _read_json(directory / "config.json")
-    facts = {**facts, **(facts.get("text_config") or {})}
-    chosen = directory / "generation_config.json"
-    ends = (_read_json(chosen) if chosen.is_file() else {}).get("eos_token_id", facts.get("eos_token_id"))
-    ends = ends if isinstance(ends, list) else [ends]
-    positions = facts.get("max_position_embeddings")
+    ends = getattr(model.generation_config, "eos_token_id", None)
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
     return {
-        "ends": [end for end in ends if isinstance(end, int)],
+        "ends": [end for end in (ends if isinstance(ends, list) else [ends]) if isinstance(end, int)],
         "positions": positions if isinstance(positions, int) and positions > 0 else None,
     }
 

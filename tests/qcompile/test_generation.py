@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 import qcompile
 from qcompile import generation, ort
+from qcompile.capture import huggingface
 from qcompile.cli import cli
 from qcompile.errors import InputError
 from qcompile.generation import Decoder, Sampling
@@ -96,6 +97,17 @@ def test_it_is_the_text_of_the_float_model(model, folder):
         assert ids[at] == logits[at - 1].argmax() or best[-1] - best[-2] < 0.1 * np.abs(best).max()
 
 
+@pytest.mark.parametrize("ends", [END, [END, 5]])
+def test_what_ends_a_text_is_read_whatever_the_model_calls_it(ends, tmp_path):
+    """GPT-2 says ``n_positions``; a generation_config.json has the last word on the tokens."""
+    config = transformers.GPT2Config(vocab_size=8, n_positions=17, n_embd=8, n_layer=1, n_head=1, eos_token_id=3)
+    small = transformers.GPT2LMHeadModel(config)
+    small.generation_config.eos_token_id = ends
+    small.save_pretrained(tmp_path)
+    prepared = huggingface.load(tmp_path, task=None, kv_cache=True, token_types=None)
+    assert prepared.generation == {"ends": ends if isinstance(ends, list) else [ends], "positions": 17}
+
+
 def test_a_text_ends_where_the_model_ends_it(model):
     facts = model.manifest["source"]["generation"]
     assert facts == {"ends": [END], "positions": POSITIONS}
@@ -143,6 +155,8 @@ def test_draws_follow_the_probabilities_and_the_seed(model):
         "".join(model.generate("the lazy dog", temperature=2.0, seed=seed, max_new_tokens=8)) for seed in (1, 1, 2)
     ]
     assert texts[0] == texts[1] != texts[2]
+    again = model.generate("the lazy dog", temperature=2.0, seed=1, max_new_tokens=8)
+    assert "".join(again) == "".join(again) == texts[0] and len(again.tokens) == again.pace.written
     assert "".join(model.generate("the lazy dog", temperature=2.0, top_k=1, max_new_tokens=8)) == "".join(
         model.generate("the lazy dog", max_new_tokens=8)
     )

@@ -197,3 +197,20 @@ def activate(value: Any, epilogue: Epilogue) -> Any:
         inner = T.float32(0.7978845608028654) * (value + T.float32(0.044715) * value * value * value)
         return T.float32(0.5) * value * (T.float32(1) + T.tanh(inner))
     return value
+
+
+def words_of(count: int) -> str:
+    """How PTX names so many words of an instruction at once."""
+    return f".v{count}" if count > 1 else ""
+
+
+def store_bytes(place: Any, bytes_: Sequence[Any]) -> None:
+    """Write the low bytes of 4 or 8 words one after another."""
+    pairs = Registers((len(bytes_) // 2,), "uint32")
+    for h in range(len(bytes_) // 2):
+        ptx("prmt.b32", pairs[h], bytes_[2 * h], bytes_[2 * h + 1], u32(0x0040))
+    count = len(bytes_) // 4
+    words = Registers((count,), "uint32")
+    for h in range(count):
+        ptx("prmt.b32", words[h], pairs[2 * h], pairs[2 * h + 1], u32(0x5410))
+    ptx(f"st.global{words_of(count)}.b32", place, *[words[h] for h in range(count)])

@@ -224,7 +224,7 @@ class KroneckerCode(ScaledRows):
             for start in range(0, 8, size):
                 with T.If(self.column + start < n2), T.Then():
                     if size == 4:
-                        self._store_bytes(self.codes, self.row, at + start, codes[start : start + 4])
+                        e.store_bytes(self.codes.ptr_to([self.row, at + start]), codes[start : start + 4])
                         continue
                     for i in range(start, start + size):
                         B.buffer_store(self.codes, T.cast(T.cast(codes[i], "int32"), "int8"), [self.row, at + i])

@@ -250,18 +250,3 @@ class WarpRotate(Cluster):
                 for k in range(w.tiles):
                     pair = [operand[k, j, c] for c in range(2)]
                     self._multiply(sums, self.points[m, k], pair, sums if k else None)
-
-    def _store_bytes(self, codes: Any, row: Any, at: Any, bytes_: list[Any]) -> None:
-        """Codes of 4 or 8 neighbours, in the low bytes of words."""
-        pairs = e.Registers((len(bytes_) // 2,), "uint32")
-        for h in range(len(bytes_) // 2):
-            e.ptx("prmt.b32", pairs[h], bytes_[2 * h], bytes_[2 * h + 1], e.u32(0x0040))
-        words = e.Registers((len(bytes_) // 4,), "uint32")
-        for h in range(len(bytes_) // 4):
-            e.ptx("prmt.b32", words[h], pairs[2 * h], pairs[2 * h + 1], e.u32(0x5410))
-        count = len(bytes_) // 4
-        e.ptx(
-            "st.global" + (f".v{count}" if count > 1 else "") + ".b32",
-            codes.ptr_to([row, at]),
-            *[words[h] for h in range(count)],
-        )

@@ -142,7 +142,7 @@ class _Kernel(Cluster):
         elements = self.k.vector * size // count
         for part in range(count // size):
             place = buffer.ptr_to([*index[:-1], index[-1] + part * elements])
-            e.ptx(f"ld.global.nc{_times(size)}.b32", *[words[part * size + i] for i in range(size)], place)
+            e.ptx(f"ld.global.nc{e.words_of(size)}.b32", *[words[part * size + i] for i in range(size)], place)
         return [words[i] for i in range(count)]
 
     def _write(self, buffer: Any, at: Any, values: list[Any], dtype: str) -> None:
@@ -156,7 +156,7 @@ class _Kernel(Cluster):
         for start in range(0, len(words), 4):
             part = words[start : start + 4]
             place = buffer.ptr_to([self.row, at + start * len(values) // len(words)])
-            e.ptx(f"st.global{_times(len(part))}.b32", place, *part)
+            e.ptx(f"st.global{e.words_of(len(part))}.b32", place, *part)
 
     def _load(self) -> None:
         k = self.k
@@ -285,22 +285,6 @@ class _Kernel(Cluster):
 
         self._each(scale)
 
-    def _store_bytes(self, codes: Any, row: Any, at: Any, bytes_: list[Any]) -> None:
-        """Codes of 4 or 8 neighbours, in the low bytes of words."""
-        pairs = e.Registers((len(bytes_) // 2,), "uint32")
-        for h in range(len(bytes_) // 2):
-            e.ptx("prmt.b32", pairs[h], bytes_[2 * h], bytes_[2 * h + 1], e.u32(0x0040))
-        words = e.Registers((len(bytes_) // 4,), "uint32")
-        for h in range(len(bytes_) // 4):
-            e.ptx("prmt.b32", words[h], pairs[2 * h], pairs[2 * h + 1], e.u32(0x5410))
-        count = len(bytes_) // 4
-        e.ptx(f"st.global{_times(count)}.b32", codes.ptr_to([row, at]), *[words[h] for h in range(count)])
-
-
-def _times(count: int) -> str:
-    """How PTX names so many words at once."""
-    return f".v{count}" if count > 1 else ""
-
 
 class _RotatedKernel(_Kernel, RotatedRows):
     """Rows that tensor cores rotate."""
@@ -399,4 +383,4 @@ class _PlainKernel(_Kernel, Butterflies):
         if self.k.vector == 1:
             B.buffer_store(self.codes, T.cast(T.cast(code[c, 0], "int32"), "int8"), [self.row, at])
             return
-        self._store_bytes(self.codes, self.row, at, [code[c, i] for i in range(self.k.vector)])
+        e.store_bytes(self.codes.ptr_to([self.row, at]), [code[c, i] for i in range(self.k.vector)])

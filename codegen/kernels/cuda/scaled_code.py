@@ -46,7 +46,6 @@ class ScaledRows(Cluster, ABC):
     _each: Any
     _read_words: Any
     _reduce: Any
-    _store_bytes: Any
     _multiply_factor: Callable[[], None]
 
     # What a transform does
@@ -242,6 +241,6 @@ class ScaledRows(Cluster, ABC):
         """Eight neighbours."""
         if conditions:
             with T.If(e.all_of(conditions)), T.Then():
-                self._store_bytes(self.codes, self.row, at, codes)
+                e.store_bytes(self.codes.ptr_to([self.row, at]), codes)
         else:
-            self._store_bytes(self.codes, self.row, at, codes)
+            e.store_bytes(self.codes.ptr_to([self.row, at]), codes)

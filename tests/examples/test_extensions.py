@@ -1,5 +1,6 @@
 """The formats and the kernel of examples/ are short files that work without touching the package."""
 
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +12,11 @@ from click.testing import CliRunner
 import qcompile
 from qcompile import extensions
 from qcompile.cli import cli
+from qcompile.codegen import kernels
 from qcompile.codegen.kernels import CPUS, families, register_kernel, select
 from qcompile.codegen.kernels.base import LinearProblem
 from qcompile.errors import ExtensionError, TargetError
-from qcompile.formats import parse_activation, parse_format
+from qcompile.formats import base, parse_activation, parse_format
 from qcompile.targets import x86
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -30,6 +32,19 @@ class Mlp(torch.nn.Module):
 
     def forward(self, x):
         return self.down(torch.relu(self.up(x)))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def registries():
+    """What the extensions add is gone after this file's tests, for others list all formats and kernels."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(base, "_PARSERS", list(base._PARSERS))
+        patch.setattr(base, "_INFO", list(base._INFO))
+        patch.setattr(kernels, "_REGISTERED", {kind: list(known) for kind, known in kernels._REGISTERED.items()})
+        yield
+        for name in [name for name in sys.modules if name.startswith("qcompile_extension_")]:
+            del sys.modules[name]
+    families.cache_clear()
 
 
 @pytest.fixture(scope="module", params=["sf4/g32", "sf3", "log4/g32", "log4"])
@@ -124,8 +139,6 @@ def test_an_extension_is_loaded_once(tmp_path):
     path = tmp_path / "count.py"
     path.write_text("import sys\nsys.count_loads = getattr(sys, 'count_loads', 0) + 1\n")
     assert extensions.load(str(path)) is extensions.load(str(path))
-    import sys
-
     assert sys.count_loads == 1
 
 

@@ -35,6 +35,7 @@ os.environ.setdefault("TVM_NUM_THREADS", str(len(os.sched_getaffinity(0))))
 
 import numpy as np
 import tvm
+from c_products import CProducts
 from peers import ggml, library, ort, read
 
 from qcompile.codegen.kernels import select
@@ -44,6 +45,7 @@ from qcompile.codegen.tune.database import database_for
 from qcompile.codegen.tune.measure import random_weight
 from qcompile.formats import Format, parse_activation, parse_format
 from qcompile.formats.levels import LevelFormat
+from qcompile.runtime import aligned
 from qcompile.targets import x86
 from qcompile.targets.target import Target
 
@@ -78,22 +80,31 @@ def compiled(problem: LinearProblem, target: Target) -> tuple:
     """The choice of `select`, its kernel, the quantizer, and packed weights: the same for any number of rows."""
     choice = select(problem, target, database_for(target))
     family, config = choice.family, choice.config
-    kernel = tvm.compile(family.build(problem, config, target, "gemm"), target=target.tvm())["gemm"]
     quantizer = Rowwise(problem.k, f32_output=False, quantize="token").build(target, "quantize")
-    quantize = tvm.compile(tvm.IRModule({"quantize": quantizer}), target=target.tvm())["quantize"]
-    return choice, kernel, quantize, family.pack(problem, config, random_weight(problem))
+    functions = {"quantize": quantizer, "gemm": family.build(problem, config, target, "gemm")}
+    packed = family.pack(problem, config, random_weight(problem))
+    if problem.threads == 1:
+        return choice, CProducts(functions, target), packed
+    return choice, tvm.compile(tvm.IRModule(functions), target=target.tvm()), packed
 
 
 class Contender:
     """Our kernel for one problem, with weights for ``copies`` products."""
 
+    calls: dict[str, Call]
+
     def __init__(self, problem: LinearProblem, target: Target, m: int, copies: int | None, bytes_wanted: int) -> None:
-        self.choice, kernel, quantize, packed = compiled(problem, target)
+        self.choice, library, packed = compiled(problem, target)
         self.size = sum(array.nbytes for array in packed.values())
         self.copies = copies or -(-bytes_wanted // self.size)
+        x = np.random.default_rng(1).normal(size=(m, problem.k)).astype(np.float32)
+        if isinstance(library, CProducts):
+            own = [[aligned(a.copy()) for a in packed.values()] for _ in range(self.copies)]
+            self.calls = library.calls(aligned(x), own, problem.n)
+            return
+        quantize, kernel = library["quantize"], library["gemm"]
         weights = [[tvm.runtime.tensor(a) for a in packed.values()] for _ in range(self.copies)]
-        rng = np.random.default_rng(1)
-        rows = tvm.runtime.tensor(rng.normal(size=(m, problem.k)).astype(np.float32))
+        rows = tvm.runtime.tensor(x)
         codes, scale = tvm.runtime.empty((m, problem.k), "uint8"), tvm.runtime.empty((m,), "float32")
         out = tvm.runtime.empty((m, problem.n), "float32")
         quantize(rows, codes, scale)
@@ -107,7 +118,7 @@ class Contender:
                 quantize(rows, codes, scale)
                 kernel(codes, scale, *weight, out)
 
-        self.calls: dict[str, Call] = {"ours": both, "kernel": alone}
+        self.calls = {"ours": both, "kernel": alone}
 
 
 def peers(fmt: Format, k: int, n: int, m: int, copies: int, size: int, threads: int, target: Target, args) -> dict:

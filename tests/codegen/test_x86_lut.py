@@ -100,7 +100,7 @@ def test_planes_of_any_shape(spelling, k, n, seed):
 
 
 @pytest.mark.parametrize("spelling", ["int1/g128", "int2/g32", "int2", "int3/g64", "bitplane2/g40", "q2_k"])
-def test_two_panels_at_a_time_and_their_pages_ahead_give_the_same_numbers(spelling):
+def test_two_panels_at_a_time_and_their_lines_asked_for_early_give_the_same_numbers(spelling):
     rng = np.random.default_rng(5)
     fmt, family, k = parse_format(spelling), LutGemm(), 512
     narrow = min(
@@ -110,7 +110,7 @@ def test_two_panels_at_a_time_and_their_pages_ahead_give_the_same_numbers(spelli
     problem = LinearProblem(k, n, fmt, parse_activation("int8"))
     able = [c for c in family.configs(problem, x86.AVX2) if c["columns"] == narrow]
     two, one = (next(c for c in able if c["streams"] == streams) for streams in (2, 1))
-    two = {**two, "pages": True}
+    two = {**two, "early": 2}
     weight = encoded(rng, fmt, k, n)
     for m in (1, 3):
         x, scale = activations(rng, m, k, 200)

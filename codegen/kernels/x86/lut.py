@@ -32,15 +32,13 @@ from qcompile.codegen.kernels.cpu.lut import PAIR, PlanePanels
 from qcompile.codegen.kernels.cpu.superblocks import planes_of
 from qcompile.codegen.kernels.cpu.tail import finish
 from qcompile.codegen.kernels.x86.instructions import prefetch
-from qcompile.codegen.kernels.x86.lut_micro import LutEmission, micro
+from qcompile.codegen.kernels.x86.lut_micro import LINE, LutEmission, micro
 from qcompile.codegen.kernels.x86.lut_sums import LANES
 from qcompile.codegen.kernels.x86.lut_tables import BYTES, TableBuffers
 from qcompile.targets.target import Target
 
 CACHE = 256 << 10
-"""Bytes the tables of a block of rows may take, and those of weights whose pages may be asked for at once."""
-
-PAGE = 4096
+"""Bytes the tables of a block of rows may take, and an eighth of those of weights whose first lines may be asked for while tables are built."""
 
 
 class LutGemm(LookUpGemm):
@@ -48,7 +46,7 @@ class LutGemm(LookUpGemm):
 
     Config: ``bytes`` of a register, ``columns`` of a panel in registers of int32 lanes, ``rows`` of a tile, ``streams``:
     panels a single row takes at once, ``block_rows`` whose tables are built together, ``prefetch`` bytes ahead, ``scales`` (``float16`` or ``float32``, of groups),
-    ``pages``: whether a single row asks for the first line of every page of weights before its tables are built (False if left out).
+    ``early``: lines of weights asked for with every pair of tables, so that memory is not idle until the first of them is used (0 if left out).
     """
 
     name = "x86-lut"
@@ -114,12 +112,18 @@ class LutGemm(LookUpGemm):
             for rows in (4, 2)
         ]
         small = problem.k * problem.n * planes.bits <= 8 * CACHE and (problem.m or 1) == 1
-        return found + ([{**config, "pages": True} for config in found] if small else [])
+        if not small:
+            return found
+        # Asking early pays if the loop then asks further ahead than tables did.
+        early = [{**config, "early": 1, "prefetch": far} for config in found for far in (8192, 4096)]
+        return found + [config for i, config in enumerate(early) if config not in early[:i]]
 
     def streams(self, problem: LinearProblem, width: int) -> list[int]:
         """Numbers of panels a single row takes at once."""
-        several = (2, 4, 1) if self.planes(problem).bits > 2 else (4, 2, 1)
-        return usable(several, problem, -(-problem.n // width))
+        several, panels = (2, 4, 1) if self.planes(problem).bits > 2 else (4, 2, 1), -(-problem.n // width)
+        if problem.threads == 1 and problem.m in (None, 1):
+            return [n for n in several if n <= panels]
+        return usable(several, problem, panels)
 
     def cost(self, problem: LinearProblem, config: dict[str, Any], target: Target, m: int) -> float:
         """The slower of arithmetic and reading the weights, plus building tables and waking the threads.
@@ -157,15 +161,26 @@ class LutGemm(LookUpGemm):
         tables = TableBuffers(panels, self.pairs_per_chunk(problem, panels), block)
         signed, grouped = self.signed(problem, panels), self.grouped(panels.planes)
         e = LutEmission(problem, panels, config, names, m, tables, signed, grouped)
+        ask = (lambda pair: self._ask(panels, config, names, pair)) if config.get("early") else None
         with T.serial(T.truncdiv(m + (block - 1), block)) as index:
             start = v.let(index * block)
             here = v.let(T.min(m - start, block))
-            if config.get("pages"):
-                with T.If(here == 1), T.Then():
-                    _ask_for_pages(panels, names["weight"])
             with T.serial(here) if problem.threads == 1 else T.parallel(here) as row:
-                tables.build(names["x"], start + row, row)
+                tables.build(names["x"], start + row, row, ask)
             self._panels(e, start, here)
+
+    @staticmethod
+    def _ask(panels: PlanePanels, config: dict[str, Any], names: dict[str, Any], pair: Any) -> None:
+        """Ask for a line of scales, and for the next lines of the panels a single row takes first, in turn."""
+        streams, lines = config["streams"], config["early"]
+        if "group_scale" in names:
+            length = LINE // (2 if config["scales"] == "float16" else 4)
+            leading = [0] * (len(names["group_scale"].shape) - 1)
+            prefetch(names["group_scale"], [*leading, pair * length])
+        for line in range(lines):
+            at = v.let(pair * lines + line)
+            panel = T.truncmod(at, streams) * (panels.count // streams)
+            prefetch(names["weight"], [panel, 0, T.truncdiv(at, streams) * LINE])
 
     @staticmethod
     def _panels(e: LutEmission, start: Any, here: Any) -> None:
@@ -192,12 +207,6 @@ class LutGemm(LookUpGemm):
                     lambda first, rows: micro(tile, panel, first, rows),
                     lambda first, rows: finish(e.problem, e.names, tile.tile, p, LANES, panel, start + first, rows),
                 )
-
-
-def _ask_for_pages(panels: PlanePanels, weight: Any) -> None:
-    step = max(1, PAGE // panels.pair_bytes)
-    with T.serial(panels.count) as panel, T.serial(-(-panels.pairs // step)) as page:
-        prefetch(weight, [panel, page * step, 0])
 
 
 def _largest(problem: LinearProblem) -> int:

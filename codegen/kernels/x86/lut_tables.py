@@ -10,6 +10,7 @@ of 255 tells that a table may not fit; such rows are gone through again, one pai
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,8 +56,8 @@ class TableBuffers:
         self.extra = B.alloc_buffer((self.rows, (PARTS - 1) * p.pairs, BYTES), "uint8")
         self.pair = B.alloc_buffer((self.rows, (PARTS - 1) * p.pairs), "int32")
 
-    def build(self, x: Any, at: Any, row: Any) -> None:
-        """Emit the tables of row ``at`` of the codes ``x`` (uint8, signed code + 128) into row ``row`` of the buffers."""
+    def build(self, x: Any, at: Any, row: Any, ask: Callable[[Any], None] | None = None) -> None:
+        """Emit the tables of row ``at`` of the codes ``x`` (uint8, signed code + 128) into row ``row`` of the buffers; ``ask(pair)`` emits what stands beside each."""
         p = self.panels
         load = self._source(x, at)
         worst = Register("uint8", BYTES)
@@ -67,6 +68,8 @@ class TableBuffers:
             shifted.set(v.const(0, 4, "int64"))
             with T.serial(p.pairs_per_group) as i:
                 pair = v.let(group * p.pairs_per_group + i)
+                if ask is not None:
+                    ask(pair)
                 eight = load(pair)
                 magnitude = _magnitude(eight)
                 table = _table(eight, magnitude)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Any
 
@@ -58,12 +59,21 @@ COMMANDS = {
 }
 
 
+class Places(click.types.StringParamType):
+    """Files and modules; in the environment between `os.pathsep`, as in PATH, or where there is none between blanks."""
+
+    def split_envvar_value(self, value: str) -> list[str]:
+        parts = value.split(os.pathsep if os.pathsep in value else None)
+        return [part.strip() for part in parts if part.strip()]
+
+
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="qcompile")
 @click.option("--debug", is_flag=True, help="Show the full traceback of errors.")
 @click.option(
     "--extension",
     "extensions",
+    type=Places(),
     multiple=True,
     metavar="FILE|MODULE",
     envvar="QCOMPILE_EXTENSIONS",

@@ -1,5 +1,6 @@
 """The formats and the kernel of examples/ are short files that work without touching the package."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -121,6 +122,23 @@ def test_the_environment_names_extensions(monkeypatch, tmp_path):
     monkeypatch.setenv("QCOMPILE_EXTENSIONS", str(tmp_path / "mine.py"))
     result = CliRunner().invoke(cli, ["formats"])
     assert result.exit_code == ExtensionError.exit_code and "from mine" in result.output
+
+
+@pytest.mark.parametrize(
+    "value, places",
+    [
+        ("one.py  a.module", ["one.py", "a.module"]),
+        ("my own/one.py:a.module", ["my own/one.py", "a.module"]),
+        ("my own/one.py:", ["my own/one.py"]),
+        ("one.py : a.module", ["one.py", "a.module"]),
+    ],
+)
+def test_the_environment_separates_them_by_blanks_or_as_paths(value, places, monkeypatch):
+    loaded = []
+    monkeypatch.setattr(extensions, "load", loaded.append)
+    monkeypatch.setenv("QCOMPILE_EXTENSIONS", value.replace(":", os.pathsep))
+    assert CliRunner().invoke(cli, ["formats"]).exit_code == 0
+    assert loaded == places
 
 
 @pytest.mark.parametrize(

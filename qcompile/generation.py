@@ -42,6 +42,8 @@ class Sampling:
             raise InputError(f"a temperature is 0 or a positive number, not {self.temperature}")
         if self.top_k < 0:
             raise InputError(f"top_k is a number of tokens, or 0 for all of them, not {self.top_k}")
+        if self.seed < 0:
+            raise InputError(f"a seed is 0 or a positive number, not {self.seed}")
         if not 0 < self.top_p <= 1:
             raise InputError(f"top_p is a probability above 0, at most 1, not {self.top_p}")
 

@@ -194,6 +194,7 @@ def test_a_step_is_measured_beside_onnx_runtime_on_the_float_step(model):
         ([2, -1], {}, "outside of 0..20"),
         ("the", {"temperature": -1.0}, "temperature"),
         ("the", {"temperature": float("nan")}, "temperature"),
+        ("the", {"seed": -1}, "seed"),
         ("the", {"top_p": 0.0}, "top_p"),
         ("the", {"top_k": -1}, "top_k"),
         ("the", {"max_new_tokens": 0}, "max_new_tokens"),

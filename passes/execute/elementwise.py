@@ -1,32 +1,116 @@
-"""Functions of single elements that models rarely use, and other small operators. See `operators.py`."""
+"""Functions of single elements, of one tensor or of several that broadcast."""
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
 
-from qcompile.passes.execute.operators import OPERATORS, _axes, _simple, op
+from qcompile.passes.execute.registry import op, plain
 from qcompile.passes.graph import attribute
 
-__all__ = ["OPERATORS"]
+plain(
+    {
+        "Add": torch.add,
+        "Sub": torch.sub,
+        "Mul": torch.mul,
+        "Relu": torch.relu,
+        "Sigmoid": torch.sigmoid,
+        "Tanh": torch.tanh,
+        "Exp": torch.exp,
+        "Log": torch.log,
+        "Sqrt": torch.sqrt,
+        "Erf": torch.erf,
+        "Neg": torch.neg,
+        "Abs": torch.abs,
+        "Cos": torch.cos,
+        "Sin": torch.sin,
+        "Reciprocal": torch.reciprocal,
+        "Softplus": F.softplus,
+        "Softsign": F.softsign,
+        "HardSwish": F.hardswish,
+        "Mish": F.mish,
+        "Floor": torch.floor,
+        "Ceil": torch.ceil,
+        "Round": torch.round,
+        "Sign": torch.sign,
+        "And": torch.logical_and,
+        "Or": torch.logical_or,
+        "Xor": torch.logical_xor,
+        "Not": torch.logical_not,
+        "Equal": torch.eq,
+        "Greater": torch.gt,
+        "Less": torch.lt,
+        "GreaterOrEqual": torch.ge,
+        "LessOrEqual": torch.le,
+        "IsNaN": torch.isnan,
+        "Identity": lambda x: x,
+        "PRelu": lambda x, s: torch.where(x < 0, s * x, x),
+        "Where": lambda c, a, b: torch.where(c, a, b),
+        "Asinh": torch.asinh,
+        "Acosh": torch.acosh,
+        "Atanh": torch.atanh,
+        "Asin": torch.asin,
+        "Acos": torch.acos,
+        "Atan": torch.atan,
+        "Sinh": torch.sinh,
+        "Cosh": torch.cosh,
+        "Tan": torch.tan,
+        "Erfc": torch.erfc,
+        "Silu": F.silu,
+        "IsInf": torch.isinf,
+        "Dropout": lambda x, *_: x,
+        "Mean": lambda *a: sum(a[1:], a[0]) / len(a),
+    }
+)
 
-for _name, _function in {
-    "Asinh": torch.asinh,
-    "Acosh": torch.acosh,
-    "Atanh": torch.atanh,
-    "Asin": torch.asin,
-    "Acos": torch.acos,
-    "Atan": torch.atan,
-    "Sinh": torch.sinh,
-    "Cosh": torch.cosh,
-    "Tan": torch.tan,
-    "Erfc": torch.erfc,
-    "Silu": F.silu,
-    "IsInf": torch.isinf,
-    "Dropout": lambda x, *_: x,
-    "Mean": lambda *a: sum(a[1:], a[0]) / len(a),
-}.items():
-    _simple(_name, _function)
+
+@op("Div")
+def _div(node, ft, a, b):
+    return a / b if a.is_floating_point() else torch.div(a, b, rounding_mode="trunc")
+
+
+@op("Pow")
+def _pow(node, ft, a, b):
+    return torch.pow(a, b.to(a.dtype))
+
+
+@op("Mod")
+def _mod(node, ft, a, b):
+    return torch.fmod(a, b) if attribute(node, "fmod", 0) else torch.remainder(a, b)
+
+
+@op("Sum")
+def _sum(node, ft, *a):
+    total = a[0]
+    for x in a[1:]:
+        total = total + x
+    return total
+
+
+@op("Max")
+def _max(node, ft, *a):
+    result = a[0]
+    for x in a[1:]:
+        result = torch.maximum(result, x)
+    return result
+
+
+@op("Min")
+def _min(node, ft, *a):
+    result = a[0]
+    for x in a[1:]:
+        result = torch.minimum(result, x)
+    return result
+
+
+@op("LeakyRelu")
+def _leaky(node, ft, x):
+    return F.leaky_relu(x, attribute(node, "alpha", 0.01))
+
+
+@op("Elu")
+def _elu(node, ft, x):
+    return F.elu(x, attribute(node, "alpha", 1.0))
 
 
 @op("Selu")
@@ -44,6 +128,21 @@ def _celu(node, ft, x):
     return x.clamp_min(0) + (alpha * ((x / alpha).exp() - 1)).clamp_max(0)
 
 
+@op("HardSigmoid")
+def _hard_sigmoid(node, ft, x):
+    return torch.clamp(attribute(node, "alpha", 0.2) * x + attribute(node, "beta", 0.5), 0, 1)
+
+
+@op("Gelu")
+def _gelu(node, ft, x):
+    return F.gelu(x, approximate=attribute(node, "approximate", "none"))
+
+
+@op("Swish")
+def _swish(node, ft, x):
+    return x * torch.sigmoid(attribute(node, "alpha", 1.0) * x)
+
+
 @op("ThresholdedRelu")
 def _thresholded_relu(node, ft, x):
     return torch.where(x > attribute(node, "alpha", 1.0), x, torch.zeros_like(x))
@@ -55,29 +154,28 @@ def _shrink(node, ft, x):
     return torch.where(x < -lambd, x + bias, torch.where(x > lambd, x - bias, torch.zeros_like(x)))
 
 
-@op("SpaceToDepth")
-def _space_to_depth(node, ft, x):
-    b, (n, c, h, w) = int(attribute(node, "blocksize")), x.shape  # type: ignore[call-overload]
-    return x.reshape(n, c, h // b, b, w // b, b).permute(0, 3, 5, 1, 2, 4).reshape(n, c * b * b, h // b, w // b)
+@op("Clip")
+def _clip(node, ft, x, low=None, high=None):
+    if low is not None:
+        x = torch.maximum(x, low)
+    return x if high is None else torch.minimum(x, high)
 
 
-@op("DepthToSpace")
-def _depth_to_space(node, ft, x):
-    b, (n, c, h, w) = int(attribute(node, "blocksize")), x.shape  # type: ignore[call-overload]
-    if attribute(node, "mode", "DCR") == "CRD":
-        return x.reshape(n, c // (b * b), b, b, h, w).permute(0, 1, 4, 2, 5, 3).reshape(n, c // (b * b), h * b, w * b)
-    return x.reshape(n, b, b, c // (b * b), h, w).permute(0, 3, 4, 1, 5, 2).reshape(n, c // (b * b), h * b, w * b)
+_TYPES = {
+    2: torch.uint8,
+    3: torch.int8,
+    5: torch.int16,
+    6: torch.int32,
+    7: torch.int64,
+    9: torch.bool,
+}
 
 
-@op("ReduceL1", "ReduceLogSum", "ReduceLogSumExp")
-def _more_reductions(node, ft, x, axes=None):
-    axes = _axes(node, axes)
-    if not axes and attribute(node, "noop_with_empty_axes", 0):
-        return x
-    over = tuple(int(a) for a in axes) if axes else tuple(range(x.dim()))
-    keep = bool(attribute(node, "keepdims", 1))
-    if node.op_type == "ReduceL1":
-        return x.abs().sum(over, keepdim=keep)
-    if node.op_type == "ReduceLogSum":
-        return x.sum(over, keepdim=keep).log()
-    return x.logsumexp(over, keepdim=keep)
+@op("Cast")
+def _cast(node, ft, x):
+    return x.to(_TYPES.get(int(attribute(node, "to")), ft))
+
+
+@op("CastLike")
+def _cast_like(node, ft, x, like):
+    return x.to(like.dtype)

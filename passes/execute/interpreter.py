@@ -91,7 +91,7 @@ def _needed(graph: ir.Graph, wanted: Sequence[str], known: set[str]) -> list[ir.
 
 
 def _execute(model, nodes, lookup, env, float_type, last_use, keep, compute=None) -> None:
-    from qcompile.passes.execute.elementwise import OPERATORS
+    from qcompile.passes.execute.operators import OPERATORS
 
     for k, node in enumerate(nodes):
         domain = "" if node.domain == "ai.onnx" else node.domain

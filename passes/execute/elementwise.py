@@ -164,11 +164,17 @@ def _clip(node, ft, x, low=None, high=None):
 _TYPES = {
     2: torch.uint8,
     3: torch.int8,
+    4: torch.int64,
     5: torch.int16,
     6: torch.int32,
     7: torch.int64,
     9: torch.bool,
+    12: torch.int64,
+    13: torch.int64,
+    21: torch.int8,
+    22: torch.int8,
 }
+"""Integers by ONNX's number, in a type that torch computes with; all others are floats."""
 
 
 @op("Cast")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 
 from qcompile.passes.execute.registry import op
 from qcompile.passes.graph import attribute
@@ -36,16 +35,27 @@ def _gather_nd(node, ft, x, index):
 
 @op("ScatterND")
 def _scatter_nd(node, ft, x, index, updates):
-    accumulate = attribute(node, "reduction", "none") == "add"
-    return x.index_put(tuple(index.unbind(-1)), updates, accumulate=accumulate)
+    """As `_scatter_elements` along one axis, where elements of ``x`` that an index names are neighbours."""
+    named, rest = x.shape[: index.shape[-1]], x.shape[index.shape[-1] :]
+    place = torch.zeros(index.shape[:-1], dtype=torch.int64, device=x.device)
+    for size, part in zip(named, index.to(x.device).unbind(-1)):
+        place = place * size + torch.where(part < 0, part + size, part)
+    flat, new = x.reshape(-1, *rest), updates.reshape(-1, *rest)
+    return _scattered(node, flat, 0, place.reshape(-1, *[1] * len(rest)).expand(new.shape), new).reshape(x.shape)
 
 
 @op("ScatterElements")
 def _scatter_elements(node, ft, x, index, updates):
-    axis = attribute(node, "axis", 0)
-    if attribute(node, "reduction", "none") == "add":
-        return x.scatter_add(axis, index, updates)
-    return x.scatter(axis, index, updates)
+    axis = attribute(node, "axis", 0) % x.dim()
+    return _scattered(node, x, axis, torch.where(index < 0, index + x.shape[axis], index), updates)
+
+
+def _scattered(node, x, axis, index, updates):
+    reduction = attribute(node, "reduction", "none")
+    if reduction == "none":
+        return x.scatter(axis, index, updates)
+    names = {"add": "sum", "mul": "prod", "max": "amax", "min": "amin"}
+    return x.scatter_reduce(axis, index, updates, names[reduction])
 
 
 @op("TopK")
@@ -56,7 +66,10 @@ def _topk(node, ft, x, k):
 
 @op("ArgMax")
 def _argmax(node, ft, x):
-    return x.argmax(attribute(node, "axis", 0), keepdim=bool(attribute(node, "keepdims", 1)))
+    axis, keep = attribute(node, "axis", 0), bool(attribute(node, "keepdims", 1))
+    if not attribute(node, "select_last_index", 0):
+        return x.argmax(axis, keepdim=keep)
+    return x.shape[axis] - 1 - x.flip(axis).argmax(axis, keepdim=keep)
 
 
 @op("NonZero")
@@ -66,5 +79,8 @@ def _nonzero(node, ft, x):
 
 @op("OneHot")
 def _one_hot(node, ft, index, depth, values):
-    hot = F.one_hot(index % int(depth), int(depth))
-    return torch.where(hot.bool(), values[1], values[0]).movedim(-1, attribute(node, "axis", -1))
+    """Indices from ``-depth`` on count; others are nowhere."""
+    depth = int(depth)
+    places = torch.where(index < 0, index + depth, index).to(torch.int64)
+    hot = places.unsqueeze(-1) == torch.arange(depth, device=places.device)
+    return torch.where(hot, values[1], values[0]).movedim(-1, attribute(node, "axis", -1))

@@ -7,6 +7,7 @@ import math
 import torch
 import torch.nn.functional as F
 
+from qcompile.errors import UnsupportedOperatorError
 from qcompile.passes.execute.registry import op, plain
 from qcompile.passes.graph import attribute
 
@@ -65,18 +66,20 @@ def _conv(node, ft, x, w, b=None):
 @op("ConvTranspose")
 def _conv_transpose(node, ft, x, w, b=None):
     n = x.dim() - 2
-    pads = list(attribute(node, "pads") or [0] * 2 * n)
+    strides = list(attribute(node, "strides") or [1] * n)
+    dilations = list(attribute(node, "dilations") or [1] * n)
+    longer = list(attribute(node, "output_padding") or [0] * n)
     function = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}[n]
-    return function(
-        x,
-        w,
-        b,
-        list(attribute(node, "strides") or [1] * n),
-        pads[:n],
-        list(attribute(node, "output_padding") or [0] * n),
-        attribute(node, "group", 1),
-        list(attribute(node, "dilations") or [1] * n),
-    )
+    y = function(x, w, b, strides, 0, longer, attribute(node, "group", 1), dilations)
+    pads, sizes = attribute(node, "pads") or [0] * 2 * n, attribute(node, "output_shape")
+    auto = attribute(node, "auto_pad", "NOTSET")
+    if auto in ("SAME_UPPER", "SAME_LOWER"):
+        sizes = sizes or [size * stride for size, stride in zip(x.shape[2:], strides)]
+    if sizes:
+        surplus = [have - wanted for have, wanted in zip(y.shape[2:], sizes)]
+        small, big = [v // 2 for v in surplus], [v - v // 2 for v in surplus]
+        pads = small + big if auto == "SAME_UPPER" else big + small
+    return _pad_spatial(y, [-v for v in pads])
 
 
 @op("MaxPool", "AveragePool")
@@ -87,11 +90,13 @@ def _pool(node, ft, x):
     dilations = list(attribute(node, "dilations") or [1] * n)
     pads = _spatial_pads(node, x, kernel, strides, dilations)
     ceil = bool(attribute(node, "ceil_mode", 0))
+    if node.op_type == "AveragePool" and any(d != 1 for d in dilations):
+        raise UnsupportedOperatorError(f"node {node.name!r}: AveragePool with dilations cannot be executed in float64")
     if node.op_type == "MaxPool":
         x = _pad_spatial(x, pads, -math.inf)
-        return {1: F.max_pool1d, 2: F.max_pool2d}[n](x, kernel, strides, 0, dilations, ceil)
+        return {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}[n](x, kernel, strides, 0, dilations, ceil)
     count = bool(attribute(node, "count_include_pad", 0))
-    function = {1: F.avg_pool1d, 2: F.avg_pool2d}[n]
+    function = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}[n]
     if count or not any(pads):
         return function(_pad_spatial(x, pads), kernel, strides, 0, ceil)
     ones = function(_pad_spatial(torch.ones_like(x), pads), kernel, strides, 0, ceil)

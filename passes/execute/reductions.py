@@ -10,7 +10,6 @@ import torch
 from qcompile.passes.execute.registry import axes_of, op
 from qcompile.passes.graph import attribute
 
-
 REDUCTIONS: dict[str, Callable[..., Any]] = {
     "ReduceMean": torch.mean,
     "ReduceSum": torch.sum,
@@ -44,7 +43,12 @@ def _product(x, axes, keepdim):
 
 @op("CumSum")
 def _cumsum(node, ft, x, axis):
-    return torch.cumsum(x, int(axis))
+    axis, reverse = int(axis), attribute(node, "reverse", 0)
+    terms = x.flip(axis) if reverse else x
+    sums = torch.cumsum(terms, axis, dtype=x.dtype)
+    if attribute(node, "exclusive", 0):
+        sums = sums.roll(1, axis).index_fill(axis, torch.zeros(1, dtype=torch.int64, device=x.device), 0)
+    return sums.flip(axis) if reverse else sums
 
 
 @op("Softmax")

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from qcompile.errors import UnsupportedOperatorError
 from qcompile.passes.execute.registry import axes_of, ints, op
 from qcompile.passes.graph import attribute
 
@@ -123,6 +124,10 @@ def _slice(node, ft, x, starts, ends, axes=None, steps=None):
     return x
 
 
+MODES = {"reflect": "reflect", "edge": "replicate"}
+"""Of padding, by ONNX's name: torch's."""
+
+
 @op("Pad")
 def _pad(node, ft, x, pads, value=None, axes=None):
     pads = ints(pads)
@@ -136,7 +141,9 @@ def _pad(node, ft, x, pads, value=None, axes=None):
     if mode == "constant":
         return F.pad(x, flat, value=0.0 if value is None else float(value))
     used = max(k for k, v in enumerate(flat) if v) + 1 if any(flat) else 0
-    return F.pad(x, flat[: used + used % 2], mode={"reflect": "reflect", "edge": "replicate"}[mode])
+    if mode not in MODES:
+        raise UnsupportedOperatorError(f"node {node.name!r}: Pad of mode {mode!r} cannot be executed in float64")
+    return F.pad(x, flat[: used + used % 2], mode=MODES[mode])
 
 
 @op("Trilu")

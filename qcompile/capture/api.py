@@ -17,6 +17,7 @@ from qcompile.errors import ModelError, QcompileError
 from qcompile.passes.opset import convert_opset
 from qcompile.passes.qonnx import translate_quantizers
 from qcompile.passes.validate import validate
+from qcompile.passes.widen import widen
 
 OPSET = 23
 
@@ -124,6 +125,8 @@ def _from_ir(model: ir.Model, source: dict[str, Any], example_inputs: Any, name:
     validate(model, name)
     source["opset"] = model.opset_imports.get("", model.opset_imports.get("ai.onnx"))
     convert_opset(model, OPSET)
+    if narrow := widen(model):
+        source["weights"] = narrow
     name_modules(model)
     clean_metadata(model)
     name_weights(model)

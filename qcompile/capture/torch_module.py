@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.metadata
 from collections.abc import Callable
 from typing import Any
@@ -20,6 +21,7 @@ def capture_module(
 ) -> Captured:
     """Export a module with example inputs. See `qcompile.capture.capture` for the arguments.
 
+    A module of half precision is exported as the float32 module it becomes by ``float()``, and so are its example inputs.
     A tensor whose first dimension is 1 is doubled along it first, because torch.export takes a size of 1 for a constant.
     """
     import torch
@@ -34,6 +36,9 @@ def capture_module(
         )
     example = tuple(example_inputs) if isinstance(example_inputs, list | tuple) else (example_inputs,)
     example = tuple(torch.as_tensor(x) if isinstance(x, np.ndarray) else x for x in example)
+    if narrow := _half(module):
+        source["weights"] = narrow
+        module, example = copy.deepcopy(module).float(), tuple(_wide(x) for x in example)
     shapes = None
     if dynamic is True:
         example = tuple(_at_least_two(x) for x in example)
@@ -59,7 +64,11 @@ def capture_module(
 
 
 def capture_program(program: Any, *, opset: int, check: bool) -> Captured:
-    """Convert an exported program, dynamic where it was exported so."""
+    """Convert an exported program of float32, dynamic where it was exported so."""
+    if narrow := _half(program):
+        raise ModelError(
+            f"the exported program computes in {narrow}; pass the module itself, or export it after `module.float()`"
+        )
     model = export_torch(program, opset=opset)
     validate(model, "exported program")
     source: dict[str, Any] = {"kind": "exported-program"}
@@ -86,6 +95,24 @@ def _input_names(module: Any, example: tuple[Any, ...]) -> list[str] | None:
         p.name for p in inspect.signature(module.forward).parameters.values() if p.kind is not p.VAR_POSITIONAL
     ]
     return parameters[: len(example)] if len(parameters) >= len(example) else None
+
+
+def _half(module: Any) -> str | None:
+    """The type of the first parameter of half precision, None without one."""
+    import torch
+
+    types = [p.dtype for p in module.parameters() if p.dtype in (torch.float16, torch.bfloat16)]
+    return str(types[0]).removeprefix("torch.") if types else None
+
+
+def _wide(x: Any) -> Any:
+    import torch
+
+    if isinstance(x, torch.Tensor):
+        return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+    if isinstance(x, dict):
+        return {key: _wide(item) for key, item in x.items()}
+    return type(x)(_wide(item) for item in x) if type(x) in (list, tuple) else x
 
 
 def _at_least_two(x: Any) -> Any:

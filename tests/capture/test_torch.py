@@ -154,3 +154,20 @@ def test_parity_refuses_another_graph() -> None:
     bias.const_value = ir.tensor(bias.const_value.numpy() + np.float32(0.1), name="down.bias")
     with pytest.raises(ModelError, match="differs from torch"):
         check_parity(model, module, [inputs], "Perceptron")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_module_of_half_precision_is_captured_in_float32(dtype: torch.dtype) -> None:
+    module = Perceptron().to(dtype)
+    captured = capture(module, example_inputs=(torch.randn(2, 6, dtype=dtype), torch.randn(2, 3, dtype=dtype)))
+    assert module.up.weight.dtype == dtype, "the module is left as it was"
+    assert captured.source["weights"] == str(dtype).removeprefix("torch.")
+    assert {str(value.dtype) for value in (*captured.model.graph.inputs, *captured.model.graph.outputs)} == {"FLOAT"}
+    up = captured.model.graph.initializers["up.weight"].const_value.numpy()
+    np.testing.assert_array_equal(np.sort(up, axis=None), np.sort(module.up.weight.detach().float().numpy(), axis=None))
+
+
+def test_an_exported_program_of_half_precision_says_what_to_do() -> None:
+    program = torch.export.export(Perceptron().bfloat16(), (torch.ones(2, 6).bfloat16(), torch.ones(2, 3).bfloat16()))
+    with pytest.raises(ModelError, match=r"computes in bfloat16; pass the module itself"):
+        capture(program)

@@ -191,7 +191,9 @@ def _external_file(tensor: Any, where: str, needed: int, base: Path | None) -> P
     root = base.resolve()
     file = (root / location).resolve()
     if not location or absolute or ".." in parts or not file.is_relative_to(root):
-        raise ModelError(f"{where}: its data lie outside the model's directory: '{location}'")
+        raise ModelError(
+            f"{where}: its data lie outside the model's directory: '{location}'; save the model again with them beside it"
+        )
     if not file.is_file():
         raise ModelError(f"{where}: its data file '{location}' is missing from {root}")
     try:

@@ -44,27 +44,27 @@ class CProducts:
         codes, scale = np.empty((m, k), np.uint8), np.empty(m, np.float32)
         outputs = [np.empty((m, n), np.float32) for _ in weights]
         operands = [[codes, scale, *weight, out] for weight, out in zip(weights, outputs)]
-        first = _pointers([[rows, codes, scale, *self._scratch("quantize", m)]])
-        each = _pointers([[*arrays, *self._scratch("gemm", m)] for arrays in operands])
-        self.library.loop(first, each, ctypes.c_int64(1), ctypes.c_int64(m), ctypes.c_int(1))
-        kept = (rows, operands, self.kept)
+        scratch = {name: self._scratch(name, m) for name in ("quantize", "gemm")}
+        first = _pointers([[rows, codes, scale, *scratch["quantize"]]])
+        each = _pointers([[*arrays, *scratch["gemm"]] for arrays in operands])
+        kept = (rows, operands, scratch)  # the pointers do not keep them
 
-        def call(quantize: int) -> Call:
+        def call(quantize: bool) -> Call:
             def run(_: Any = kept) -> None:
-                self.library.loop(first, each, ctypes.c_int64(len(operands)), ctypes.c_int64(m), ctypes.c_int(quantize))
+                count, extent = ctypes.c_int64(len(operands)), ctypes.c_int64(m)
+                failed = self.library.loop(first, each, count, extent, ctypes.c_int(quantize))
+                assert not failed, f"check {failed} of a kernel"
 
             return run
 
-        return {"ours": call(1), "kernel": call(0)}
+        call(True)()
+        return {"ours": call(True), "kernel": call(False)}
 
     def _scratch(self, name: str, m: int) -> list[np.ndarray]:
-        """Temporaries of a kernel, the same for all products."""
+        """Temporaries of a kernel for ``m`` rows, the same for all products."""
         kernel = self.kernels[name]
-        self.kept = getattr(self, "kept", {})
-        if name not in self.kept:
-            values = dict.fromkeys(kernel.extents, m)
-            self.kept[name] = [_aligned([evaluate(e, values) for e in b.shape], b.dtype) for b in kernel.scratch]
-        return self.kept[name]
+        values = dict.fromkeys(kernel.extents, m)
+        return [_aligned([evaluate(e, values) for e in b.shape], b.dtype) for b in kernel.scratch]
 
 
 def _aligned(shape: list[int], dtype: str) -> np.ndarray:

@@ -38,15 +38,16 @@ from qcompile.codegen.kernels.x86.lut_tables import BYTES, TableBuffers
 from qcompile.targets.target import Target
 
 CACHE = 256 << 10
-"""Bytes the tables of a block of rows may take, and an eighth of those of weights whose first lines may be asked for while tables are built."""
+"""Bytes the tables of a block of rows may take, and at most those of weights that are asked for while tables are built."""
 
 
 class LutGemm(LookUpGemm):
     """``vpshufb`` on 256- or 512-bit registers.
 
     Config: ``bytes`` of a register, ``columns`` of a panel in registers of int32 lanes, ``rows`` of a tile, ``streams``:
-    panels a single row takes at once, ``block_rows`` whose tables are built together, ``prefetch`` bytes ahead, ``scales`` (``float16`` or ``float32``, of groups),
-    ``early``: lines of weights asked for with every pair of tables, so that memory is not idle until the first of them is used (0 if left out).
+    panels a single row takes at once, ``block_rows`` whose tables are built together, ``prefetch`` bytes ahead, ``scales``
+    (``float16`` or ``float32``, of groups), ``early``: lines of weights asked for with every pair of tables, so that memory
+    is not idle until the first of them is used (0 if left out).
     """
 
     name = "x86-lut"
@@ -111,8 +112,8 @@ class LutGemm(LookUpGemm):
             for ahead, streams in itertools.product((2048, 1024, 4096, 0), self.streams(problem, width))
             for rows in (4, 2)
         ]
-        small = problem.k * problem.n * planes.bits <= 8 * CACHE and (problem.m or 1) == 1
-        if not small:
+        few_weights = problem.k * problem.n * planes.bits <= 8 * CACHE  # bits
+        if not few_weights or (problem.m or 1) > 1:
             return found
         # Asking early pays if the loop then asks further ahead than tables did.
         early = [{**config, "early": 1, "prefetch": far} for config in found for far in (8192, 4096)]

@@ -57,7 +57,10 @@ class TableBuffers:
         self.pair = B.alloc_buffer((self.rows, (PARTS - 1) * p.pairs), "int32")
 
     def build(self, x: Any, at: Any, row: Any, ask: Callable[[Any], None] | None = None) -> None:
-        """Emit the tables of row ``at`` of the codes ``x`` (uint8, signed code + 128) into row ``row`` of the buffers; ``ask(pair)`` emits what stands beside each."""
+        """Emit the tables of row ``at`` of the codes ``x`` (uint8, signed code + 128) into row ``row`` of the buffers.
+
+        ``ask(pair)`` emits what stands beside those of each pair.
+        """
         p = self.panels
         load = self._source(x, at)
         worst = Register("uint8", BYTES)

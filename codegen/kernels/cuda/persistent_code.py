@@ -34,12 +34,7 @@ class PersistentKernel(Kernel):
         self._parameters()
         T.device_entry()
         self.bx, self.bz = T.cta_id([s.launched, self.m])
-        self.tx = T.thread_id([s.threads])
-        if s.overlap:
-            e.share_device()
-        self.arena = e.shared(s.shared_bytes)
-        self.lane = e.let(self.tx % 32)
-        self.warp = e.let(self.tx // 32)
+        self._threads(s.threads, s.overlap)
         self.first_row = self.bz
         self._divide()
         self._first_copies()

@@ -33,23 +33,31 @@ class RingKernel(Kernel):
     def _before(self) -> None:
         """Describe x to the copy engine: panels of 128 bytes of the rows one block reads; zeros beyond its end."""
         s = self.s
-        self.x_map = T.Var("x_map", ty=T.handle("tensormap").ty)
-        B.Bind(T.tvm_stack_alloca("tensormap", 1), var=self.x_map)
         size = 1 if s.narrow else 2
         kind = "uint8" if s.narrow else s.dtype
         extents, strides, box = [s.x_width, self.m], [s.x_width * size], [128 // size, s.rows]
+        self.x_map = self._describe("x_map", self.x, kind, extents, strides, box, SWIZZLE_128)
+
+    def _describe(
+        self, name: str, source: Any, kind: str, extents: list[Any], strides: list[Any], box: list[int], swizzle: int
+    ) -> Any:
+        """A tensor map; strides in bytes, all but the innermost."""
+        rank = len(extents)
+        found = T.Var(name, ty=T.handle("tensormap").ty)
+        B.Bind(T.tvm_stack_alloca("tensormap", 1), var=found)
         T.evaluate(
             T.tensormap_encode_tiled(
-                self.x_map,
-                self.x.data,
+                found,
+                source.data,
                 *[T.cast(v, "uint64") for v in (*extents, *strides)],
-                *[T.uint32(v) for v in (*box, 1, 1)],
+                *[T.uint32(v) for v in (*box, *[1] * rank)],
                 descriptor_dtype=kind,
-                rank=2,
-                swizzle=SWIZZLE_128,
+                rank=rank,
+                swizzle=swizzle,
                 l2_promotion=2,
             )
         )
+        return found
 
     def _loop(self) -> None:
         s = self.s

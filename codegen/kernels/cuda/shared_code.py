@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from tvm.script import tirx as T
-from tvm.tirx.script.builder import ir as B
 
 from qcompile.codegen.kernels.base import Epilogue
 from qcompile.codegen.kernels.cuda import emit as e
@@ -30,20 +29,7 @@ class SharedKernel(RingKernel):
 
     def emit(self) -> None:
         s = self.s
-        self._parameters()
-        self._before()
-        T.device_entry()
-        row_blocks = (self.m + (s.rows - 1)) // s.rows
-        self.bx, self.by = T.cta_id([row_blocks * s.blocks_along_n, s.split])
-        self.tx = T.thread_id([s.launched])
-        if s.overlap and not s.late:
-            e.share_device()
-        self.arena = e.shared(s.shared_bytes)
-        self.lane = e.let(self.tx % 32)
-        self.warp = e.let(self.tx // 32)
-        address = T.cuda.cvta_generic_to_shared(self.arena.ptr_to([0]))
-        self.base = e.let(T.cast((T.uint32(0) - address) & e.u32(1023), "int32") // 4)
-        self._place_block(row_blocks)
+        self._enter(s.blocks_along_n, s.launched, s.overlap and not s.late)
         with T.If(self.tx == 0), T.Then():
             for described in (*self.maps, self.x_map):
                 e.ptx("prefetch.tensormap", T.address_of(described))
@@ -70,27 +56,6 @@ class SharedKernel(RingKernel):
             extents, strides = [size // 8, s.blocks, s.tiles], [size, size * s.blocks]
             box = [size // 8, 1, s.block_tiles]
             self.maps.append(self._describe(f"codes_map{index}", source, "uint64", extents, strides, box, 0))
-
-    def _describe(
-        self, name: str, source: Any, kind: str, extents: list[Any], strides: list[Any], box: list[int], swizzle: int
-    ) -> Any:
-        """A tensor map; strides in bytes, all but the innermost."""
-        rank = len(extents)
-        found = T.Var(name, ty=T.handle("tensormap").ty)
-        B.Bind(T.tvm_stack_alloca("tensormap", 1), var=found)
-        T.evaluate(
-            T.tensormap_encode_tiled(
-                found,
-                source.data,
-                *[T.cast(v, "uint64") for v in (*extents, *strides)],
-                *[T.uint32(v) for v in (*box, *[1] * rank)],
-                descriptor_dtype=kind,
-                rank=rank,
-                swizzle=swizzle,
-                l2_promotion=2,
-            )
-        )
-        return found
 
     def _place_block(self, row_blocks: Any) -> None:
         """Channels and rows of this block: neighbours have the same rows."""

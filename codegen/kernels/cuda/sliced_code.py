@@ -34,7 +34,7 @@ class SlicedKernel(Tail):
     sum_type = "float32"
 
     def __init__(self, shape: SlicedShape, epilogue: Epilogue) -> None:
-        self.s, self.epilogue = shape, epilogue
+        super().__init__(shape, epilogue)
         self.chunks = BLOCK // shape.chunk
         self.products = QUADS // 2 // self.chunks  # per chunk
 
@@ -43,12 +43,7 @@ class SlicedKernel(Tail):
         self._parameters()
         T.device_entry()
         self.bx, self.by, self.bz = T.cta_id([s.grid_n, s.split, self.m])
-        self.tx = T.thread_id([s.threads])
-        if s.overlap and not s.late:
-            e.share_device()
-        self.arena = e.shared(s.shared_bytes)
-        self.lane = e.let(self.tx % 32)
-        self.warp = e.let(self.tx // 32)
+        self._threads(s.threads, s.overlap and not s.late)
         # The last block repeats tiles of the one before instead of going beyond the last.
         self.tile = e.let(T.min(self.bx * s.tn, s.tiles - s.tn))
         self._registers()

@@ -49,37 +49,17 @@ class Kernel(Tail):
 
     multiply_ones = True
 
-    def __init__(self, shape: StreamShape, epilogue: Epilogue) -> None:
-        self.s, self.epilogue = shape, epilogue
-
     def emit(self) -> None:
         s = self.s
         self._parameters()
         T.device_entry()
         rows = s.rows
         self.bx, self.by, self.bz = T.cta_id([s.grid_n, s.split, (self.m + (rows - 1)) // rows])
-        self.tx = T.thread_id([s.threads])
-        if s.overlap:
-            e.share_device()
-        self.arena = e.shared(s.shared_bytes)
-        self.lane = e.let(self.tx % 32)
-        self.warp = e.let(self.tx // 32)
+        self._threads(s.threads, s.overlap)
         self.first_row = e.let(self.bz * rows)
         self._registers()
         self._loop()
         self._finish()
-
-    def _parameters(self) -> None:
-        s = self.s
-        self.m = T.int32()
-        self.x = e.argument("x", (self.m, s.x_width), s.dtype)
-        self.x_scale = e.argument("x_scale", (self.m,), "float32") if s.narrow else None
-        per_plane = [s.tiles * s.blocks * p.block_bytes for p in s.layout.planes]
-        self.planes = [e.argument(f"codes{i}", (size,), "uint8") for i, size in enumerate(per_plane)]
-        if s.meta_bytes:
-            self.meta = e.argument("meta", (s.tiles * s.meta_groups * 8 * s.meta_bytes,), "uint8")
-        self.levels = e.argument("table", (s.table_words,), "uint32") if s.levels else None
-        self._tail_parameters()
 
     def _registers(self) -> None:
         s = self.s

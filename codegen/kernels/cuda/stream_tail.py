@@ -7,18 +7,16 @@ from typing import Any
 from tvm.script import tirx as T
 from tvm.tirx.script.builder import ir as B
 
-from qcompile.codegen.kernels.base import Epilogue
 from qcompile.codegen.kernels.cuda import emit as e
 from qcompile.codegen.kernels.cuda.layout import TILE
+from qcompile.codegen.kernels.cuda.linear_code import LinearCode
 from qcompile.codegen.kernels.cuda.stream import ROWS
 from qcompile.codegen.kernels.cuda.tables import FLOAT8_EXPONENT
 
 
-class Tail:
+class Tail(LinearCode):
     """The end of a kernel; `stream_code` sets the names it uses."""
 
-    s: Any
-    epilogue: Epilogue
     sum_type: str
     total: e.Registers
     m: Any
@@ -34,15 +32,6 @@ class Tail:
     x_scale: Any
     fetched = False
     """Whether factors of channels and rows are in shared memory."""
-
-    def _tail_parameters(self) -> None:
-        s = self.s
-        self.column = e.argument("column", (s.n,), "float32")
-        self.bias = e.argument("bias", (s.n,), "float32") if self.epilogue.bias else None
-        self.residual = e.argument("residual", (self.m, s.n), s.out) if self.epilogue.residual else None
-        self.partial = e.argument("partial", (T.int32(),), "float32")
-        self.arrived = e.argument("arrived", (T.int32(),), "int32")
-        self.out = e.argument("out", (self.m, s.n), s.out)
 
     def _finish(self) -> None:
         s = self.s

@@ -37,25 +37,9 @@ def emit(shape: TiledShape, epilogue: Epilogue, name: str) -> Any:
 class Kernel(Tail):
     """Names of one kernel while it is written."""
 
-    def __init__(self, shape: TiledShape, epilogue: Epilogue) -> None:
-        self.s, self.epilogue = shape, epilogue
-
     def emit(self) -> None:
         s = self.s
-        self._parameters()
-        self._before()
-        T.device_entry()
-        row_blocks = (self.m + (s.rows - 1)) // s.rows
-        self.bx, self.by = T.cta_id([row_blocks * s.grid_n, s.split])
-        self.tx = T.thread_id([s.threads])
-        if s.overlap:
-            e.share_device()
-        self.arena = e.shared(s.shared_bytes)
-        self.lane = e.let(self.tx % 32)
-        self.warp = e.let(self.tx // 32)
-        address = T.cuda.cvta_generic_to_shared(self.arena.ptr_to([0]))
-        self.base = e.let(T.cast((T.uint32(0) - address) & e.u32(1023), "int32") // 4)
-        self._place_block(row_blocks)
+        self._enter(s.grid_n, s.threads, s.overlap)
         self._registers()
         self._loop()
         if s.cluster:
@@ -65,25 +49,21 @@ class Kernel(Tail):
         else:
             self._store()
 
+    def _enter(self, along_n: int, threads: int, share: bool) -> None:
+        """Parameters, blocks and threads; shared memory is used from a multiple of 1024 bytes on."""
+        s = self.s
+        self._parameters()
+        self._before()
+        T.device_entry()
+        row_blocks = (self.m + (s.rows - 1)) // s.rows
+        self.bx, self.by = T.cta_id([row_blocks * along_n, s.split])
+        self._threads(threads, share)
+        address = T.cuda.cvta_generic_to_shared(self.arena.ptr_to([0]))
+        self.base = e.let(T.cast((T.uint32(0) - address) & e.u32(1023), "int32") // 4)
+        self._place_block(row_blocks)
+
     def _before(self) -> None:
         """What the host does before the launch."""
-
-    def _parameters(self) -> None:
-        s = self.s
-        self.m = T.int32()
-        self.x = e.argument("x", (self.m, s.x_width), s.dtype)
-        self.x_scale = e.argument("x_scale", (self.m,), "float32") if s.narrow else None
-        per_plane = [s.tiles * s.blocks * p.block_bytes for p in s.layout.planes]
-        self.planes = [e.argument(f"codes{i}", (size,), "uint8") for i, size in enumerate(per_plane)]
-        if s.meta_bytes:
-            self.meta = e.argument("meta", (s.tiles * s.meta_groups * 8 * s.meta_bytes,), "uint8")
-        self.levels = e.argument("table", (s.table_words,), "uint32") if s.levels else None
-        self.column = e.argument("column", (s.n,), "float32")
-        self.bias = e.argument("bias", (s.n,), "float32") if self.epilogue.bias else None
-        self.residual = e.argument("residual", (self.m, s.n), s.out) if self.epilogue.residual else None
-        self.partial = e.argument("partial", (T.int32(),), "float32")
-        self.arrived = e.argument("arrived", (T.int32(),), "int32")
-        self.out = e.argument("out", (self.m, s.n), s.out)
 
     def _place_block(self, row_blocks: Any) -> None:
         """Channels and rows of this block: `RASTER` row blocks side by side, then the next channels."""

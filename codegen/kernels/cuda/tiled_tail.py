@@ -7,16 +7,15 @@ from typing import Any
 from tvm.script import tirx as T
 from tvm.tirx.script.builder import ir as B
 
-from qcompile.codegen.kernels.base import Epilogue
 from qcompile.codegen.kernels.cuda import emit as e
+from qcompile.codegen.kernels.cuda.linear_code import LinearCode
 from qcompile.codegen.kernels.cuda.tiled import TiledShape
 
 
-class Tail:
+class Tail(LinearCode):
     """The end of a kernel; `tiled_code` sets the names it uses."""
 
     s: TiledShape
-    epilogue: Epilogue
     sum_type: str
     total: e.Registers
     tile: list[Any]

@@ -155,7 +155,7 @@ def encode_frames(ports: Sequence[Mapping[str, Any]], feeds: Mapping[str, Any]) 
     """Real inputs by name as frames of integers by stream.
 
     Raises:
-        InputError: an input is missing or has the wrong shape.
+        InputError: an input is missing, has the wrong shape or holds NaN.
     """
     frames = {}
     for port in ports:
@@ -165,16 +165,24 @@ def encode_frames(ports: Sequence[Mapping[str, Any]], feeds: Mapping[str, Any]) 
         expected = tuple(port["shape"][1:])
         if values.ndim != len(expected) + 1 or values.shape[1:] != expected:
             raise InputError(
-                f"the input {port['name']!r} has shape {values.shape}, the program takes (batch, {expected})"
+                f"the input {port['name']!r} has shape {values.shape}, the program takes "
+                f"({', '.join(map(str, ['batch', *expected]))})"
             )
-        kind = IntType(port["bits"], port["signed"])
-        codes = np.clip(np.rint(values / np.float32(port["scale"])), kind.low, kind.high).astype(np.int64)
-        flat = np.empty((len(codes), len(port["index"])), np.int64)
-        flat[:, port["index"]] = codes.reshape(len(codes), -1)
-        frames[port["stream"]] = flat.reshape(len(codes), port["tokens"], port["channels"])
+        if np.isnan(values).any():
+            raise InputError(f"the input {port['name']!r} holds NaN, which no integer stands for")
+        flat = encode(values, port["scale"], IntType(port["bits"], port["signed"]), port["index"])
+        frames[port["stream"]] = flat.reshape(len(flat), port["tokens"], port["channels"])
     if len({len(f) for f in frames.values()}) > 1:
         raise InputError("the inputs have different batch sizes")
     return frames
+
+
+def encode(values: np.ndarray, scale: float, kind: IntType, index: Any) -> np.ndarray:
+    """Real values ``(V, ...)`` as frames of integers ``(V, size)``, what ``QuantizeLinear`` does; ``index`` is their place in the stream."""
+    codes = np.clip(np.rint(values / np.float32(scale)), kind.low, kind.high).astype(np.int64)
+    flat = np.empty((len(codes), len(index)), np.int64)
+    flat[:, index] = codes.reshape(len(codes), len(index))
+    return flat
 
 
 def decode_frames(ports: Sequence[Mapping[str, Any]], frames: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

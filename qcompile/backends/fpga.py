@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from qcompile.backends import Backend, Job
-from qcompile.errors import CalibrationError, TargetError
-from qcompile.runtime import TensorSpec
+from qcompile.errors import CalibrationError, InputError, TargetError
+from qcompile.runtime import Checked, TensorSpec
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -32,6 +32,9 @@ if TYPE_CHECKING:
 
 VECTORS = 16
 """Frames that the test benches run."""
+
+LIMITS = {"pe-budget": "pe_budget", "luts": "luts", "target-cycles": "cycles"}
+"""Of the folding: names of options, and what `folding.search` calls them."""
 
 
 class Fpga(Backend):
@@ -50,12 +53,16 @@ class Fpga(Backend):
     }
 
     def check_options(self, options: Mapping[str, Any], emit: tuple[str, ...]) -> None:
-        """Refuse what this backend does not know, and measuring without the tool for it.
+        """Refuse what this backend does not know, limits that are no numbers, and measuring without the tool for it.
 
         Raises:
             TargetError: naming the option or the tool.
         """
         super().check_options(options, emit)
+        for name in (*LIMITS, "softmax-bits"):
+            value = str(options.get(name, 0))
+            if not (value.isascii() and value.isdigit()):
+                raise TargetError(f"{name} is a whole number, not {value!r}")
         measure = str(options.get("measure", "no"))
         if measure not in ("yes", "no"):
             raise TargetError(f"hardware is measured or not, yes or no, not {measure!r}")
@@ -140,31 +147,22 @@ def fold(imported: Imported, options: Mapping[str, Any], target: Any) -> Any:
         has = hasattr(node, "products") and not matrices_only
         nodes.append(dataclasses.replace(node, products=products) if has else node)
     program = dataclasses.replace(program, nodes=tuple(nodes))
-    limits = {
-        key: int(options[name])
-        for key, name in (("pe_budget", "pe-budget"), ("luts", "luts"), ("cycles", "target-cycles"))
-        if name in options
-    }
+    limits = {key: int(options[name]) for name, key in LIMITS.items() if name in options}
     return search(program, target, **(limits or {"pe_budget": 64}))
 
 
 def _vectors(imported: Imported, job: Job) -> dict[str, np.ndarray]:
     """Frames of integers for the test benches, from the calibration samples, with the outputs of the numpy definition."""
+    from qcompile.codegen.verilog.artifact import encode
+
     frames = {}
     for port in imported.inputs:
         samples = [feed[port.name] for feed in job.feeds[:VECTORS]]
         real = np.concatenate(samples)[:VECTORS] if samples else np.zeros((1, *port.shape), np.float32)
-        frames[port.stream] = encode(real, port, imported.program.streams[port.stream])
+        stream = imported.program.streams[port.stream]
+        flat = encode(np.asarray(real, np.float32), port.scale, stream.type, port.index.reshape(-1))
+        frames[port.stream] = flat.reshape(len(flat), *stream.shape)
     return {**frames, **imported.program.reference(frames)}
-
-
-def encode(values: np.ndarray, port: Any, stream: Any) -> np.ndarray:
-    """Real inputs ``(V, *shape)`` as frames of a stream, int64; what ``QuantizeLinear`` does."""
-    codes = np.rint(np.asarray(values, np.float32) / np.float32(port.scale))
-    codes = np.clip(codes, stream.type.low, stream.type.high).astype(np.int64)
-    frames = np.empty((len(codes), stream.tokens * stream.channels), np.int64)
-    frames[:, port.index.reshape(-1)] = codes.reshape(len(codes), -1)
-    return frames.reshape(len(codes), *stream.shape)
 
 
 def program_json(imported: Imported, netlist: Any) -> dict[str, Any]:
@@ -207,7 +205,7 @@ def write_json(path: Path, content: Any) -> None:
     path.write_text(json.dumps(content, allow_nan=False, separators=(",", ":")) + "\n", encoding="utf-8")
 
 
-class FixedRunner:
+class FixedRunner(Checked):
     """Runs the C99 sources of an artifact, compiled by the system's compiler into a temporary folder."""
 
     def __init__(self, folder: Path) -> None:
@@ -215,19 +213,20 @@ class FixedRunner:
 
         content = json.loads((folder / "program.json").read_text(encoding="utf-8"))
         self._ports = content
-        self.inputs = tuple(TensorSpec(p["name"], p["dtype"], tuple(p["shape"])) for p in content["inputs"])
-        self.outputs = tuple(TensorSpec(p["name"], p["dtype"], tuple(p["shape"])) for p in content["outputs"])
+        super().__init__(
+            *([TensorSpec(p["name"], p["dtype"], tuple(p["shape"])) for p in content[k]] for k in ("inputs", "outputs"))
+        )
         self._binary = compile_c(folder / "c")
 
     def run(self, feeds: Mapping[str, Any]) -> dict[str, np.ndarray]:
-        """Run with inputs by name; returns every output by name."""
+        """Run with inputs by name; returns every output by name.
+
+        Raises:
+            InputError: an input is missing, unknown, has the wrong shape or holds NaN.
+        """
         from qcompile.codegen.verilog.artifact import decode_frames, encode_frames, run_c
 
+        if strange := sorted(feeds.keys() - {spec.name for spec in self.inputs}):
+            raise InputError(f"the model has no input {strange[0]!r}; it takes {self._signature()}")
         frames = encode_frames(self._ports["inputs"], feeds)
         return decode_frames(self._ports["outputs"], run_c(self._binary, self._ports, frames))
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run with inputs by position or by name; one output comes back bare."""
-        feeds = {spec.name: np.asarray(value) for spec, value in zip(self.inputs, args)} | kwargs
-        results = tuple(self.run(feeds).values())
-        return results[0] if len(results) == 1 else results

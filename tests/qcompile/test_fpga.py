@@ -11,7 +11,7 @@ from onnx import numpy_helper
 
 import qcompile
 from qcompile.cli import cli
-from qcompile.errors import TargetError
+from qcompile.errors import InputError, TargetError
 
 TEXT = """
 <ir_version: 10, opset_import: ["" : 18]>
@@ -54,6 +54,34 @@ def test_a_model_becomes_sources_that_equal_its_integer_onnx_model(files):
     done = run("simulate", out, data, "--with", "c", "--json")
     assert done.exit_code == 0, done.output
     assert json.loads(done.stdout) == {"frames": 40, "differences": 0}
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")
+def test_what_the_program_cannot_take_is_said(files):
+    samples = [{"x": x} for x in np.load(files / "data.npz")["x"][:, None]]
+    model = qcompile.compile(files / "model.onnx", target="fpga", recipe="fixed-w8a8", calibration=samples,
+                             output=files / "out", progress=False)  # fmt: skip
+    x = np.zeros((2, 12), np.float32)
+    np.testing.assert_array_equal(model(x), model(x=x))
+    for args, named, message in (
+        ((x, x), {}, "got 2 inputs, the model takes 1"),
+        ((x,), {"x": x}, "'x' is given twice"),
+        ((x,), {"z": x}, "no input 'z'"),
+        ((), {}, "'x' is missing"),
+        ((x[:, :3],), {}, r"'x' has shape \(2, 3\), the program takes \(batch, 12\)"),
+        ((np.where(np.arange(12) == 3, np.nan, x),), {}, "'x' holds NaN"),
+    ):
+        with pytest.raises(InputError, match=message):
+            model(*args, **named)
+
+
+@pytest.mark.parametrize("option", ["luts=many", "pe-budget=1.5", "target-cycles=-1", "softmax-bits=2.5"])
+def test_options_that_are_no_numbers_are_refused_before_anything_is_computed(files, option):
+    done = run("compile", files / "model.onnx", "--target", "fpga", "--recipe", "fixed-w4a8", "--option", option,
+               "-o", files / "out", "--quiet")  # fmt: skip
+    assert done.exit_code == TargetError.exit_code
+    name, _, value = option.partition("=")
+    assert name in done.output and repr(value) in done.output and done.output.count("\n") == 1
 
 
 @pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 
+import numpy as np
 import onnx_ir as ir
 import onnx_ir.passes.common as common_passes
 
 from qcompile.passes.domain import DOMAIN
-from qcompile.passes.graph import is_op, remove_unused_initializers
+from qcompile.passes.graph import add_initializer, is_op, remove_unused_initializers
 from qcompile.passes.opset import convert_opset
 from qcompile.passes.recognise import experts, linear, simplify, symbols
 from qcompile.passes.recognise.activations import GeluRule, SwishRule
@@ -75,12 +76,20 @@ def recognise(model: ir.Model) -> tuple[ir.Model, Recognised]:
 
 
 def prepare(model: ir.Model) -> None:
-    """Inline functions of other domains, make constants initializers, raise the opset number."""
+    """Inline functions of other domains, spell out loops, make constants initializers, raise the opset number."""
     convert_opset(model, OPSET)
     common_passes.InlinePass(lambda function: function.domain != DOMAIN)(model)
+    start_loops(model)
     common_passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     common_passes.RemoveInitializersFromInputsPass()(model)
     common_passes.CommonSubexpressionEliminationPass()(model)
+
+
+def start_loops(model: ir.Model) -> None:
+    """Give loops without a condition one that is true; inference of shapes demands it."""
+    loops = [node for node in model.graph.all_nodes() if is_op(node, "Loop") and node.inputs[1] is None]
+    for node in loops:
+        node.replace_input_with(1, add_initializer(model.graph, "loop.starts", np.array(True)))
 
 
 def fold_constants(model: ir.Model, report: Recognised) -> None:

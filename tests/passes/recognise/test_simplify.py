@@ -217,3 +217,11 @@ def test_dimension_names_that_are_no_expressions_are_made_readable() -> None:
     first, second, _ = result.graph.inputs[0].shape
     assert (str(first), str(second)) == ("batch_size", "N_0")
     assert result.graph.outputs[0].shape[:2] == (first, second)
+
+
+def test_a_loop_without_a_condition_starts(check) -> None:
+    text = """g (float[b, 4] x) => (float[b, 4] y) {
+        three = Constant<value_int = 3>()
+        y = Loop (three, , x) <body = step (int64 i, bool on, float[b, 4] a) => (bool go, float[b, 4] o) {
+            go = Identity(on)  o = Tanh(a) }> }"""
+    check(text, {})

@@ -142,11 +142,15 @@ class EmbeddingSite:
     name: str
 
 
-def _float_initializer(value: ir.Value | None, rank: int) -> bool:
+_SINGLE = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
+_FLOATS = (*_SINGLE, ir.DataType.DOUBLE)
+
+
+def _float_initializer(value: ir.Value | None, rank: int, types: tuple[ir.DataType, ...] = _SINGLE) -> bool:
     return (
         value is not None
         and value.const_value is not None
-        and value.const_value.dtype in (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
+        and value.const_value.dtype in types
         and len(value.const_value.shape) == rank
     )
 
@@ -267,21 +271,21 @@ def embedding_sites(model: ir.Model) -> list[EmbeddingSite]:
 
 
 _TRAINED = ("ConvTranspose", "DeformConv", "LSTM", "GRU", "RNN")
-_PRODUCTS = ("MatMul", "Gemm", "Einsum", "Gather", "GatherND")
+_PRODUCTS = ("MatMul", "Gemm", "Conv", "Einsum", "Gather", "GatherND")
 _MIN_FLOAT = 1024  # a product with a smaller constant is arithmetic (a rotation, a table of masks), no layer
 
 
 def other_weights(model: ir.Model) -> list[tuple[ir.Node, ir.Value]]:
-    """Float weights that are no site, with the node that reads them: stacks of experts, transposed convolutions ..."""
+    """Float weights that are no site, with the node that reads them: float64, in branches and loops, transposed convolutions ..."""
     sites = {site.weight for site in matrix_sites(model)} | {site.table for site in embedding_sites(model)}
     found: dict[ir.Value, ir.Node] = {}
-    for node in model.graph:
+    for node in model.graph.all_nodes():
         if not is_op(node, *_TRAINED, *_PRODUCTS):
             continue
         least = 2 if node.op_type in _TRAINED else _MIN_FLOAT
         for value in node.inputs[:1] if node.op_type.startswith("Gather") else node.inputs:
             shape = constant_shape(value) if value is not None else None
-            if value is None or value in sites or shape is None or not _float_initializer(value, len(shape)):
+            if value is None or value in sites or shape is None or not _float_initializer(value, len(shape), _FLOATS):
                 continue
             if math.prod(shape) >= least and sum(d > 1 for d in shape) > 1:
                 found.setdefault(value, node)

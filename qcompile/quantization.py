@@ -109,10 +109,10 @@ def quantize_model(
     quantizer = Quantizer(model, scales)
     linear = _sequential(model, recipe, feeds, scales, device) if recipe.hessian != "float" and feeds else statistics
     for node, weight in other_weights(model):
-        chosen = node.op_type.startswith("Gather")
-        reason = "weights that are picked at run time stay float" if chosen else f"weights of {node.op_type} stay float"
         count = math.prod(constant_shape(weight) or ())
-        report.refuse("quantize", site_name(node, weight), f"{reason} ({count:,} of them)")
+        report.refuse(
+            "quantize", site_name(node, weight), f"{_other(model, node, weight)} stay float ({count:,} of them)"
+        )
         report.float_weights += count
     solved: dict[str, tuple[Quantized, LayerRecord]] = {}
     routers = {site.name for site in router_sites(model)}
@@ -151,6 +151,14 @@ def quantize_model(
             report.refuse("quantize", table.name, "the recipe leaves this table float")
             report.float_weights += math.prod(constant_shape(table.table) or ())
     return quantizer.finish()
+
+
+def _other(model: ir.Model, node: ir.Node, weight: ir.Value) -> str:
+    if node.graph is not model.graph:
+        return "weights inside of branches and loops"
+    if weight.const_value is not None and weight.const_value.dtype == ir.DataType.DOUBLE:
+        return "weights of float64 (convert the model to float32)"
+    return "weights that are picked at run time" if node.op_type.startswith("Gather") else f"weights of {node.op_type}"
 
 
 def _known(site: Site, statistics: Mapping[str, Any], linear: Mapping[str, Any]) -> Any:

@@ -9,7 +9,10 @@ from qcompile import ort
 from qcompile.formats import parse_activation, parse_format
 from qcompile.passes.lower import KERNEL_DOMAIN, lower
 from qcompile.passes.quantize import Quantizer
-from qcompile.passes.sites import embedding_sites, linear_sites
+from qcompile.passes.sites import embedding_sites, linear_sites, other_weights
+from qcompile.quantization import quantize_model
+from qcompile.recipes import get_recipe
+from qcompile.report.model import Report
 
 DATA = ("x", "r", "ids", "cache")
 TEXT = """
@@ -217,3 +220,26 @@ def test_attention_over_a_cache_reads_heads_as_they_lie():
     (attention,) = [n for n in lowered.graph if n.op_type == "Attention"]
     assert attention.domain == KERNEL_DOMAIN and attention.attributes["layout"].as_string() == "heads"
     assert attention.attributes["kv_heads"].value == 2
+
+
+def test_weights_that_nothing_quantizes_are_found_wherever_they_are():
+    text = """<ir_version: 10, opset_import: ["" : 21]>
+    g (float[N, 32] x, double[N, 32] w, bool c) => (float[N, 32] y, double[N, 32] z) {
+        b = If (c) <
+            then_branch = one () => (float[N, 32] p) { p = MatMul(x, inside) },
+            else_branch = other () => (float[N, 32] q) { q = Identity(x) }
+        >
+        y = MatMul(b, site)
+        z = MatMul(w, double)
+    }"""
+    rng = np.random.default_rng(0)
+    arrays = {name: rng.standard_normal((32, 32)).astype(np.float32) for name in ("inside", "site")}
+    arrays["double"] = rng.standard_normal((32, 32))
+    model = ir.from_onnx_text(text, initializers=[ir.tensor(a, name=n) for n, a in arrays.items()])
+    assert [site.weight.name for site in linear_sites(model)] == ["site"]
+    assert {weight.name for _, weight in other_weights(model)} == {"inside", "double"}
+    report = Report("model", "target", "recipe")
+    quantize_model(model, get_recipe("w8a8-rtn"), {}, report)
+    assert report.float_weights == 2 * 32 * 32
+    reasons = " ".join(refusal.reason for refusal in report.refusals)
+    assert "inside of branches and loops" in reasons and "float64" in reasons

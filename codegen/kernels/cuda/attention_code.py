@@ -242,32 +242,26 @@ class _Kernel(AttentionLoop):
         per = 8 if half else 4  # elements of a 16-byte piece
         pieces = width // per
         total = KEYS * pieces
-        for i in range(-(-total // THREADS)):
-            index = e.let(i * THREADS + self.tx)
 
-            def move(index: Any = index) -> None:
-                row, column = e.let(index // pieces), e.let(index % pieces * per)
-                words = e.Registers((4,), "uint32")
-                for c in range(4):
-                    words[c] = e.u32(0)
-                if self.k.layout == "heads":
-                    source = [self.batch_index, head, first + row, column]
-                else:
-                    source = [self.batch_index, first + row, offset + head * width + column]
-                with T.If(first + row < count), T.Then():
-                    e.ptx("ld.global.nc.v4.b32", *[words[c] for c in range(4)], buffer.ptr_to(source))
-                at = self.arena.ptr_to([self.place[name] + row * pitch + column // 2])
-                if half:
-                    e.ptx("st.shared.v4.b32", at, *[words[c] for c in range(4)])
-                    return
-                values = [T.reinterpret("float32", words[c]) for c in range(4)]
-                e.ptx("st.shared.v2.b32", at, e.pair(*values[:2], "float16"), e.pair(*values[2:], "float16"))
-
-            if (i + 1) * THREADS > total:
-                with T.If(index < total), T.Then():
-                    move()
+        def move(index: Any) -> None:
+            row, column = e.let(index // pieces), e.let(index % pieces * per)
+            words = e.Registers((4,), "uint32")
+            for c in range(4):
+                words[c] = e.u32(0)
+            if self.k.layout == "heads":
+                source = [self.batch_index, head, first + row, column]
             else:
-                move()
+                source = [self.batch_index, first + row, offset + head * width + column]
+            with T.If(first + row < count), T.Then():
+                e.ptx("ld.global.nc.v4.b32", *[words[c] for c in range(4)], buffer.ptr_to(source))
+            at = self.arena.ptr_to([self.place[name] + row * pitch + column // 2])
+            if half:
+                e.ptx("st.shared.v4.b32", at, *[words[c] for c in range(4)])
+                return
+            values = [T.reinterpret("float32", words[c]) for c in range(4)]
+            e.ptx("st.shared.v2.b32", at, e.pair(*values[:2], "float16"), e.pair(*values[2:], "float16"))
+
+        e.spread(total, THREADS, self.tx, move)
 
     # One tile of keys
 

@@ -78,16 +78,6 @@ class _Kernel:
     def _put(self, name: str, index: Any, value: Any) -> None:
         B.buffer_store(self.arena, T.reinterpret("uint32", value), [self.place[name] + index])
 
-    def _spread(self, count: int, use: Any) -> None:
-        """Call ``use(index)`` for every index below ``count`` in some thread."""
-        for i in range(-(-count // THREADS)):
-            index = e.let(i * THREADS + self.tx)
-            if (i + 1) * THREADS <= count:
-                use(index)
-            else:
-                with T.If(index < count), T.Then():
-                    use(index)
-
     def _load_queries(self) -> None:
         """Times the scale of scores, for powers of two."""
         k, d = self.k, self.k.head_dim
@@ -97,7 +87,7 @@ class _Kernel:
             value = T.cast(self.q[self.b, self.head * k.group + index // d, index % d], "float32")
             self._put("q", index, value * factor)
 
-        self._spread(k.group * d, load)
+        e.spread(k.group * d, THREADS, self.tx, load)
         T.evaluate(T.cuda.cta_sync())
 
     def _step(self, step: Any) -> None:
@@ -116,7 +106,7 @@ class _Kernel:
                     at = self.place[name] + token * self.pitch + piece * words + c
                     B.buffer_store(self.arena, loaded[c], [at])
 
-            self._spread(TOKENS * pieces, copy)
+            e.spread(TOKENS * pieces, THREADS, self.tx, copy)
         self._scale_queries(step)
         T.evaluate(T.cuda.cta_sync())
         self._scores()
@@ -147,7 +137,7 @@ class _Kernel:
                 self._put("scaled", h * d + c, query * scale)
                 sums[h] = sums[h] + query * low
 
-        self._spread(d, channel)
+        e.spread(d, THREADS, self.tx, channel)
         for h in range(g):
             whole = e.let(T.cuda.warp_reduce(sums[h], "sum"))
             with T.If(self.lane == 0), T.Then():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from typing import Any
 
@@ -108,6 +108,17 @@ def shared(bytes_: int) -> Any:
     arena = pool.alloc((-(-bytes_ // 4),), "uint32", align=128)
     pool.commit()
     return arena
+
+
+def spread(count: int, threads: int, thread: Any, use: Callable[[Any], None]) -> None:
+    """Call ``use(index)`` for every index below ``count`` in some thread of ``threads``."""
+    for turn in range(-(-count // threads)):
+        index = let(turn * threads + thread)
+        if (turn + 1) * threads <= count:
+            use(index)
+        else:
+            with T.If(index < count), T.Then():
+                use(index)
 
 
 def copy_async(dst: Any, src: Any, size: int, valid: Any = None, **guard: Any) -> None:

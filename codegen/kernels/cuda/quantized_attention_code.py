@@ -97,35 +97,29 @@ class _Kernel(AttentionLoop):
         size = 16 if width % 16 == 0 else 8
         per, words = width // size, size // 4
         total = rows * per
-        for p in range(-(-total // THREADS)):
-            index = e.let(p * THREADS + self.tx)
 
-            def move(index: Any = index) -> None:
-                row, column = e.let(index // per), e.let(index % per * size)
-                piece = e.Registers((words,), "uint32")
-                for c in range(words):
-                    piece[c] = e.u32(0)
-                load = lambda: e.ptx(  # noqa: E731
-                    f"ld.global.nc.v{words}.b32", *[piece[c] for c in range(words)], source(row, column)
-                )
-                if inside is None:
-                    load()
-                else:
-                    with T.If(inside(row)), T.Then():
-                        load()
-                at = e.let(self.place[name] + row * pitch + column // 4)
-                store = f"st.shared.v{words}.b32"
-                e.ptx(store, self.arena.ptr_to([at]), *[piece[c] for c in range(words)])
-                if name != "v" and self.k.scores == "binary":
-                    for c in range(words):
-                        piece[c] = T.bitwise_xor(piece[c], e.u32(0xFFFFFFFF))
-                    e.ptx(store, self.arena.ptr_to([at + width // 4]), *[piece[c] for c in range(words)])
-
-            if (p + 1) * THREADS > total:
-                with T.If(index < total), T.Then():
-                    move()
+        def move(index: Any) -> None:
+            row, column = e.let(index // per), e.let(index % per * size)
+            piece = e.Registers((words,), "uint32")
+            for c in range(words):
+                piece[c] = e.u32(0)
+            load = lambda: e.ptx(  # noqa: E731
+                f"ld.global.nc.v{words}.b32", *[piece[c] for c in range(words)], source(row, column)
+            )
+            if inside is None:
+                load()
             else:
-                move()
+                with T.If(inside(row)), T.Then():
+                    load()
+            at = e.let(self.place[name] + row * pitch + column // 4)
+            store = f"st.shared.v{words}.b32"
+            e.ptx(store, self.arena.ptr_to([at]), *[piece[c] for c in range(words)])
+            if name != "v" and self.k.scores == "binary":
+                for c in range(words):
+                    piece[c] = T.bitwise_xor(piece[c], e.u32(0xFFFFFFFF))
+                e.ptx(store, self.arena.ptr_to([at + width // 4]), *[piece[c] for c in range(words)])
+
+        e.spread(total, THREADS, self.tx, move)
 
     # One tile of keys
 

@@ -30,28 +30,8 @@ from qcompile.errors import TargetError
 from qcompile.passes.learn.mixing import balanced
 from qcompile.targets.cuda import TARGETS
 
+from .fragments import LANE, THREAD, G, first_operand, load_matrices, mma
 from .test_source import nvcc
-
-LANE = np.arange(32)
-G, THREAD = LANE // 4, LANE % 4
-
-
-def mma(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """``mma.m16n8k16``: registers ``a[register, half, lane]``, ``b[register, half, lane]``; results ``[register, lane]``."""
-    first, second = np.zeros((16, 16)), np.zeros((16, 8))
-    for half in range(2):
-        for register in range(4):
-            first[G + register % 2 * 8, 2 * THREAD + half + register // 2 * 8] = a[register, half]
-        for register in range(2):
-            second[2 * THREAD + half + 8 * register, G] = b[register, half]
-    d = first @ second
-    return np.stack([d[G + 8 * (c // 2), 2 * THREAD + c % 2] for c in range(4)])
-
-
-def load_matrices(shared: np.ndarray, places: np.ndarray) -> np.ndarray:
-    """``ldmatrix.x4``: rows of eight numbers at ``places`` (words), one per lane; ``[matrix, half, lane]``."""
-    rows = shared[places[:, None] * 2 + np.arange(8)].reshape(4, 8, 8)
-    return np.stack([[rows[i][G, 2 * THREAD + half] for half in range(2)] for i in range(4)])
 
 
 def product(
@@ -69,7 +49,7 @@ def product(
             b[j : j + 2] = load_matrices(shared, lanes).reshape(2, 2, 2, 32)
         for m in range(2):
             for j in range(4):
-                sums = mma(halves[s, m].transpose(1, 2, 0), b[j])
+                sums = mma(first_operand(halves[s, m].transpose(1, 2, 0)), b[j])
                 for c in range(4):
                     out[2 * m + c // 2, 2 * j + c % 2] += sums[c]
     return out

@@ -26,24 +26,7 @@ from qcompile.errors import TargetError
 from qcompile.formats.hadamard import factors, hadamard_signs
 from qcompile.targets.cuda import TARGETS
 
-LANE = np.arange(32)
-G, THREAD = LANE // 4, LANE % 4
-
-
-def mma(signs: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """``mma.m16n8k16``: the first operand (16, 16) as a matrix, registers ``b[register, half, lane]``; ``[register, lane]``."""
-    second = np.zeros((16, 8), b.dtype)
-    for register in range(2):
-        for half in range(2):
-            second[2 * THREAD + half + 8 * register, G] = b[register, half]
-    d = signs @ second
-    return np.stack([d[G + 8 * (c // 2), 2 * THREAD + c % 2] for c in range(4)])
-
-
-def load_matrices(shared: np.ndarray, places: np.ndarray) -> np.ndarray:
-    """``ldmatrix.x4.trans``: rows of eight numbers at ``places``, one per lane; ``[matrix, half, lane]``."""
-    rows = shared[places[:, None] * 2 + np.arange(8)].reshape(4, 8, 8)
-    return np.stack([[rows[i][2 * THREAD + half, G] for half in range(2)] for i in range(4)])
+from .fragments import LANE, load_matrices, mma
 
 
 def signs(axes: tuple[int, ...], bits: int) -> np.ndarray:
@@ -109,7 +92,7 @@ def product(w: WarpRotation, shared: np.ndarray, number: int) -> np.ndarray:
         points = np.minimum(16 * k + (LANE if two else LANE % 16), w.radix - 1)
         places = np.array([w.point_place(block, p, part, quad) for p in points])
         for j in range(0, 4, 1 if two else 2):
-            got = load_matrices(shared, places + 32 * (j if two else j + LANE // 16))
+            got = load_matrices(shared, places + 32 * (j if two else j + LANE // 16), transposed=True)
             for i in range(2):
                 operand[(k + i, j) if two else (k, j + i)] = got[2 * i : 2 * i + 2]
     out = np.zeros((2 * w.tiles, 8, 32))

@@ -75,12 +75,12 @@ def check_destination(final: Path, *, overwrite: bool = False) -> None:
         ArtifactError: it exists (and ``overwrite`` is False, or it is not an artifact), or cannot be written.
     """
     if final.exists():
+        if not final.is_dir() or not ((final / MANIFEST).is_file() or not any(final.iterdir())):
+            raise ArtifactError(f"{final} exists and is not an artifact; it is not overwritten, choose another folder")
         if not overwrite:
             raise ArtifactError(
                 f"{final} exists; choose another folder, or say `overwrite=True` (`--force`) to replace it"
             )
-        if not final.is_dir() or not ((final / MANIFEST).is_file() or not any(final.iterdir())):
-            raise ArtifactError(f"{final} exists and is not an artifact; it is not overwritten")
     nearest = final.parent
     while not nearest.exists() and nearest != nearest.parent:
         nearest = nearest.parent

@@ -38,8 +38,15 @@ def make_feed(inputs: Sequence[TensorSpec], extents: Mapping[str, int]) -> dict[
     """Inputs of the given extents: integers and booleans are 1 (a valid id and a valid mask), floats normal.
 
     Raises:
-        InputError: an extent is not given.
+        InputError: an extent is not given, negative, or of no input.
     """
+    symbols = {part for spec in inputs for d in spec.shape if isinstance(d, str) for part in d.split(" + ")}
+    for name, size in extents.items():
+        if name not in symbols:
+            known = ", ".join(sorted(part for part in symbols if not part.isdigit())) or "none"
+            raise InputError(f"no input has an extent {name!r}; extents of this model: {known}")
+        if size < 0:
+            raise InputError(f"the extent of {name!r} cannot be negative, it is {size}")
     random = np.random.default_rng(0)
     feed = {}
     for spec in inputs:
@@ -140,8 +147,17 @@ class OrtPeers:
     def run(self, form: str, threads: int) -> Run:
         """A function that runs the model in this form."""
         session = ort.session(self._paths[form], threads=threads, settings={"session.x64quantprecision": "1"})
-        names = {i.name for i in session.get_inputs()}
-        return lambda feed: session.run(None, {k: v for k, v in feed.items() if k in names})
+        names = [i.name for i in session.get_inputs()]
+
+        def run(feed: Mapping[str, np.ndarray]) -> Any:
+            if missing := [name for name in names if name not in feed]:
+                raise InputError(
+                    f"the float model reads {', '.join(missing)}, of which the artifact knows nothing; "
+                    "compare with the model it was compiled from (`--model`)"
+                )
+            return session.run(None, {name: feed[name] for name in names})
+
+        return run
 
 
 def compare(

@@ -20,7 +20,7 @@ from qcompile import ort
 from qcompile.backends import Job, get_backend
 from qcompile.calibration import Feed, collect, input_specs, load_feeds
 from qcompile.compiled import CompiledModel, load
-from qcompile.errors import CalibrationError, RecipeError, TargetError, UnsupportedOperatorError
+from qcompile.errors import CalibrationError, ModelError, RecipeError, TargetError, UnsupportedOperatorError
 from qcompile.generation import TOKENIZER
 from qcompile.passes.sites import conv_sites, linear_sites, matrix_sites
 from qcompile.progress import Progress
@@ -119,7 +119,8 @@ def compile(
         target: a target name (``qcompile targets``) or `Target`; ``native`` is this machine.
         recipe: a recipe's name, a ``.toml`` file, or a `Recipe`.
         calibration: path of a ``.npz``, ``.txt`` or ``.jsonl``, or an iterable; None for data-free compilation.
-        tokenizer: path of ``tokenizer.json`` for texts; found by itself in a Hugging Face directory.
+        tokenizer: path of ``tokenizer.json`` for texts, of calibration and of a decoder's artifact; found by itself in a
+            Hugging Face directory.
         output: directory of the artifact; a temporary one if None.
         overwrite: replace an artifact that is there already.
         keep_stages: folder that receives the model after every stage.
@@ -150,6 +151,8 @@ def compile(
     options, forms = dict(options or {}), tuple(form for form in emit if form != "mlir")
     backend.check_options(options, forms)
     backend.check_tools(machine)
+    if tokenizer is not None and not Path(tokenizer).is_file():
+        raise ModelError(f"tokenizer file {os.fspath(tokenizer)} does not exist")
     temporary = None
     if output is None:
         temporary = tempfile.mkdtemp(prefix="qcompile-")
@@ -159,6 +162,7 @@ def compile(
             stages = Stages(Path(keep_stages) if keep_stages else None, folder / "mlir" if "mlir" in emit else None)
             with bars.stage("capture"):
                 captured = capture(model, **(capture_options or {}))
+                captured.tokenizer = Path(tokenizer) if tokenizer is not None else captured.tokenizer
                 stages.save("captured", captured.model)
             with bars.stage("recognise"):
                 graph, recognised = recognise(captured.model)
@@ -168,7 +172,7 @@ def compile(
                 str(captured.source.get("name") or captured.source.get("path") or "model"), str(machine), chosen.name
             )
             report.recognised = dict(recognised.composites)
-            feeds = _feeds(calibration, graph, tokenizer or captured.tokenizer, max_tokens, max_samples)
+            feeds = _feeds(calibration, graph, captured.tokenizer, max_tokens, max_samples)
             reference = graph
             before = _statistics(graph, chosen, feeds, bars, hessian=not chosen.transforms)
             after = before

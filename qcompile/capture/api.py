@@ -78,6 +78,13 @@ def _capture(
     from qcompile.capture.onnx_file import check_proto, from_proto
     from qcompile.capture.reference import is_reference, resolve
 
+    directory = isinstance(model_or_path, str | Path) and Path(model_or_path).is_dir()
+    if kv_cache and not (directory and (Path(model_or_path) / "config.json").is_file()):
+        name = model_or_path if isinstance(model_or_path, str | Path) else type(model_or_path).__name__
+        raise ModelError(
+            f"{name}: a cache (`--kv-cache`) is given to decoders in Hugging Face directories; any other model has one"
+            " only as inputs and outputs of its own"
+        )
     if isinstance(model_or_path, ir.Model):
         return _from_ir(model_or_path.clone(), {"kind": "onnx"}, example_inputs, "model", task)
     if isinstance(model_or_path, onnx.ModelProto):

@@ -20,7 +20,13 @@ import click
     "--shape", "shapes", multiple=True, help="Extents such as batch=1,sequence=128; may be given several times."
 )
 @click.option("--threads", "threads", multiple=True, type=int, help="Number of threads; may be given several times.")
-@click.option("--seconds", default=1.0, show_default=True, help="Measuring time of each contender at each point.")
+@click.option(
+    "--seconds",
+    type=click.FloatRange(0),
+    default=1.0,
+    show_default=True,
+    help="Measuring time of each contender at each point.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the same as JSON.")
 def bench(
     artifact: str,

@@ -18,7 +18,7 @@ import click
 @click.option("--target-cycles", type=int, help="FPGA: cycles per frame, at most.")
 @click.option("--recipe", default="w8a8", show_default=True, help="Recipe name or .toml file; see `qcompile recipes`.")
 @click.option("--calibration", type=click.Path(), help="Samples: .npz, .txt or .jsonl.")
-@click.option("--tokenizer", type=click.Path(), help="tokenizer.json for texts; found by itself in a model directory.")
+@click.option("--tokenizer", type=click.Path(), help="tokenizer.json; found by itself in a model directory.")
 @click.option("-o", "--output", required=True, type=click.Path(), help="Directory of the artifact.")
 @click.option("--force", "--overwrite", "force", is_flag=True, help="Replace an artifact that is there already.")
 @click.option("--weight", help="Change the recipe's weight format, e.g. int4/g128.")

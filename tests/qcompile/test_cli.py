@@ -11,6 +11,7 @@ import time
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 from click.testing import CliRunner
 from onnx import numpy_helper
@@ -295,3 +296,27 @@ def test_control_c_while_compiling_leaves_nothing(model, tmp_path):
     assert process.returncode == 130, errors
     assert "Traceback" not in errors
     assert not [p for p in tmp_path.iterdir() if "out" in p.name]
+
+
+def test_bench_refuses_extents_and_models_that_are_not_the_artifacts(model, tmp_path):
+    done = call("compile", model, "--recipe", "w8a8-rtn", "-o", tmp_path / "out", "--quiet")
+    assert done.exit_code == 0, done.output
+    for shape, said in (("batch=1,past=2", "no input has an extent 'past'; extents of this model: batch"),
+                        ("batch=-1", "cannot be negative")):  # fmt: skip
+        wrong = call("bench", tmp_path / "out", "--shape", shape, "--seconds", "0.01")
+        assert wrong.exit_code == 6 and said in wrong.output, wrong.output
+    other = ir.from_onnx_text("""<ir_version: 10, opset_import: ["" : 21]>
+        g (float[batch, 3] other) => (float[batch, 3] y) { y = Tanh(other) }""")
+    ir.save(other, tmp_path / "other.onnx")
+    wrong = call("bench", tmp_path / "out", "--against", "onnxruntime", "--model", tmp_path / "other.onnx")
+    assert wrong.exit_code == 6 and "reads other" in wrong.output, wrong.output
+
+
+def test_options_that_would_have_no_effect_are_refused(model, tmp_path):
+    for options, said in ((["--kv-cache"], "Hugging Face directories"),
+                          (["--tokenizer", tmp_path / "none.json"], "none.json does not exist")):  # fmt: skip
+        done = call("compile", model, "--recipe", "w8a8-rtn", "-o", tmp_path / "out", "--quiet", *options)
+        assert done.exit_code == 3 and said in done.output, done.output
+    (tmp_path / "file").write_text("kept")
+    done = call("compile", model, "--recipe", "w8a8-rtn", "-o", tmp_path / "file", "--quiet")
+    assert "not an artifact" in done.output and "--force" not in done.output

@@ -55,6 +55,17 @@ def model(folder, tmp_path_factory):
     )  # fmt: skip
 
 
+def test_the_tokenizer_that_is_named_is_the_artifacts(folder, tmp_path):
+    other = json.loads((folder / "tokenizer.json").read_text())
+    other["model"]["vocab"]["hello"] = other["model"]["vocab"].pop("jugs")
+    (tmp_path / "other.json").write_text(json.dumps(other))
+    named = qcompile.compile(
+        folder, recipe="w8a8-rtn", tokenizer=tmp_path / "other.json", capture_options={"kv_cache": True}, progress=False,
+        output=tmp_path / "out",
+    )  # fmt: skip
+    assert generation.tokenizer(named).token_to_id("hello") == WORDS.index("jugs") + 2
+
+
 def test_texts_calibrate_a_decoder_with_a_cache(model):
     assert model.report.quality["samples"] > 0
     assert all(layer.output_error is not None for layer in model.report.layers if layer.kind == "linear")

@@ -142,31 +142,39 @@ class Checked:
         Raises:
             InputError: one is missing, unknown, or has the wrong dtype or shape.
         """
+        self._check_names(feeds)
+        extents: dict[str, tuple[int, str]] = {}
+        arrays = []
+        for spec in self.inputs:
+            array = _as_numpy(feeds[spec.name], spec)
+            check_form(spec, str(array.dtype), array.shape, extents)
+            arrays.append(aligned(array))
+        return arrays
+
+    def _check_names(self, feeds: Mapping[str, Any]) -> None:
         known = {s.name for s in self.inputs}
         if missing := [s.name for s in self.inputs if s.name not in feeds]:
             raise InputError(f"input {missing[0]!r} is missing; the model takes {self._signature()}")
         if strange := [n for n in feeds if n not in known]:
             raise InputError(f"the model has no input {strange[0]!r}; it takes {self._signature()}")
-        extents: dict[str, tuple[int, str]] = {}
-        arrays = []
-        for spec in self.inputs:
-            array = _as_numpy(feeds[spec.name], spec)
-            if array.dtype != np.dtype(spec.dtype):
-                raise InputError(f"input {spec.name!r} is {array.dtype}, the model takes {spec}")
-            if array.ndim != len(spec.shape):
-                raise InputError(f"input {spec.name!r} has shape {array.shape}, the model takes {spec}")
-            for axis, (have, want) in enumerate(zip(array.shape, spec.shape)):
-                if isinstance(want, int) and have != want:
-                    raise InputError(f"input {spec.name!r} has {have} along axis {axis}, the model takes {spec}")
-                if isinstance(want, str):
-                    first, where = extents.setdefault(want, (have, spec.name))
-                    if first != have:
-                        raise InputError(f"{want} is {first} in {where!r} but {have} in {spec.name!r}")
-            arrays.append(aligned(array))
-        return arrays
 
     def _signature(self) -> str:
         return "; ".join(map(str, self.inputs))
+
+
+def check_form(spec: TensorSpec, dtype: str, shape: Sequence[int], extents: dict[str, tuple[int, str]]) -> None:
+    """Refuse an input of another dtype or shape; ``extents`` are those of inputs before it, by name."""
+    if dtype != spec.dtype:
+        raise InputError(f"input {spec.name!r} is {dtype}, the model takes {spec}")
+    if len(shape) != len(spec.shape):
+        raise InputError(f"input {spec.name!r} has shape {tuple(shape)}, the model takes {spec}")
+    for axis, (have, want) in enumerate(zip(shape, spec.shape)):
+        if isinstance(want, int) and have != want:
+            raise InputError(f"input {spec.name!r} has {have} along axis {axis}, the model takes {spec}")
+        if isinstance(want, str):
+            first, where = extents.setdefault(want, (have, spec.name))
+            if first != have:
+                raise InputError(f"{want} is {first} in {where!r} but {have} in {spec.name!r}")
 
 
 _files: dict[str, list[tuple[int, int]]] = {}

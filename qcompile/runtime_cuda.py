@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from qcompile.errors import ArtifactError, InputError
-from qcompile.runtime import TensorSpec, load_runtime
+from qcompile.runtime import Checked, TensorSpec, check_form, load_runtime
 
 CPU, CUDA, POOLED = 1, 2, 2
 """Device types of DLPack; the kind of allocator."""
@@ -41,7 +41,7 @@ def load_cuda_runtime() -> None:
     _loaded = True
 
 
-class CudaProgram:
+class CudaProgram(Checked):
     """A loaded program on torch's current device.
 
     Args:
@@ -59,7 +59,7 @@ class CudaProgram:
         load_cuda_runtime()
         import tvm_ffi
 
-        self.inputs, self.outputs = tuple(inputs), tuple(outputs)
+        super().__init__(inputs, outputs)
         self.device = torch.device("cuda", torch.cuda.current_device())
         try:
             module = tvm_ffi.load_module(str(library / "model.so"))
@@ -88,12 +88,7 @@ class CudaProgram:
         Raises:
             InputError: an input is missing, unknown, or has the wrong dtype or shape.
         """
-        if len(args) == 1 and isinstance(args[0], Mapping) and not kwargs:
-            feeds = dict(args[0])
-        elif len(args) > len(self.inputs):
-            raise InputError(f"got {len(args)} inputs, the model takes {len(self.inputs)}: {self._signature()}")
-        else:
-            feeds = {**dict(zip((s.name for s in self.inputs), args)), **kwargs}
+        feeds = self._bind(args, kwargs)
         results = list(self.run_torch(feeds).values())
         if not any(isinstance(v, torch.Tensor) for v in feeds.values()):
             arrays = [r.cpu().numpy() for r in results]
@@ -108,7 +103,7 @@ class CudaProgram:
         """Run with inputs by name; returns every output by name, as tensors on the device."""
         import tvm_ffi
 
-        tensors = self._check(feeds)
+        tensors = self._placed(feeds)
         stream = torch.cuda.current_stream(self.device).cuda_stream
         with tvm_ffi.use_raw_stream(tvm_ffi.device("cuda", self.device.index), stream):
             try:
@@ -120,12 +115,9 @@ class CudaProgram:
             found = [result] if hasattr(result, "__dlpack__") else list(result)
             return {spec.name: torch.from_dlpack(t) for spec, t in zip(self.outputs, found)}
 
-    def _check(self, feeds: Mapping[str, Any]) -> list[torch.Tensor]:
-        known = {s.name for s in self.inputs}
-        if missing := [s.name for s in self.inputs if s.name not in feeds]:
-            raise InputError(f"input {missing[0]!r} is missing; the model takes {self._signature()}")
-        if strange := [n for n in feeds if n not in known]:
-            raise InputError(f"the model has no input {strange[0]!r}; it takes {self._signature()}")
+    def _placed(self, feeds: Mapping[str, Any]) -> list[torch.Tensor]:
+        """The inputs in order on the device, as `Checked.check`."""
+        self._check_names(feeds)
         extents: dict[str, tuple[int, str]] = {}
         found = []
         for spec in self.inputs:
@@ -133,18 +125,6 @@ class CudaProgram:
             tensor = (
                 value.detach() if isinstance(value, torch.Tensor) else torch.from_numpy(np.ascontiguousarray(value))
             )
-            if str(tensor.dtype).removeprefix("torch.") != spec.dtype:
-                raise InputError(f"input {spec.name!r} is {tensor.dtype}, the model takes {spec}")
-            if tensor.ndim != len(spec.shape):
-                raise InputError(f"input {spec.name!r} has shape {tuple(tensor.shape)}, the model takes {spec}")
-            for axis, (have, want) in enumerate(zip(tensor.shape, spec.shape)):
-                if isinstance(want, int) and have != want:
-                    raise InputError(f"input {spec.name!r} has {have} along axis {axis}, the model takes {spec}")
-                first, where = extents.setdefault(str(want), (have, spec.name)) if isinstance(want, str) else (have, "")
-                if first != have:
-                    raise InputError(f"{want} is {first} in {where!r} but {have} in {spec.name!r}")
+            check_form(spec, str(tensor.dtype).removeprefix("torch."), tensor.shape, extents)
             found.append(tensor.to(self.device).contiguous())
         return found
-
-    def _signature(self) -> str:
-        return "; ".join(map(str, self.inputs))

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from qcompile.backends import Backend, Job
-from qcompile.errors import CalibrationError, InputError, TargetError
+from qcompile.errors import CalibrationError, TargetError
 from qcompile.runtime import Checked, TensorSpec
 
 if TYPE_CHECKING:
@@ -213,9 +213,11 @@ class FixedRunner(Checked):
 
         content = json.loads((folder / "program.json").read_text(encoding="utf-8"))
         self._ports = content
-        super().__init__(
-            *([TensorSpec(p["name"], p["dtype"], tuple(p["shape"])) for p in content[k]] for k in ("inputs", "outputs"))
-        )
+        specs = {
+            key: [TensorSpec(p["name"], p["dtype"], tuple(p["shape"])) for p in content[key]]
+            for key in ("inputs", "outputs")
+        }
+        super().__init__(specs["inputs"], specs["outputs"])
         self._binary = compile_c(folder / "c")
 
     def run(self, feeds: Mapping[str, Any]) -> dict[str, np.ndarray]:
@@ -226,7 +228,6 @@ class FixedRunner(Checked):
         """
         from qcompile.codegen.verilog.artifact import decode_frames, encode_frames, run_c
 
-        if strange := sorted(feeds.keys() - {spec.name for spec in self.inputs}):
-            raise InputError(f"the model has no input {strange[0]!r}; it takes {self._signature()}")
+        self._check_names(feeds)
         frames = encode_frames(self._ports["inputs"], feeds)
         return decode_frames(self._ports["outputs"], run_c(self._binary, self._ports, frames))

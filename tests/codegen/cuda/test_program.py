@@ -16,13 +16,15 @@ from qcompile.codegen.kernels.cuda.plan import Plan
 from qcompile.codegen.program_cuda import build_cuda_program
 from qcompile.codegen.relax import compile_relax, to_relax
 from qcompile.codegen.relax.testing import parse
-from qcompile.errors import TargetError
+from qcompile.errors import InputError, TargetError
 from qcompile.passes.asks.online import Diagonal, Kronecker, insert_online
 from qcompile.passes.lower import lower
 from qcompile.passes.recognise import recognise
 from qcompile.quantization import quantize_model
 from qcompile.recipes import get_recipe
 from qcompile.report import Report
+from qcompile.runtime import Checked, TensorSpec
+from qcompile.runtime_cuda import CudaProgram
 from qcompile.targets import get_target
 
 from .models import float_model
@@ -154,3 +156,25 @@ def test_shapes_are_checked_on_the_host() -> None:
         machine["main"](
             tvm.runtime.tensor(np.zeros((1, 7, 4), np.float32)), *map(tvm.runtime.tensor, program.params.values())
         )
+
+
+def test_inputs_are_checked_before_a_device_has_them() -> None:
+    program = object.__new__(CudaProgram)
+    Checked.__init__(program, [TensorSpec("x", "float32", ("b", 4)), TensorSpec("y", "int64", ("b",))], [])
+    program.device = torch.device("cpu")
+    program.run_torch = lambda feeds: dict(zip("xy", program._placed(feeds), strict=True))  # type: ignore[method-assign]
+    x, y = torch.ones(2, 4), np.arange(2)
+    for given in (program(x, y), program(x, y=y), program({"y": y, "x": x})):
+        assert torch.equal(given[0], x) and torch.equal(given[1], torch.tensor([0, 1]))
+    for args, named, message in (
+        ((x, y, y), {}, "got 3 inputs, the model takes 2"),
+        ((x, y), {"x": x}, "'x' is given twice"),
+        ((x, y), {"z": y}, "no input 'z'"),
+        ((x,), {}, "'y' is missing"),
+        ((x.half(), y), {}, "'x' is float16"),
+        ((x[:, :3], y), {}, "'x' has 3 along axis 1"),
+        ((x, y[:1]), {}, "b is 2 in 'x' but 1 in 'y'"),
+        ((x, y[None]), {}, r"'y' has shape \(1, 2\)"),
+    ):
+        with pytest.raises(InputError, match=message):
+            program(*args, **named)

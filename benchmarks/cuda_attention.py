@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
 from pathlib import Path
 
 from qcompile.codegen.kernels.cuda import build, quantized_attention
@@ -43,7 +42,7 @@ def main() -> None:
     import torch
 
     from qcompile import kernels
-    from qcompile.codegen.kernels.cuda.measure import measure
+    from qcompile.codegen.kernels.cuda.measure import append, measure
 
     print("device", torch.cuda.get_device_name(), "torch", torch.__version__)
     for batch, length in SHAPES:
@@ -76,9 +75,7 @@ def main() -> None:
                 f"{row['whole_us']:9.1f}  sdpa {sdpa * 1e6:9.1f} us  error {row['error']:.3f}",
                 flush=True,
             )
-            if args.out:
-                with args.out.open("a") as file:
-                    print(json.dumps(row), file=file)
+            append(args.out, row)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +41,7 @@ def main() -> None:
         return
     import torch
 
-    from qcompile.codegen.kernels.cuda.measure import CACHE, measure
+    from qcompile.codegen.kernels.cuda.measure import CACHE, append, measure
 
     module = build.load(build.compile_library(source, target))
     print("device", torch.cuda.get_device_name(), "torch", torch.__version__)
@@ -87,9 +86,7 @@ def main() -> None:
                 f"sdpa float16 {peer * 1e6:8.2f} us",
                 flush=True,
             )
-            if args.out:
-                with args.out.open("a") as file:
-                    print(json.dumps(row_), file=file)
+            append(args.out, row_)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -126,7 +125,7 @@ def main() -> None:
         return
     import torch
 
-    from qcompile.codegen.kernels.cuda.measure import CACHE, LEAST, measure
+    from qcompile.codegen.kernels.cuda.measure import CACHE, LEAST, append, measure
 
     module = build.load(build.compile_library(source, target))
     print("device", torch.cuda.get_device_name(), "torch", torch.__version__)
@@ -165,9 +164,7 @@ def main() -> None:
                 f"row kernel that copies {row['row_copy_us']:8.2f} us {row['row_ratio']:.2f}{peers}",
                 flush=True,
             )
-            if args.out:
-                with args.out.open("a") as file:
-                    print(json.dumps(row), file=file)
+            append(args.out, row)
 
 
 if __name__ == "__main__":

@@ -23,13 +23,13 @@ from rich.console import Console
 from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).parent))
-from rotations import HEAD, Study, in_memory, keep, kept
+from rotations import Study, fill, in_memory, kept, rounded
 
 from qcompile.analysis import difference
 from qcompile.passes.asks import Ask, Context, apply_asks
 from qcompile.passes.spaces import Element, Space, analyse
 from qcompile.passes.spaces.request import scale
-from qcompile.recipes import Recipe, Step
+from qcompile.recipes import Step
 
 FORMATS = {"W8A8": ("int8", "int8/token"), "W4A8": ("int4/g128/asym", "int8/token")}
 TRANSFORMS = {
@@ -100,17 +100,9 @@ def main(directory, share, formats, names, count, samples, model, device, output
     moved = difference(clean, planted, study.feeds[0])
     print(f"{len(report.applied)} norms, {report.applied[0].text}; outputs moved by {moved:.1e}", file=sys.stderr)
     for kind, name in itertools.product(formats, names):
-        weight, activation = FORMATS[kind]
-        chosen = Recipe(
-            name, weight=weight, activation=activation, embedding_bits=0, transforms=TRANSFORMS[name], overrides=HEAD
-        )
+        chosen = rounded(name, FORMATS[kind], TRANSFORMS[name])
         for state, study.model in zip(STATES, (clean, planted)):
-            if f"{kind} {state}" in rows.get(name, {}):
-                continue
-            value = study.perplexity(study.quantized(study.transformed(chosen), chosen))
-            rows.setdefault(name, {})[f"{kind} {state}"] = value
-            print(f"{kind} {name}, {state}: {value:.4f}", file=sys.stderr, flush=True)
-            keep(output, rows)
+            fill(study, rows, name, f"{kind} {state}", chosen, output)
     show(rows)
 
 

@@ -95,6 +95,12 @@ def recipe(name: str, activation: str, solver: str, options: dict, seed: int = 0
     )
 
 
+def rounded(name: str, formats: tuple[str, str], steps: tuple[Step, ...]) -> Recipe:
+    """A recipe that rounds to nearest; ``formats`` of weights and activations, head and embedding stay float."""
+    weight, activation = formats
+    return Recipe(name, weight=weight, activation=activation, embedding_bits=0, transforms=steps, overrides=HEAD)
+
+
 class Study:
     """One model, its calibration samples and evaluation windows."""
 
@@ -208,6 +214,16 @@ def keep(output: Path | None, rows: dict[str, Any]) -> None:
         new = output.with_name(f"{output.name}.new")
         new.write_text(json.dumps(rows, indent=1))
         new.replace(output)
+
+
+def fill(
+    study: Study, rows: dict[str, dict[str, float]], row: str, column: str, chosen: Recipe, output: Path | None
+) -> None:
+    """The perplexity after ``chosen``, printed and kept, unless ``rows`` has it already."""
+    if column not in rows.setdefault(row, {}):
+        rows[row][column] = study.perplexity(study.quantized(study.transformed(chosen), chosen))
+        print(f"{row}, {column}: {rows[row][column]:.4f}", file=sys.stderr, flush=True)
+        keep(output, rows)
 
 
 def measure(study: Study, rows: Figures, job: Job, options: dict, output: Path | None) -> None:

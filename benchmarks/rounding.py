@@ -17,9 +17,9 @@ from rich.console import Console
 from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).parent))
-from rotations import HEAD, Study, keep, kept
+from rotations import Study, fill, kept, rounded
 
-from qcompile.recipes import Recipe, Step
+from qcompile.recipes import Step
 
 FORMATS = {
     "W8 per channel, A8": ("int8", "int8/token"),
@@ -41,16 +41,9 @@ TRANSFORMS = {"plain": (), "random Hadamard": (Step("rotate"), Step("rotate-onli
 def main(directory, count, model, device, output) -> None:
     rows = kept(output)
     study = Study(directory, model, count, 1, device)
-    for name, (weight, activation) in FORMATS.items():
+    for name, formats in FORMATS.items():
         for kind, steps in TRANSFORMS.items():
-            if kind in rows.get(name, {}):
-                continue
-            chosen = Recipe(
-                name, weight=weight, activation=activation, embedding_bits=0, transforms=steps, overrides=HEAD
-            )
-            rows.setdefault(name, {})[kind] = study.perplexity(study.quantized(study.transformed(chosen), chosen))
-            print(f"{name}, {kind}: {rows[name][kind]:.4f}", file=sys.stderr, flush=True)
-            keep(output, rows)
+            fill(study, rows, name, kind, rounded(name, formats, steps), output)
     table = Table("rounded to nearest", *TRANSFORMS, box=None)
     for name, row in rows.items():
         table.add_row(name, *(f"{row[kind]:.3f}" for kind in TRANSFORMS))

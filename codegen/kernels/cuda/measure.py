@@ -8,8 +8,10 @@ for time, the tests check results.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,6 +26,13 @@ CACHE = 256 << 20
 
 LEAST = 20
 """Calls in a graph, at least."""
+
+
+def append(path: Path | None, row: Mapping[str, Any]) -> None:
+    """Add a line of JSON to the file at ``path``, if there is one."""
+    if path is not None:
+        with path.open("a", encoding="utf-8") as file:
+            print(json.dumps(row), file=file)
 
 
 def random_arrays(plan: Plan) -> list[torch.Tensor]:

@@ -40,6 +40,7 @@ from qcompile.codegen.kernels.cpu.emission import ON_STACK, Emission, Register
 from qcompile.codegen.kernels.cpu.gemm import TiledGemm
 from qcompile.codegen.kernels.cpu.lut import group_scales
 from qcompile.codegen.kernels.cpu.panels import Panels, integer_format, largest
+from qcompile.codegen.kernels.cpu.refusals import float_activations
 from qcompile.formats import Format, IntFormat, Quantized
 from qcompile.targets.target import Target
 
@@ -70,8 +71,8 @@ class ArmGemm(TiledGemm):
         if not target.has(*self.needs):
             missing = ", ".join(sorted(set(self.needs) - target.features))
             return f"{self.name} needs {missing}, which {target} does not have"
-        if not problem.activation.bits:
-            return f"{self.name} multiplies integer activations; this operator has float ones"
+        if reason := float_activations(self.name, problem):
+            return reason
         longest = min(problem.weight.group or problem.k, problem.k)
         fmt = self.integers(problem.weight)
         if fmt is not None and longest * 255 * largest(fmt) * (16 if self.keeps_signs(fmt) else 1) >= 1 << 31:

@@ -16,7 +16,9 @@ from qcompile.codegen.kernels.cpu import float_tables, floats
 from qcompile.codegen.kernels.cpu import vector as v
 from qcompile.codegen.kernels.cpu.emission import Emission
 from qcompile.codegen.kernels.cpu.levels import ENTRIES
+from qcompile.codegen.kernels.cpu.refusals import no_avx2
 from qcompile.codegen.kernels.cpu.unpack import shift
+from qcompile.codegen.kernels.cpu.vector import lanes_of
 from qcompile.targets.target import Target
 
 PERMUTE = "llvm.x86.avx512.permvar.sf.512"
@@ -30,11 +32,11 @@ class FloatGemm(floats.FloatGemm):
     streams = (2, 4, 1)
 
     def lanes(self, target: Target) -> int:
-        return 16 if target.has("avx512") else 8
+        return lanes_of(target)
 
     def refuse(self, problem: LinearProblem, target: Target) -> str:
-        if not target.has("avx2", "fma", "f16c"):
-            return f"{self.name} needs AVX2, FMA and F16C, which {target} does not have"
+        if reason := no_avx2(self.name, target):
+            return reason
         if problem.activation.bits:
             return f"{self.name} multiplies float activations; this operator has {problem.activation} ones"
         return ""

@@ -29,6 +29,7 @@ from qcompile.codegen.kernels.cpu.emission import opaque
 from qcompile.codegen.kernels.cpu.gemm import BANDWIDTH, CLOCK, usable
 from qcompile.codegen.kernels.cpu.look_up import LookUpGemm, over_tiles
 from qcompile.codegen.kernels.cpu.lut import PAIR, PlanePanels
+from qcompile.codegen.kernels.cpu.refusals import no_avx2
 from qcompile.codegen.kernels.cpu.superblocks import planes_of
 from qcompile.codegen.kernels.cpu.tail import finish
 from qcompile.codegen.kernels.x86.instructions import prefetch
@@ -55,8 +56,8 @@ class LutGemm(LookUpGemm):
     def supports(self, problem: LinearProblem, target: Target) -> Support:
         if target.kind != "x86":
             return Support(False, f"{self.name} needs an x86 target, not {target.kind}")
-        if not target.has("avx2", "fma", "f16c"):
-            return Support(False, f"{self.name} needs AVX2, FMA and F16C, which {target} does not have")
+        if reason := no_avx2(self.name, target):
+            return Support(False, reason)
         if not problem.activation.bits:
             return Support(False, f"{self.name} looks integer activations up; this operator has float ones")
         planes = planes_of(problem.weight)

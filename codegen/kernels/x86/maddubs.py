@@ -17,7 +17,9 @@ from qcompile.codegen.kernels.cpu import vector as v
 from qcompile.codegen.kernels.cpu.emission import Emission, Register, Tile, beside
 from qcompile.codegen.kernels.cpu.gemm import TiledGemm
 from qcompile.codegen.kernels.cpu.panels import PaddedPanels, Panels
+from qcompile.codegen.kernels.cpu.refusals import float_activations, no_avx2
 from qcompile.codegen.kernels.cpu.unpack import as_bytes, field
+from qcompile.codegen.kernels.cpu.vector import lanes_of
 from qcompile.codegen.kernels.x86.instructions import MADDUBS, MADDWD, prefetch
 from qcompile.codegen.kernels.x86.signed import signed_rows
 from qcompile.codegen.kernels.x86.vnni import byte_refusal
@@ -39,13 +41,11 @@ class MaddubsGemm(TiledGemm):
     streams = (4, 2, 1)
 
     def lanes(self, target: Target) -> int:
-        return 16 if target.has("avx512") else 8
+        return lanes_of(target)
 
     def refuse(self, problem: LinearProblem, target: Target) -> str:
-        if not target.has("avx2", "fma", "f16c"):
-            return f"{self.name} needs AVX2, FMA and F16C, which {target} does not have"
-        if not problem.activation.bits:
-            return f"{self.name} multiplies integer activations; this operator has float ones"
+        if reason := no_avx2(self.name, target) or float_activations(self.name, problem):
+            return reason
         fmt = self.integers(problem.weight)
         assert fmt is not None
         return byte_refusal(self.name, problem, fmt) or self.refuse_codes(problem)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from qcompile.codegen.kernels.base import LinearProblem
 from qcompile.codegen.kernels.cpu import minifloats
+from qcompile.codegen.kernels.cpu.refusals import no_avx2
+from qcompile.codegen.kernels.cpu.vector import lanes_of
 from qcompile.targets.target import Target
 
 
@@ -14,12 +16,10 @@ class MinifloatGemm(minifloats.MinifloatGemm):
     streams = (2, 4, 1)
 
     def lanes(self, target: Target) -> int:
-        return 16 if target.has("avx512") else 8
+        return lanes_of(target)
 
     def refuse(self, problem: LinearProblem, target: Target) -> str:
-        if not target.has("avx2", "fma", "f16c"):
-            return f"{self.name} needs AVX2, FMA and F16C, which {target} does not have"
-        return ""
+        return no_avx2(self.name, target)
 
     def tiles(self, problem: LinearProblem, target: Target) -> list[tuple[int, int]]:
         return [(10, 1), (6, 2), (4, 2)] if target.has("avx512") else [(6, 1), (5, 1), (4, 1), (2, 2)]

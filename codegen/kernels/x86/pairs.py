@@ -26,6 +26,7 @@ from qcompile.codegen.kernels.cpu import vector as v
 from qcompile.codegen.kernels.cpu.emission import ON_STACK, Emission, Register, Tile, beside, position, vectors
 from qcompile.codegen.kernels.cpu.gemm import TiledGemm
 from qcompile.codegen.kernels.cpu.panels import Panels
+from qcompile.codegen.kernels.cpu.refusals import float_activations, no_avx2, overflow
 from qcompile.codegen.kernels.x86.instructions import MADDUBS, MADDWD, prefetch
 from qcompile.targets.target import Target
 
@@ -59,16 +60,11 @@ class PairGemm(TiledGemm):
         return LANES
 
     def refuse(self, problem: LinearProblem, target: Target) -> str:
-        if not target.has("avx2", "fma", "f16c"):
-            return f"{self.name} needs AVX2, FMA and F16C, which {target} does not have"
-        if not problem.activation.bits:
-            return f"{self.name} multiplies integer activations; this operator has float ones"
+        if reason := no_avx2(self.name, target) or float_activations(self.name, problem):
+            return reason
         if problem.weight.bits != 8:
             return f"{self.name} is for 8-bit codes; {problem.weight} are narrow enough for x86-maddubs"
-        longest = min(problem.weight.group or problem.k, problem.k)
-        if longest * 128 * 255 >= 1 << 31:
-            return f"{self.name}: {longest} products of 8-bit numbers may overflow an int32 accumulator"
-        return ""
+        return overflow(self.name, problem.k, problem.weight.group)
 
     def activation_offset(self, problem: LinearProblem) -> int:
         return 0

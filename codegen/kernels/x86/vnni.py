@@ -17,6 +17,7 @@ from qcompile.codegen.kernels.cpu import vector as v
 from qcompile.codegen.kernels.cpu.emission import Emission, Tile, position
 from qcompile.codegen.kernels.cpu.gemm import TiledGemm
 from qcompile.codegen.kernels.cpu.panels import Panels
+from qcompile.codegen.kernels.cpu.refusals import float_activations, overflow
 from qcompile.codegen.kernels.cpu.unpack import as_bytes, field, repeat_byte
 from qcompile.formats import IntFormat
 from qcompile.targets.target import Target
@@ -33,8 +34,8 @@ class VnniGemm(TiledGemm):
     def refuse(self, problem: LinearProblem, target: Target) -> str:
         if not target.has("vnni") and not target.has("avxvnni"):
             return f"{self.name} needs VNNI, which {target} does not have"
-        if not problem.activation.bits:
-            return f"{self.name} multiplies integer activations; this operator has float ones"
+        if reason := float_activations(self.name, problem):
+            return reason
         fmt = self.integers(problem.weight)
         assert fmt is not None
         return byte_refusal(self.name, problem, fmt)
@@ -115,7 +116,4 @@ def byte_refusal(name: str, problem: LinearProblem, fmt: IntFormat) -> str:
     """Why codes of this format are not signed bytes, or sums do not fit in int32; empty if they are and do."""
     if fmt.bits == 8 and not fmt.symmetric:
         return f"{name}: an asymmetric 8-bit code less its zero point needs 9 bits"
-    longest = min(fmt.group or problem.k, problem.k)
-    if longest * 255 * 128 >= 1 << 31:
-        return f"{name}: {longest} products of 8-bit numbers may overflow an int32 accumulator"
-    return ""
+    return overflow(name, problem.k, fmt.group)

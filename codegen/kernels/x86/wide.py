@@ -17,6 +17,8 @@ from qcompile.codegen.kernels.cpu import vector as v
 from qcompile.codegen.kernels.cpu.emission import Emission, Tile, position, vectors
 from qcompile.codegen.kernels.cpu.gemm import TiledGemm
 from qcompile.codegen.kernels.cpu.panels import Panels
+from qcompile.codegen.kernels.cpu.refusals import float_activations, no_avx2, overflow
+from qcompile.codegen.kernels.cpu.vector import lanes_of
 from qcompile.codegen.kernels.x86.instructions import MADDWD
 from qcompile.codegen.kernels.x86.maddubs import products
 from qcompile.targets.target import Target
@@ -29,19 +31,14 @@ class WideGemm(TiledGemm):
     streams = (4, 2, 1)
 
     def lanes(self, target: Target) -> int:
-        return 16 if target.has("avx512") else 8
+        return lanes_of(target)
 
     def refuse(self, problem: LinearProblem, target: Target) -> str:
-        if not target.has("avx2", "fma", "f16c"):
-            return f"{self.name} needs AVX2, FMA and F16C, which {target} does not have"
-        if not problem.activation.bits:
-            return f"{self.name} multiplies integer activations; this operator has float ones"
+        if reason := no_avx2(self.name, target) or float_activations(self.name, problem):
+            return reason
         if products((1 << problem.weight.bits) - 1) >= 1:
             return f"{self.name} would store {problem.weight} codes as bytes; other families keep them at their width"
-        longest = min(problem.weight.group or problem.k, problem.k)
-        if longest * 128 * 255 >= 1 << 31:
-            return f"{self.name}: {longest} products of 8-bit numbers may overflow an int32 accumulator"
-        return ""
+        return overflow(self.name, problem.k, problem.weight.group)
 
     def activation_offset(self, problem: LinearProblem) -> int:
         return 0

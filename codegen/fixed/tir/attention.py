@@ -45,22 +45,6 @@ def _matmul(node: MatMul, inputs: Tensors, constants: Named) -> te.Tensor:
     )
 
 
-@build.schedule.register
-def _schedule_matmul(node: MatMul, sch: Schedule) -> None:
-    block, y = sch.get_sblock("accumulator"), sch.get_sblock(build.OUTPUT)
-    t, c, k = sch.get_loops(block)
-    column, lane = sch.split(c, [None, node.folding.pe])
-    row, element = sch.split(k, [None, node.folding.simd])
-    sch.reorder(t, column, row, lane, element)
-    sch.annotate(row, "hls.pipeline", 1)
-    sch.annotate(lane, "hls.unroll", 1)
-    sch.annotate(element, "hls.unroll", 1)
-    sch.split(sch.get_loops(y)[-1], [None, node.folding.pe])
-    sch.reverse_compute_at(y, column)
-    sch.annotate(sch.get_loops(y)[-1], "hls.unroll", 1)
-    sch.decompose_reduction(block, row)
-
-
 @build.compute.register
 def _softmax(node: Softmax, inputs: Tensors, constants: Named) -> te.Tensor:
     x, n, heads, tokens = inputs[0], node.length, node.heads, node.inputs[0].tokens

@@ -1,4 +1,4 @@
-"""`MatVec` in TIR."""
+"""`MatVec` in TIR, and the loops of all products."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from tvm import te
 from tvm.s_tir import Schedule
 
-from qcompile.codegen.fixed.nodes import MatVec
+from qcompile.codegen.fixed.nodes import MatMul, MatVec
 from qcompile.codegen.fixed.tir import build
 from qcompile.codegen.fixed.tir.expressions import machine_int, put_out
 
@@ -31,7 +31,7 @@ def _compute(node: MatVec, inputs: Sequence[te.Tensor], constants: Mapping[str, 
 
 
 @build.schedule.register
-def _schedule(node: MatVec, sch: Schedule) -> None:
+def _schedule(node: MatVec | MatMul, sch: Schedule) -> None:
     accumulator, y = sch.get_sblock("accumulator"), sch.get_sblock(build.OUTPUT)
     t, n, k = sch.get_loops(accumulator)
     column, lane = sch.split(n, [None, node.folding.pe])

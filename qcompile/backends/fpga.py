@@ -113,6 +113,11 @@ def static_model(job: Job) -> ir.Model:
     from qcompile.passes.static import close, is_probability, open_values, round_scales
     from qcompile.passes.weights import DEQUANTIZERS
 
+    if dynamic := [n for n in job.quantized.graph if n.op_type in ("QuantizePerToken", "QuantizePerSample")]:
+        raise TargetError(
+            f"{dynamic[0].inputs[0].name!r} gets its scale at run time, in hardware scales are constants: "
+            "take a recipe such as fixed-w8a8 or fixed-w4a8, or the activation format int8/tensor"
+        )
     model = decompose(job.quantized, {"Attention"}, keep={"Bipolar", *DEQUANTIZERS})
     missing = [v.name or "" for v in open_values(model) if not is_probability(v)]
     scales: dict[str, float] = {}

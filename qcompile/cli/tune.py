@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from qcompile.errors import InputError
+
 if TYPE_CHECKING:
     from qcompile.codegen.kernels.base import LinearProblem
     from qcompile.codegen.tune import Measured, Trial
@@ -21,7 +23,13 @@ if TYPE_CHECKING:
 @click.argument("what", nargs=-1, required=True, metavar="ARTIFACT|KxN...")
 @click.option("--target", default="native", show_default=True, help="Machine to tune for; see `qcompile targets`.")
 @click.option("--cpu", "variant", help="Which machine of the target's kind, e.g. cortex-a76.")
-@click.option("--trials", default=16, show_default=True, help="Configs measured for each product, at most.")
+@click.option(
+    "--trials",
+    type=click.IntRange(1),
+    default=16,
+    show_default=True,
+    help="Configs measured for each product, at most.",
+)
 @click.option(
     "--weight", "weights", multiple=True, help="Weight format of KxN; may be given several times (int4/g128)."
 )
@@ -32,7 +40,7 @@ if TYPE_CHECKING:
     multiple=True,
     help="Number of rows to tune for; several count alike. Default: 1, 16 and 128.",
 )
-@click.option("--threads", default=1, show_default=True, help="Threads to measure with.")
+@click.option("--threads", type=click.IntRange(1), default=1, show_default=True, help="Threads to measure with.")
 @click.option("--rpc", metavar="HOST:PORT", help="Measure on a board, through the TVM RPC tracker at this address.")
 @click.option("--key", help="Under which the board has registered with the tracker.")
 @click.option("--database", type=click.Path(), help="File to write instead of the one in your own folder.")
@@ -132,7 +140,9 @@ def _problems(
         from qcompile.artifact import open_artifact
 
         content = json.loads(open_artifact(name).file("program.json").read_text(encoding="utf-8"))
-        yield from (problem(p["k"], p["n"], p["weight"], p["activation"]) for p in content.get("products", []))
+        if not (products := content.get("products")):
+            raise InputError(f"{name} has no quantized products to tune")
+        yield from (problem(p["k"], p["n"], p["weight"], p["activation"]) for p in products)
 
 
 def _runner(machine: Target, rpc: str | None, key: str | None) -> Any:

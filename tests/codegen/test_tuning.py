@@ -128,6 +128,18 @@ def test_files_are_replaced_whole(tmp_path):
         Database.load(path)
 
 
+def test_what_leaves_nothing_to_measure_is_refused(tmp_path, monkeypatch):
+    from qcompile import artifact
+
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
+    with artifact.staged(tmp_path / "out") as folder:
+        (folder / "program.json").write_text("{}")
+        artifact.write_manifest(folder, {"target": {"kind": "fpga"}})
+    done = CliRunner().invoke(cli, ["tune", str(tmp_path / "out")])
+    assert done.exit_code == 6 and "no quantized products" in done.output and "written" not in done.output
+    assert CliRunner().invoke(cli, ["tune", "64x48", "--trials", "0"]).exit_code == 2
+
+
 def test_results_go_to_a_folder_of_the_user_and_are_used_before_those_shipped(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
     what = ["tune", "4096x4096", "64x48", "--target", "x86-64-v3", "--weight", "int8", "--trials", "1"]

@@ -138,7 +138,7 @@ def make_plan(
             packing of the first one named are considered.
 
     Raises:
-        TargetError: no family takes the formats on this target.
+        TargetError: no family takes the formats on this target, or the one that was named does not.
     """
     able, reasons = [], []
     for candidate in (family(cls.name) for cls in FAMILIES):
@@ -159,6 +159,11 @@ def make_plan(
         given = dict((configs or {}).get(count, {}))
         only = given.pop("family", None)
         wanted = [c for c in able if only in (None, c.name)]
+        if not wanted:
+            names = ", ".join(c.name for c in able)
+            raise TargetError(
+                f"no family {only!r} of {target.cpu} takes {problem.weight} for {count} rows; there are: {names}"
+            )
         name, config = tuned.choose(wanted, problem, target, count, kind)
         if (configs or {}).get(count, {}).get("family"):  # what it leaves out is off
             config = {key: value for key, value in config.items() if key not in OPTIONAL}

@@ -17,7 +17,7 @@ from typing import Any
 
 from qcompile.codegen.kernels.base import LinearProblem
 from qcompile.codegen.kernels.cuda.linear import CudaLinear
-from qcompile.errors import ArtifactError
+from qcompile.errors import ArtifactError, TargetError
 from qcompile.targets import databases
 from qcompile.targets.cuda import CudaTarget
 
@@ -84,13 +84,20 @@ def choose(
 def expected(
     families: Sequence[CudaLinear], problem: LinearProblem, target: CudaTarget, rows: int, dtype: str
 ) -> tuple[str, dict[str, Any]]:
-    """What the cost models rank first."""
+    """What the cost models rank first.
+
+    Raises:
+        TargetError: no config fits.
+    """
     known = replace(problem, m=rows)
     ranked = []
     for family in families:
         fitting = [c for c in family.configs(known, target) if c["dtype"] == dtype]
         if fitting:
             ranked.append((family.cost(known, fitting[0], target, rows), family.name, fitting[0]))
+    if not ranked:
+        names = ", ".join(family.name for family in families)
+        raise TargetError(f"{names} has no config for {rows} rows of {problem.k} x {problem.n} that fits {target.cpu}")
     few = [entry for entry in ranked if "stream" in entry[1]]
     many = [entry for entry in ranked if "tiled" in entry[1]]
     return min((few if rows < TILED else many if rows > STREAMED else ranked) or ranked, key=lambda entry: entry[0])[1:]

@@ -180,6 +180,19 @@ def test_layer_on_a_machine_without_gpu() -> None:
         linear(torch.randn(70, 300), "int5", target="sm_80")
 
 
+@pytest.mark.parametrize(
+    ("family", "reason"),
+    [
+        ("cuda-stremed", "no family 'cuda-stremed' .* takes int4/g128"),
+        ("cuda-planes", "no family 'cuda-planes' .* takes int4/g128"),
+        ("cuda-stream-sliced", "cuda-stream-sliced has no config for 8 rows"),
+    ],
+)
+def test_families_that_cannot_be_had_are_refused_by_name(family: str, reason: str) -> None:
+    with pytest.raises(TargetError, match=reason):
+        plan(300, 70, "int4/g128", rows=(8,), configs={8: {"family": family}})
+
+
 def test_fake_kernel_gives_the_shape() -> None:
     from torch._subclasses.fake_tensor import FakeTensorMode
 

@@ -11,7 +11,7 @@ import click
 @click.argument("model")
 @click.option("--prove", is_flag=True, help="Fold a random element of all groups in float64 and compare the outputs.")
 @click.option("--each", is_flag=True, help="With --prove: every space alone too, to find one at fault.")
-@click.option("--seed", default=0, show_default=True, help="Of the random element and inputs.")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the random element and inputs.")
 @click.option("--json", "as_json", is_flag=True)
 @click.pass_context
 def spaces(context: click.Context, model: str, prove: bool, each: bool, seed: int, as_json: bool) -> None:

@@ -320,3 +320,11 @@ def test_options_that_would_have_no_effect_are_refused(model, tmp_path):
     (tmp_path / "file").write_text("kept")
     done = call("compile", model, "--recipe", "w8a8-rtn", "-o", tmp_path / "file", "--quiet")
     assert "not an artifact" in done.output and "--force" not in done.output
+
+
+@pytest.mark.parametrize(
+    "arguments", [("synth", "out", "--place", "--seeds", 0), ("spaces", "model.onnx", "--prove", "--seed", -1)]
+)
+def test_numbers_out_of_range_are_usage_errors(arguments):
+    result = call(*arguments)
+    assert result.exit_code == 2 and f"{arguments[-1]} is not in the range" in result.stderr

@@ -21,6 +21,8 @@ from qcompile.codegen.relax import (
 )
 from qcompile.codegen.relax.kernels import KernelCalls, LinearRecord
 from qcompile.codegen.relax.program import RelaxProgram, TensorSpec
+from qcompile.errors import QcompileError
+from qcompile.passes.lower.cache import keep_cache
 from qcompile.targets.target import Target
 
 
@@ -31,7 +33,7 @@ class BuiltProgram:
     Attributes:
         relax: the converted model.
         executable: TVM executable.
-        params: packed weights in the order ``main`` takes them.
+        params: packed weights in the order ``main`` takes them, then those that only ``step`` takes.
         inputs, outputs: what it takes and returns.
         linears: one record per linear kernel.
         kernels: uses of the other kernels.
@@ -72,12 +74,20 @@ def build_program(lowered: ir.Model, target: Target) -> BuiltProgram:
     Raises:
         UnsupportedOperatorError: an operator has no conversion.
     """
-    program = to_relax(lowered, target=target)
+    step, refused = keep_cache(lowered), []
+    try:
+        program = to_relax(lowered, target=target, step=step)
+    except QcompileError as error:
+        if step is None:
+            raise
+        program = to_relax(lowered, target=target)
+        refused.append(("keep the cache in place", "decoding step", str(error)))
     calls = program.state.get(KernelCalls) or KernelCalls()
     executable = compile_relax(program, target)
     return BuiltProgram(
-        program, executable, program.params, program.inputs, program.outputs, calls.linears, calls.uses, calls.refusals
-    )
+        program, executable, program.params, program.inputs, program.outputs, calls.linears, calls.uses,
+        [*calls.refusals, *refused],
+    )  # fmt: skip
 
 
 def _places(record: LinearRecord) -> list[tuple[str, StoredWeight]]:

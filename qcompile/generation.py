@@ -14,11 +14,15 @@ from typing import Any
 import numpy as np
 
 from qcompile.errors import ArtifactError, InputError
+from qcompile.runtime import aligned
 
 TOKENIZER = "tokenizer.json"
 CACHE = "past_key_values."
 CHUNK = 256
 """Tokens of a prompt that are read at once: a call returns the logits of all it reads."""
+
+ROOM = 256
+"""Positions a cache that is written in place has room for at first."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +76,9 @@ class Sampling:
 class Decoder:
     """A compiled decoding step and what it has read so far.
 
+    Where the program can, it writes new keys and values to a cache with room for more, which doubles when it is full; else every
+    step returns a cache that is longer.
+
     Args:
         model: compiled with a cache of keys and values.
 
@@ -84,18 +91,16 @@ class Decoder:
         if "input_ids" not in names or not any(name.startswith(CACHE) for name in names):
             raise InputError(f"{model.path} has no cache of keys and values; compile the model with `--kv-cache`")
         program = model.program
-        self._run = getattr(program, "run_torch", program.run)  # on a GPU the cache stays there
+        self._in_place = getattr(program, "step", None)
+        # On a GPU the cache stays there.
+        self._run = self._in_place.run if self._in_place else getattr(program, "run_torch", program.run)
         self._specs, self._names = [s for s in model.inputs if s.name.startswith(CACHE)], names
         self.reset()
 
     def reset(self, batch: int = 1) -> None:
         """Forget everything; the next call starts ``batch`` sequences."""
-        sizes = {"batch": batch, "past": 0}
-        self._past: dict[str, Any] = {
-            s.name: np.zeros([sizes.get(d, d) if isinstance(d, str) else d for d in s.shape], s.dtype)
-            for s in self._specs
-        }  # fmt: skip
-        self.batch, self.length = batch, 0
+        self.batch, self.length, self._room = batch, 0, 0
+        self._cache: dict[str, Any] = {s.name: self._zeros(s, 0) for s in self._specs}
 
     def read(self, tokens: np.ndarray) -> np.ndarray:
         """Read int64 ``(batch, L)`` more tokens; returns the float32 logits ``(batch, V)`` behind the last one.
@@ -111,16 +116,30 @@ class Decoder:
 
     def _step(self, tokens: np.ndarray) -> np.ndarray:
         total = self.length + tokens.shape[1]
+        if self._in_place and total > self._room:
+            self._grow(total)
         feed = {
             "input_ids": tokens,
             "attention_mask": np.ones((self.batch, total), np.int64),
             "position_ids": np.tile(np.arange(self.length, total), (self.batch, 1)),
         }
-        out = self._run({name: feed[name] for name in self._names if name in feed} | self._past)
+        out = self._run({name: feed[name] for name in self._names if name in feed} | self._cache)
         logits = out.pop("logits")[:, -1]
-        self._past = dict(zip(self._past, out.values(), strict=True))
+        if not self._in_place:
+            self._cache = dict(zip(self._cache, out.values(), strict=True))
         self.length = total
         return logits if isinstance(logits, np.ndarray) else logits.float().cpu().numpy()
+
+    def _grow(self, total: int) -> None:
+        self._room = max(ROOM, 1 << (total - 1).bit_length())
+        for spec in self._specs:
+            old, new = self._cache[spec.name], aligned(self._zeros(spec, self._room))
+            new[:, :, : self.length] = old[:, :, : self.length]
+            self._cache[spec.name] = new
+
+    def _zeros(self, spec: Any, positions: int) -> np.ndarray:
+        sizes = {"batch": self.batch, "past": positions}
+        return np.zeros([sizes.get(d, d) if isinstance(d, str) else d for d in spec.shape], spec.dtype)
 
 
 @dataclass

@@ -193,36 +193,28 @@ def _own_name(path: str) -> str:
     return os.path.join(folder, *["."] * known.index((status.st_dev, status.st_ino)), name)
 
 
-class Program(Checked):
-    """A loaded program.
+class Function(Checked):
+    """A function of a loaded library.
 
     Args:
-        library: the shared object with the VM and all kernels.
-        parameters: packed weights, in the order the program takes them.
+        call: the function of the virtual machine.
         inputs, outputs: what it takes and returns.
-
-    Raises:
-        ArtifactError: the library cannot be loaded.
+        parameters: packed weights, in the order it takes them after the inputs.
+        written: names of the inputs it writes to.
     """
 
     def __init__(
         self,
-        library: str | os.PathLike[str],
-        parameters: Sequence[np.ndarray],
+        call: Any,
         inputs: Sequence[TensorSpec],
         outputs: Sequence[TensorSpec],
+        parameters: Sequence[np.ndarray],
+        written: Sequence[str] = (),
     ) -> None:
-        load_runtime()
         import tvm_ffi
 
         super().__init__(inputs, outputs)
-        try:
-            module = tvm_ffi.load_module(_own_name(os.path.abspath(library)))
-            self._vm = module["vm_load_executable"]()
-            self._vm["vm_initialization"](1, 0, 2)  # CPU, device 0, pooled allocator
-            self._main = self._vm["main"]
-        except Exception as error:
-            raise ArtifactError(f"cannot load {library}: {_first_line(error)}") from None
+        self._call, self._written = call, frozenset(written)
         self._parameters = [tvm_ffi.from_dlpack(aligned(p)) for p in parameters]
 
     def run(self, feeds: Mapping[str, Any]) -> dict[str, np.ndarray]:
@@ -230,8 +222,11 @@ class Program(Checked):
         import tvm_ffi
 
         arrays = self.check(feeds)
+        for spec, array in zip(self.inputs, arrays):
+            if spec.name in self._written and not np.may_share_memory(array, _as_numpy(feeds[spec.name], spec)):
+                raise InputError(f"{spec.name!r} is written to: pass a C-contiguous array aligned to {ALIGNMENT} bytes")
         try:
-            result = self._main(*(tvm_ffi.from_dlpack(a) for a in arrays), *self._parameters)
+            result = self._call(*(tvm_ffi.from_dlpack(a) for a in arrays), *self._parameters)
         except Exception as error:
             shapes = ", ".join(f"{s.name} {a.shape}" for s, a in zip(self.inputs, arrays))
             raise InputError(f"the program failed on inputs of shape {shapes}: {_first_line(error)}") from error
@@ -239,6 +234,61 @@ class Program(Checked):
         if len(tensors) == 1 and hasattr(tensors[0], "__len__") and not hasattr(tensors[0], "__dlpack__"):
             tensors = list(tensors[0])
         return {spec.name: np.from_dlpack(t) for spec, t in zip(self.outputs, tensors)}
+
+
+class Program(Function):
+    """A loaded program.
+
+    Args:
+        library: the shared object with the VM and all kernels.
+        inputs, outputs, parameters: of its ``main``.
+
+    Attributes:
+        step: of a decoder with a cache, what writes to the arrays of the cache it is called with, in place: they are
+            C-contiguous and aligned to 64 bytes, and have room for more positions than ``attention_mask`` is long.
+
+    Raises:
+        ArtifactError: the library cannot be loaded.
+    """
+
+    step: Function | None = None
+
+    def __init__(
+        self,
+        library: str | os.PathLike[str],
+        inputs: Sequence[TensorSpec],
+        outputs: Sequence[TensorSpec],
+        parameters: Sequence[np.ndarray],
+    ) -> None:
+        load_runtime()
+        import tvm_ffi
+
+        try:
+            module = tvm_ffi.load_module(_own_name(os.path.abspath(library)))
+            self._vm = module["vm_load_executable"]()
+            self._vm["vm_initialization"](1, 0, 2)  # CPU, device 0, pooled allocator
+            main = self._vm["main"]
+        except Exception as error:
+            raise ArtifactError(f"cannot load {library}: {_first_line(error)}") from None
+        super().__init__(main, inputs, outputs, parameters)
+
+    def function(
+        self,
+        name: str,
+        inputs: Sequence[TensorSpec],
+        outputs: Sequence[TensorSpec],
+        parameters: Sequence[np.ndarray],
+        written: Sequence[str] = (),
+    ) -> Function:
+        """Another function of the library; see `Function`.
+
+        Raises:
+            ArtifactError: it has none of this name.
+        """
+        try:
+            return Function(self._vm[name], inputs, outputs, parameters, written)
+        except Exception as error:
+            raise ArtifactError(f"the library has no function {name!r}: {_first_line(error)}") from None
 
 
 def _as_numpy(value: Any, spec: TensorSpec) -> np.ndarray:

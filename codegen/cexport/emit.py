@@ -94,7 +94,7 @@ def build_kernels(program: RelaxProgram, target: Target, name: str) -> tuple[rel
     """The straight ``main`` of a program, its kernels' machine code, and their signatures by name in ``main``."""
     machine = target.tvm()
     with machine, tvm.transform.PassContext(opt_level=3):
-        mod = initialize_empty_reductions(schedule_cpu(lower(program.mod), target))
+        mod = initialize_empty_reductions(schedule_cpu(lower(_main_alone(program)), target))
         mod = tvm.transform.Sequential([relax.transform.ToNonDataflow(), relax.transform.RemovePurityChecking()])(mod)
         functions = {v.name_hint: f for v, f in mod.functions_items() if isinstance(f, tirx.PrimFunc)}
         others = [v.name_hint for v, f in mod.functions_items() if not isinstance(f, tirx.PrimFunc)]
@@ -102,6 +102,14 @@ def build_kernels(program: RelaxProgram, target: Target, name: str) -> tuple[rel
             raise UnsupportedOperatorError(f"the C library has no control flow; the program has functions {others}")
         module, kernels = build_object({f"{name}_{k}": f for k, f in functions.items()}, target)
     return mod["main"], module, {k: kernels[f"{name}_{k}"] for k in functions}
+
+
+def _main_alone(program: RelaxProgram) -> tvm.IRModule:
+    """A C library has no state: it calls ``main``."""
+    if program.step is None:
+        return program.mod
+    functions = {v: f for v, f in program.mod.functions_items() if v.name_hint != "step"}
+    return relax.transform.DeadCodeElimination(["main"])(tvm.IRModule(functions))
 
 
 def _write_weights(path: Path, plan: Plan, params: dict[str, np.ndarray]) -> tuple[dict[str, int], int]:

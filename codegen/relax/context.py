@@ -79,6 +79,7 @@ class Context:
         target: what is compiled for, or ``None``.
         params: large constants turned into function parameters, in the order of their parameters.
         state: what families of converters keep during a conversion, each under a key of its own.
+        made: what was made `once` for all functions of the module.
     """
 
     def __init__(self, target: Target | None, params_threshold: int, functions: dict[Any, ir.Function]) -> None:
@@ -89,9 +90,22 @@ class Context:
         self.param_vars: list[relax.Var] = []
         self.functions = functions
         self.state: dict[Any, Any] = {}
+        self.made: dict[Any, Any] = {}
         self.scope = Scope({})
         self._params_threshold = params_threshold
         self._made_here: list[Known] = []
+
+    def beside(self, functions: dict[Any, ir.Function]) -> Context:
+        """For another function of the same module, with values and dimensions of its own."""
+        other = Context(self.target, self._params_threshold, functions)
+        other.bb, other.made = self.bb, self.made
+        return other
+
+    def once(self, key: Any, make: Callable[[], Any]) -> Any:
+        """What ``make`` returns, made once per ``key``: layers with equal shapes share a kernel."""
+        if key not in self.made:
+            self.made[key] = make()
+        return self.made[key]
 
     # -- what is known ------------------------------------------------------------------------------------------
 

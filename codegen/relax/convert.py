@@ -8,6 +8,7 @@ specification gives for it. What is left is unsupported, and the error says whic
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from qcompile.codegen.relax.attributes import attr
 from qcompile.codegen.relax.context import Context, Known, Scope, describe
 from qcompile.codegen.relax.dims import as_expr, dim_text
 from qcompile.codegen.relax.fold import fold
-from qcompile.codegen.relax.program import RelaxProgram, TensorSpec
+from qcompile.codegen.relax.program import RelaxProgram, Step, TensorSpec
 from qcompile.codegen.relax.registry import converters
 from qcompile.codegen.relax.shape_values import evaluate
 from qcompile.codegen.relax.specification import default_attributes, output_dtypes, specified_function
@@ -27,7 +28,9 @@ from qcompile.errors import ModelError, QcompileError, UnsupportedOperatorError
 from qcompile.targets.target import Target
 
 
-def to_relax(model: ir.Model, *, target: Target | None = None, params_threshold: int = 1024) -> RelaxProgram:
+def to_relax(
+    model: ir.Model, *, target: Target | None = None, params_threshold: int = 1024, step: ir.Model | None = None
+) -> RelaxProgram:
     """Converts a model.
 
     Args:
@@ -35,21 +38,49 @@ def to_relax(model: ir.Model, *, target: Target | None = None, params_threshold:
         target: what will be compiled for; converters registered for its kind take part.
         params_threshold: initializers with at least this many elements become parameters of ``main``, smaller ones are
             embedded as constants.
+        step: another form of the model with the same weights, which becomes the function ``step``.
 
     Raises:
         UnsupportedOperatorError: an operator, or an attribute or type it is used with, has no conversion.
         ModelError: the model is not valid (a shape error, a value without producer).
     """
     ctx = Context(target, params_threshold, dict(model.functions))
-    graph = model.graph
+    main = _function(ctx, model.graph, "main")
+    if step is not None:
+        beside = ctx.beside(dict(step.functions))
+        second = _function(beside, step.graph, "step")
+    mod = relax.transform.ConvertToDataflow(min_size=1)(ctx.bb.finalize())
+    mod = relax.transform.DeadCodeElimination(["main"] if step is None else ["main", "step"])(mod)
+    mod, params = _finished(mod, ctx, main)
+    program = RelaxProgram(mod, params, main.inputs, main.outputs, ctx.state)
+    if step is not None:
+        program.mod, own = _finished(mod, beside, second)
+        names = _shared(params, own)
+        extra = [name for name in names if name.startswith("step.")]
+        written = [v.name for v in step.graph.inputs if any(node.op_type == "Append" for node, i in v.uses() if i == 0)]
+        program.step = Step(second.inputs, second.outputs, names, extra, written)
+    return program
+
+
+@dataclass
+class _Converted:
+    """A function of the module under construction."""
+
+    name: str
+    inputs: list[TensorSpec]
+    outputs: list[TensorSpec]
+
+
+def _function(ctx: Context, graph: ir.Graph, name: str) -> _Converted:
+    """Converts a graph to a function of ``ctx.bb``."""
     ctx.scope = Scope(dict(graph.opset_imports))
     inputs = [v for v in graph.inputs if v.const_value is None]
     variables = [_input(ctx, v) for v in inputs]
     try:
-        with ctx.bb.function("main"):
+        with ctx.bb.function(name):
             convert_nodes(ctx, graph)
             results = [_output(ctx, v) for v in graph.outputs]
-            specs = [
+            outputs = [
                 _spec(v.name or f"output_{i}", ctx.dtype(v), ctx.shape(r))
                 for i, (v, r) in enumerate(zip(graph.outputs, results))
             ]
@@ -58,16 +89,28 @@ def to_relax(model: ir.Model, *, target: Target | None = None, params_threshold:
     except BaseException:
         ctx.bb._end_block()  # an abandoned block would be reported as a mistake of ours
         raise
-    mod = ctx.bb.finalize()
-    main = mod["main"].with_attr("num_input", len(variables))
-    mod.update_func(mod.get_global_var("main"), main)
-    mod = relax.transform.ConvertToDataflow(min_size=1)(mod)
-    mod = relax.transform.DeadCodeElimination(["main"])(mod)
-    mod, params = _drop_unused_params(mod, ctx, len(variables))
-    input_specs = [
+    specs = [
         _spec(v.name or f"input_{i}", ctx.dtype(v), ctx.shape(x)) for i, (v, x) in enumerate(zip(inputs, variables))
     ]
-    return RelaxProgram(mod, params, input_specs, specs, ctx.state)
+    return _Converted(name, specs, outputs)
+
+
+def _finished(mod: Any, ctx: Context, made: _Converted) -> tuple[Any, dict[str, np.ndarray]]:
+    """The module with one function's parameters reduced to those it reads; returns these too."""
+    count, name = len(made.inputs), made.name
+    mod.update_func(mod.get_global_var(name), mod[name].with_attr("num_input", count))
+    return _drop_unused_params(mod, ctx, name, count)
+
+
+def _shared(params: dict[str, np.ndarray], own: dict[str, np.ndarray]) -> list[str]:
+    """Names in ``params`` of another function's parameters; those that are not there are added."""
+    names = []
+    for name, array in own.items():
+        known = params.get(name)
+        same = known is array or (known is not None and known.dtype == array.dtype and np.array_equal(known, array))
+        names.append(name if same else f"step.{name}")
+        params[names[-1]] = array if known is None or not same else known
+    return names
 
 
 def _input(ctx: Context, value: ir.Value) -> relax.Var:
@@ -106,15 +149,17 @@ def _spec(name: str, dtype: ir.DataType, shape: Sequence[Any]) -> TensorSpec:
     return TensorSpec(name, dtypes.STORAGE[dtype], tuple(dim_text(d) for d in shape), dtype.name)
 
 
-def _drop_unused_params(mod: Any, ctx: Context, num_inputs: int) -> tuple[Any, dict[str, np.ndarray]]:
-    """Parameters that nothing reads any more are not part of the program."""
-    main = mod["main"]
-    used = set(relax.analysis.free_vars(main.body))
+def _drop_unused_params(mod: Any, ctx: Context, name: str, num_inputs: int) -> tuple[Any, dict[str, np.ndarray]]:
+    """Parameters that nothing reads any more are not part of the function."""
+    function = mod[name]
+    used = set(relax.analysis.free_vars(function.body))
     keep = [i for i, v in enumerate(ctx.param_vars) if v in used]
     if len(keep) != len(ctx.param_vars):
-        params = [*main.params[:num_inputs], *(main.params[num_inputs + i] for i in keep)]
-        main = relax.Function(params, main.body, main.ret_ty, main.is_pure, main.attrs, main.span)
-        mod.update_func(mod.get_global_var("main"), main)
+        params = [*function.params[:num_inputs], *(function.params[num_inputs + i] for i in keep)]
+        function = relax.Function(
+            params, function.body, function.ret_ty, function.is_pure, function.attrs, function.span
+        )
+        mod.update_func(mod.get_global_var(name), function)
     names = list(ctx.params)
     return mod, {names[i]: ctx.params[names[i]] for i in keep}
 

@@ -17,12 +17,13 @@ from tvm import relax, te, tirx
 
 from qcompile.codegen.kernels import CPUS, Choice, select
 from qcompile.codegen.kernels.base import Epilogue, LinearKernel, LinearProblem, Support
+from qcompile.codegen.kernels.cpu.append import Append
 from qcompile.codegen.kernels.cpu.attention import Attention
 from qcompile.codegen.kernels.cpu.embedding import Embedding, Table
 from qcompile.codegen.kernels.cpu.rope import Rope
 from qcompile.codegen.kernels.cpu.rowwise import Rowwise
 from qcompile.codegen.relax.attributes import attr
-from qcompile.codegen.relax.context import Context
+from qcompile.codegen.relax.context import OPAQUE_PATTERN, Context
 from qcompile.codegen.relax.dims import as_expr
 from qcompile.codegen.relax.registry import converter
 from qcompile.codegen.tune.database import database_for
@@ -76,14 +77,12 @@ class KernelCalls:
         uses: calls of the other kernels.
         refusals: what was left to general code: (what, where, reason).
         matrices: the matrix behind a view with leading axes.
-        functions: PrimFuncs built so far, so that layers with equal shapes share one.
     """
 
     linears: list[LinearRecord] = field(default_factory=list)
     uses: Counter[str] = field(default_factory=Counter)
     refusals: list[tuple[str, str, str]] = field(default_factory=list)
     matrices: dict[Any, Any] = field(default_factory=dict)
-    functions: dict[Any, Any] = field(default_factory=dict)
 
 
 def calls(ctx: Context) -> KernelCalls:
@@ -100,11 +99,9 @@ def call(
     outputs: list[tuple[list[Any], str]],
 ) -> list[Any]:
     """Call the PrimFunc that ``build`` makes, built once per ``key``."""
-    state = calls(ctx)
-    if key not in state.functions:
-        state.functions[key] = ctx.bb.add_func(build().without_attr("global_symbol"), name)
+    function = ctx.once(key, lambda: ctx.bb.add_func(build().without_attr("global_symbol"), name))
     types = [relax.TensorType([as_expr(d) for d in shape], dtype) for shape, dtype in outputs]
-    made = ctx.bb.emit(relax.call_tir(state.functions[key], tensors, types[0] if len(types) == 1 else types))
+    made = ctx.bb.emit(relax.call_tir(function, tensors, types[0] if len(types) == 1 else types))
     if len(types) == 1:
         return [made]
     return [ctx.bb.emit(relax.TupleGetItem(made, i)) for i in range(len(types))]
@@ -165,7 +162,6 @@ def product(
     epilogue = Epilogue(bias is not None, attr(node, "epilogue"), residual is not None, limits is not None)
     problem = LinearProblem(k, n, weight_format, activation, epilogue, threads=ctx.target.cores)
     choice = selected(ctx, node, problem)
-    weight = quantized_operand(ctx, node, weight_format)
     name = node.inputs[2].name
     record = LinearRecord(
         attr(node, "sites"),
@@ -177,7 +173,12 @@ def product(
         choice.reason,
         choice.refused,
     )
-    packed = record.store(ctx, name, choice.family.pack(problem, choice.config, weight))
+    stored = tuple(id(node if v is None else v.const_value or node) for v in node.inputs[2:4])
+    arrays = ctx.once(
+        ("packed", stored, problem, choice.family.name, repr(choice.config)),
+        lambda: choice.family.pack(problem, choice.config, quantized_operand(ctx, node, weight_format)),
+    )
+    packed = record.store(ctx, name, arrays)
     calls(ctx).linears.append(record)
     tensors = [x, *([scale] if activation.bits else []), *packed]
     if bias is not None:
@@ -339,6 +340,20 @@ def rowwise(
     return convert_rowwise(ctx, node, x, (gamma, beta, static), ("float32", "uint8"), run, factor, mixing)
 
 
+@converter(DOMAIN, "Append")
+def append(ctx: Context, node: ir.Node, cache: Any, new: Any, total: Any) -> relax.Expr:
+    """The cache itself, with what is new in it."""
+    _, heads, _, width = ctx.shape(cache)
+    kernel = Append(heads, width, ctx.rank(total), attr(node, "axis"), ctx.storage(total))
+
+    def build() -> Any:
+        function = kernel.build(ctx.target).without_attr("global_symbol").with_attr("op_pattern", OPAQUE_PATTERN)
+        return ctx.bb.add_func(function, f"append_{heads}x{width}")
+
+    calls(ctx).uses["append"] += 1
+    return ctx.bb.emit(relax.op.call_tir_inplace(ctx.once(kernel, build), [cache, new, total], 0, cache.ty))
+
+
 @converter(DOMAIN, "Attention")
 def attention(ctx: Context, node: ir.Node, *operands: Any) -> relax.Expr:
     """Softmax attention over rows of projections."""
@@ -346,7 +361,7 @@ def attention(ctx: Context, node: ir.Node, *operands: Any) -> relax.Expr:
     count = 1 if layout == "merged" else 3
     tensors, mask = list(operands[:count]), (*operands, None)[count]
     shape = ctx.shape(tensors[0])
-    batch, length = shape[0], shape[2 if layout == "heads" else 1]
+    batch, length = shape[0], shape[2 if layout in ("heads", "cache") else 1]
     heads, kv_heads, head_dim = attr(node, "heads"), attr(node, "kv_heads"), attr(node, "head_dim")
     kind, axes = "", (True, False, False)
     if mask is not None:

@@ -47,18 +47,19 @@ def compile_relax(
 
 def lower(mod: tvm.IRModule, *, fuse: bool = True) -> tvm.IRModule:
     """The target-independent passes: every operator a kernel, chains of kernels fused."""
+    entries = [name for name in ("main", "step") if name in mod]
     passes = [
         relax.transform.EliminateCommonSubexpr(),
         # a reshape stays one: the virtual machine makes a view of it
         relax.transform.LegalizeOps(skip_ops=["relax.reshape"]),
-        relax.transform.DeadCodeElimination(["main"]),
+        relax.transform.DeadCodeElimination(entries),
     ]
     if fuse:
         passes += [
             relax.transform.AnnotateTIROpPattern(),
             relax.transform.FuseOps(),
             relax.transform.FuseTIR(),
-            relax.transform.DeadCodeElimination(["main"]),
+            relax.transform.DeadCodeElimination(entries),
         ]
     return tvm.transform.Sequential(passes)(mod)
 

@@ -32,15 +32,36 @@ class TensorSpec:
 
 
 @dataclass
+class Step:
+    """Another function of a program: a decoding step that appends to its cache in place.
+
+    Attributes:
+        inputs: the tensors to pass first.
+        outputs: the tensors returned.
+        params: names, in `RelaxProgram.params`, of what it takes after the inputs.
+        extra: those of them that ``main`` does not take.
+        written: names of the inputs it writes to.
+    """
+
+    inputs: list[TensorSpec]
+    outputs: list[TensorSpec]
+    params: list[str]
+    extra: list[str]
+    written: list[str]
+
+
+@dataclass
 class RelaxProgram:
     """A Relax module whose ``main`` takes the inputs, then the parameters, both in order.
 
     Attributes:
         mod: the module; ``main`` returns one tensor, or a tuple when there are several outputs.
-        params: large initializers by name; the arrays may be memory-mapped views of the model file.
+        params: large initializers by name; the arrays may be memory-mapped views of the model file. Those that only ``step``
+            takes are the last.
         inputs: the tensors to pass first.
         outputs: the tensors returned.
         state: what converters kept, see `Context.state`.
+        step: what the function ``step`` takes and returns, if there is one.
     """
 
     mod: tvm.IRModule
@@ -48,3 +69,4 @@ class RelaxProgram:
     inputs: list[TensorSpec]
     outputs: list[TensorSpec]
     state: dict[Any, Any] = field(default_factory=dict)
+    step: Step | None = None

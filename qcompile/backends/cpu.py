@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from qcompile import tensors
 from qcompile.backends import Backend, Job
 from qcompile.errors import ArtifactError, TargetError
-from qcompile.runtime import Program, TensorSpec
+from qcompile.runtime import Program, TensorSpec, aligned
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -46,7 +46,7 @@ class Cpu(Backend):
             program.export(job.folder / "lib" / "model.so", self.linker(job.target))
             job.report.tensors = {name: place.length for name, place in places.items()}
             save_onnx(program, places, job.quantized, job.folder)
-            write_program(job.folder, program, job.target)
+            write_program(job.folder, program, job.target, program.relax.step)
             describe(job.report, program)
         if "c" in job.emit:
             from qcompile.codegen.cexport.emit import write_library
@@ -67,14 +67,25 @@ class Cpu(Backend):
         """Load library and weights."""
         self.check(target)
         content = json.loads((folder / "program.json").read_text(encoding="utf-8"))
+        functions = [content, *([content["step"]] if "step" in content else [])]
         arrays = tensors.load(folder / "weights.safetensors")
-        if missing := [n for n in content["parameters"] if n not in arrays]:
+        wanted = {name for function in functions for name in function["parameters"]}
+        if missing := sorted(wanted - arrays.keys()):
             raise ArtifactError(f"{folder / 'weights.safetensors'} lacks the tensor {missing[0]!r}")
-        inputs, outputs = (
-            [TensorSpec(s["name"], s["dtype"], tuple(s["shape"])) for s in content[key]]
-            for key in ("inputs", "outputs")
-        )
-        return Program(folder / "lib" / "model.so", [arrays[n] for n in content["parameters"]], inputs, outputs)
+        weights = {name: aligned(arrays[name]) for name in wanted}
+        main, *steps = ((*_specs(f), [weights[name] for name in f["parameters"]]) for f in functions)
+        program = Program(folder / "lib" / "model.so", *main)
+        if steps:
+            program.step = program.function("step", *steps[0], content["step"]["written"])
+        return program
+
+
+def _specs(function: Mapping[str, Any]) -> tuple[list[TensorSpec], list[TensorSpec]]:
+    """Inputs and outputs of a function as ``program.json`` states them."""
+    inputs, outputs = (
+        [TensorSpec(s["name"], s["dtype"], tuple(s["shape"])) for s in function[key]] for key in ("inputs", "outputs")
+    )
+    return inputs, outputs
 
 
 def check_machine(target: Mapping[str, Any]) -> None:
@@ -113,8 +124,8 @@ def save_onnx(program: Any, places: Mapping[str, Any], quantized: ir.Model, fold
     ir.save(program.share_weights(quantized, external), folder / "model.onnx")
 
 
-def write_program(folder: Path, program: Any, target: Any) -> None:
-    """Write ``program.json``: what the library takes and returns, and which products it computes."""
+def write_program(folder: Path, program: Any, target: Any, step: Any = None) -> None:
+    """Write ``program.json``: what the library and its function ``step`` take and return, and which products it computes."""
     shapes = (
         (p.k, p.n, str(p.weight), str(p.activation))
         for p in dict.fromkeys(record.problem for record in program.linears)
@@ -122,10 +133,17 @@ def write_program(folder: Path, program: Any, target: Any) -> None:
     content = {
         "inputs": [dataclasses.asdict(s) for s in program.inputs],
         "outputs": [dataclasses.asdict(s) for s in program.outputs],
-        "parameters": list(program.params),
+        "parameters": [name for name in program.params if step is None or name not in step.extra],
         "target": {"kind": target.kind, "cpu": target.cpu, "features": sorted(target.features)},
         "products": [dict(zip(("k", "n", "weight", "activation"), shape)) for shape in dict.fromkeys(shapes)],
     }
+    if step is not None:
+        content["step"] = {
+            "inputs": [dataclasses.asdict(s) for s in step.inputs],
+            "outputs": [dataclasses.asdict(s) for s in step.outputs],
+            "parameters": step.params,
+            "written": step.written,
+        }
     text = json.dumps(content, allow_nan=False, separators=(",", ":")) + "\n"
     (folder / "program.json").write_text(text, encoding="utf-8")
 

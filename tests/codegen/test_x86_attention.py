@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from qcompile.codegen.kernels.cpu.append import Append
 from qcompile.codegen.kernels.cpu.attention import Attention
 from qcompile.codegen.kernels.x86.harness import TARGETS, run, unaligned
 from qcompile.errors import TargetError
@@ -57,6 +58,46 @@ def test_masks(mask: str, axes: tuple[bool, bool, bool]) -> None:
     kernel = Attention(4, 16, kv_heads=2, layout="heads", mask=mask, mask_axes=axes)
     for i, lengths in enumerate(LENGTHS):
         check(kernel, TARGETS[i % len(TARGETS)], *lengths)
+
+
+@pytest.mark.parametrize("mask", ["float", "bool"])
+@pytest.mark.parametrize("room", [0, 1, 37])
+def test_a_cache_is_read_up_to_its_length(mask: str, room: int) -> None:
+    whole = Attention(4, 20, kv_heads=2, layout="heads", mask=mask, mask_axes=(True, False, True))
+    kernel = Attention(4, 20, kv_heads=2, layout="cache", mask=mask, mask_axes=(True, False, True))
+    for i, (b, s, t) in enumerate(LENGTHS):
+        q, k, v, visible = inputs(whole, b, s, t, i)
+        wide = [np.concatenate([a, np.full((b, 2, room, 20), np.nan, np.float32)], 2) for a in (k, v)]
+        got = run(kernel, TARGETS[i % len(TARGETS)], {"B": b, "S": s}, q, *wide, visible)["o"]
+        np.testing.assert_allclose(got, kernel.reference(q, *wide, visible)["o"], atol=2e-5, rtol=2e-5)
+        np.testing.assert_array_equal(
+            got, run(whole, TARGETS[i % len(TARGETS)], {"B": b, "S": s}, q, k, v, visible)["o"]
+        )
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    b=st.integers(0, 3), s=st.integers(0, 5), before=st.integers(0, 9), room=st.integers(0, 5), seed=st.integers(0, 99)
+)
+def test_what_is_appended_lies_behind_what_was_there(b: int, s: int, before: int, room: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    kernel = Append(3, (8, 20, 33)[seed % 3], total_rank=4, axis=2, total_dtype="bool")
+    cache = rng.standard_normal((b, 3, before + s + room, kernel.width)).astype(np.float32)
+    new = rng.standard_normal((b, 3, s, kernel.width)).astype(np.float32)
+    total = np.zeros((b, 1, before + s, 1), bool)
+    expected = kernel.reference(cache, new, total)["cache"]
+    np.testing.assert_array_equal(expected[:, :, before : before + s], new)
+    if cache.size and new.size and total.size:
+        run(kernel, TARGETS[seed % len(TARGETS)], {}, cache, new, total)
+        np.testing.assert_array_equal(cache, expected)
+
+
+@pytest.mark.parametrize("s, t, c", [(1, 9, 8), (3, 2, 8)])
+def test_a_cache_without_room_is_refused(s: int, t: int, c: int) -> None:
+    kernel, cache = Append(2, 8), np.zeros((1, 2, c, 8), np.float32)
+    with pytest.raises(IndexError, match="no room"):
+        run(kernel, TARGETS[0], {}, cache, np.ones((1, 2, s, 8), np.float32), np.zeros((1, t), np.int64))
+    assert not cache.any()
 
 
 @pytest.mark.parametrize("dtype", ["int64", "int32", "bool", "float32"])
@@ -118,7 +159,15 @@ def test_any_lengths_and_alignment(b: int, s: int, t: int, offset: int, seed: in
 
 
 @pytest.mark.parametrize(
-    "options", [{"kv_heads": 2}, {"layout": "bshd"}, {"mask": "additive"}, {"causal": "yes"}, {"head_dim": 0}]
+    "options",
+    [
+        {"kv_heads": 2},
+        {"layout": "bshd"},
+        {"layout": "cache"},
+        {"mask": "additive"},
+        {"causal": "yes"},
+        {"head_dim": 0},
+    ],
 )
 def test_refuses_what_it_cannot_compute(options: dict) -> None:
     with pytest.raises(TargetError):

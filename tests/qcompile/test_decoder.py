@@ -5,6 +5,8 @@ import pytest
 
 import qcompile
 from qcompile import ort
+from qcompile.errors import InputError
+from qcompile.runtime import aligned
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -41,11 +43,13 @@ def feed(ids, past):
     }
 
 
-@pytest.mark.parametrize("recipe", ["w8a8-rtn"])
-def test_steps_continue_the_prefill(folder, recipe, tmp_path):
-    step = qcompile.compile(
-        folder, recipe=recipe, output=tmp_path / "a", capture_options={"kv_cache": True}, progress=False
-    )
+@pytest.fixture(scope="module")
+def step(folder, tmp_path_factory):
+    out = tmp_path_factory.mktemp("decoder") / "a"
+    return qcompile.compile(folder, recipe="w8a8-rtn", output=out, capture_options={"kv_cache": True}, progress=False)
+
+
+def test_steps_continue_the_prefill(step):
     assert step.report.kernels["attention"] == LAYERS, "the kernel reads the cache as it is"
     session = ort.session(step.onnx_path)
     random = np.random.default_rng(0)
@@ -62,3 +66,34 @@ def test_steps_continue_the_prefill(folder, recipe, tmp_path):
         assert past[0].shape == (2, 2, position + 1, 16)
         expected = whole["logits"][:, position]
         assert np.abs(part["logits"][:, 0] - expected).max() < 0.03 * np.abs(expected).max()
+
+
+def test_a_cache_in_place_gives_the_same_bits(step):
+    """What lies behind its positions is neither read nor written."""
+    program = step.program
+    random, batch, room, before = np.random.default_rng(1), 2, 16, 0
+    past = [np.zeros((batch, 2, 0, 16), np.float32)] * (2 * LAYERS)
+    cache = [aligned(np.full((batch, 2, room, 16), np.nan, np.float32)) for _ in past]
+    for length in (5, 1, 1, 3, 1):
+        ids = random.integers(0, 96, (batch, length))
+        call = feed(ids, past)
+        expected = program.run(call)
+        got = program.step.run({**call, **dict(zip(list(call)[3:], cache))})
+        past, before = [value for name, value in expected.items() if name != "logits"], before + length
+        assert list(got) == ["logits"]
+        np.testing.assert_array_equal(got["logits"], expected["logits"])
+        for mine, copied in zip(cache, past):
+            np.testing.assert_array_equal(mine[:, :, :before], copied)
+            assert np.isnan(mine[:, :, before:]).all()
+
+
+def test_a_cache_that_could_not_be_written_to_is_refused(step):
+    program = step.program
+    call = feed(np.zeros((1, 1), np.int64), [np.zeros((1, 2, 8, 16), np.float32)] * (2 * LAYERS))
+    call["attention_mask"], call["position_ids"] = np.ones((1, 1), np.int64), np.zeros((1, 1), np.int64)
+    bent = {name: np.zeros((1, 16, 8, 2), np.float32).transpose(0, 3, 2, 1) for name in list(call)[3:]}
+    with pytest.raises(InputError, match="written to"):
+        program.step.run({**call, **bent})
+    call["attention_mask"] = np.ones((1, 9), np.int64)
+    with pytest.raises(InputError, match="no room"):
+        program.step.run({**call, **{name: aligned(np.zeros((1, 2, 8, 16), np.float32)) for name in list(call)[3:]}})

@@ -73,6 +73,7 @@ def test_texts_calibrate_a_decoder_with_a_cache(model):
 
 def test_tokens_are_those_of_reading_everything_again(model, monkeypatch):
     monkeypatch.setattr(generation, "CHUNK", 3)  # the prompt is longer
+    monkeypatch.setattr(generation, "ROOM", 4)  # so that the cache grows
     prompt = [2, 3, 4, 5, 6, 7, 8, 9]
     writing = model.generate(prompt, max_new_tokens=12)
     written = list(writing.ids())

@@ -37,7 +37,8 @@ class Attention:
 
     * ``qkv (B, S, (H + KH) D + KH DV)`` = [q | k | v] if `layout` is "merged" (then ``T = S``); or
       ``q (B, S, H D), k (B, T, KH D), v (B, T, KH DV)`` if it is "rows"; or
-      ``q (B, H, S, D), k (B, KH, T, D), v (B, KH, T, DV)`` if it is "heads";
+      ``q (B, H, S, D), k (B, KH, T, D), v (B, KH, T, DV)`` if it is "heads"; or the same with room for more keys than
+      there are, ``k (B, KH, C, D), v (B, KH, C, DV)`` with ``C >= T``, if it is "cache" (``T`` is that of the mask);
     * ``mask (B or 1, H or 1, S or 1, T)`` if `mask` is "float" (added to the scaled scores) or "bool" (True = visible;
       dtype bool), or ``mask (B, T)`` if it is "keys" (not 0 = visible; dtype `keys_dtype`);
     * the output ``o (B, S, H DV)``.
@@ -67,8 +68,10 @@ class Attention:
         problem = ""
         if self.heads < 1 or self.head_dim < 1 or self.heads % self.kh:
             problem = f"{self.heads} heads of {self.head_dim} with {self.kh} key/value heads"
-        elif self.layout not in ("merged", "rows", "heads"):
+        elif self.layout not in ("merged", "rows", "heads", "cache"):
             problem = f"unknown layout {self.layout!r}"
+        elif self.layout == "cache" and not self.mask:
+            problem = "a cache needs a mask, which tells how many keys there are"
         elif self.mask not in ("", "float", "bool", "keys"):
             problem = f"unknown mask {self.mask!r}"
         elif self.causal not in ("", "upper_left", "lower_right"):
@@ -99,7 +102,12 @@ class Attention:
                 v.Param("v", ("B", "T", kh * dv)),
             ]
         else:
-            inputs = [v.Param("q", ("B", h, "S", d)), v.Param("k", ("B", kh, "T", d)), v.Param("v", ("B", kh, "T", dv))]
+            rows = "C" if self.layout == "cache" else "T"
+            inputs = [
+                v.Param("q", ("B", h, "S", d)),
+                v.Param("k", ("B", kh, rows, d)),
+                v.Param("v", ("B", kh, rows, dv)),
+            ]
         length = "S" if self.layout == "merged" else "T"
         if self.mask == "keys":
             inputs.append(v.Param("mask", ("B", length), self.keys_dtype))
@@ -130,7 +138,9 @@ class Attention:
             q, k, val = np.split(inputs[0], [h * d, (h + kh) * d], axis=2)
         else:
             q, k, val = inputs[:3]
-        if self.layout != "heads":
+        if self.layout == "cache":
+            k, val = k[:, :, : mask.shape[-1]], val[:, :, : mask.shape[-1]]
+        elif self.layout != "heads":
             q, k, val = (a.reshape(*a.shape[:2], -1, w).transpose(0, 2, 1, 3) for a, w in ((q, d), (k, d), (val, dv)))
         k, val = (np.repeat(a, h // kh, 1).astype(np.float64) for a in (k, val))
         s, t = q.shape[2], k.shape[2]

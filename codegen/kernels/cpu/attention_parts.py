@@ -71,7 +71,7 @@ class Parts:
         """Buffer and index of element ``d`` of a query, key or value."""
         spec = self.spec
         width = spec.dv if which == "v" else spec.head_dim
-        if spec.layout == "heads":
+        if spec.layout in ("heads", "cache"):
             return self.names[which], [b, head, row, d]
         if spec.layout == "rows":
             return self.names[which], [b, row, head * width + d]

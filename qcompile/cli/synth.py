@@ -13,7 +13,9 @@ import click
 @click.argument("artifact")
 @click.option("--device", help="Another device than the one it was compiled for; see `qcompile targets`.")
 @click.option("--place/--no-place", default=False, help="Also place and route (ECP5), for the clock.")
-@click.option("--seeds", type=click.IntRange(1), default=1, show_default=True, help="Runs of place and route; the median counts.")
+@click.option(
+    "--seeds", type=click.IntRange(1), default=1, show_default=True, help="Runs of place and route; the median counts."
+)
 @click.option("--nodes", is_flag=True, help="Also every node on its own.")
 @click.option("--options", default="", help="More options of the synthesis command, e.g. -nodsp.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")

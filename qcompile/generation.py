@@ -138,8 +138,8 @@ class Decoder:
             self._cache[spec.name] = new
 
     def _zeros(self, spec: Any, positions: int) -> np.ndarray:
-        sizes = {"batch": self.batch, "past": positions}
-        return np.zeros([sizes.get(d, d) if isinstance(d, str) else d for d in spec.shape], spec.dtype)
+        sizes: dict[str | int, int] = {"batch": self.batch, "past": positions}
+        return np.zeros([int(sizes.get(d, d)) for d in spec.shape], spec.dtype)
 
 
 @dataclass

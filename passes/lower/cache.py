@@ -122,7 +122,7 @@ def _replace_shapes(past: ir.Value, lengths: Lengths) -> None:
             new += made
             pieces.append(made[-1].outputs[0])
         whole = ir.node("Concat", pieces, attributes={"axis": 0})
-        whole.outputs[0].dtype, whole.outputs[0].shape = node.outputs[0].dtype, node.outputs[0].shape
+        whole.outputs[0].type, whole.outputs[0].shape = node.outputs[0].type, node.outputs[0].shape
         insert_before(node, [*new, whole])
         take_over(node.outputs[0], whole.outputs[0])
         node.graph.remove(node, safe=True)

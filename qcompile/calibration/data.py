@@ -123,14 +123,21 @@ def _from_iterable(
                 k: _array(v, by_name[k].dtype if k in by_name and isinstance(v, list) else None, number, k)
                 for k, v in item.items()
             }
+        elif _one_each(item, inputs):
+            yield {i.name: _array(v, None, number, i.name) for i, v in zip(inputs, item)}
         elif len(inputs) == 1:
             yield {inputs[0].name: _array(item, None, number, inputs[0].name)}
-        elif isinstance(item, (tuple, list)) and len(item) == len(inputs):
-            yield {i.name: _array(v, None, number, i.name) for i, v in zip(inputs, item)}
         else:
             raise CalibrationError(
                 f"a calibration sample of type {type(item).__name__} does not fit {len(inputs)} inputs; pass dictionaries"
             )
+
+
+def _one_each(item: Any, inputs: Sequence[InputSpec]) -> bool:
+    """Whether a sample is one value per input; of one input, ``[[1, 2]]`` is the value itself, ``[array]`` holds it."""
+    if not isinstance(item, (tuple, list)) or len(item) != len(inputs):
+        return False
+    return len(inputs) > 1 or isinstance(item, tuple) or hasattr(item[0], "shape")
 
 
 def _array(value: Any, dtype: np.dtype | None, number: int, name: str) -> np.ndarray:

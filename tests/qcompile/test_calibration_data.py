@@ -58,6 +58,13 @@ def test_arrays_dictionaries_and_tuples(tokenizer):
     )
 
 
+def test_a_tuple_of_one_array_is_what_a_data_loader_gives():
+    x = np.random.default_rng(0).standard_normal((2, 3, 4)).astype(np.float32)
+    for item in (x, (x,), [x], x.tolist()):
+        (feed,) = load_feeds([item], [IMAGE])
+        np.testing.assert_allclose(feed["x"], x, rtol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [

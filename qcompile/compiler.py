@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import inspect
 import os
 import platform
 import shutil
@@ -145,6 +146,10 @@ def compile(
     try:
         chosen = get_recipe(recipe, **changes)
     except TypeError as error:
+        if misplaced := [name for name in changes if name in inspect.signature(capture).parameters]:
+            raise RecipeError(
+                f"{misplaced[0]} is an option of capture: pass capture_options={{{misplaced[0]!r}: ...}}"
+            ) from None
         raise RecipeError(f"a recipe has no such field: {error}") from None
     machine = resolve_target(target, variant)
     backend = get_backend(machine.kind)

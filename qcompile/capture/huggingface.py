@@ -128,6 +128,8 @@ def load(directory: Path, *, task: str | None, kv_cache: bool, token_types: bool
     model = _instantiate(transformers, directory, config, task)
     if kv_cache and task != "text-generation":
         raise ModelError(f"{directory}: a key-value cache needs a text-generation model, this one is for {task}")
+    if kv_cache and getattr(config, "num_attention_heads", None) is None:
+        raise ModelError(f"{config_file}: '{raw['model_type']}' has no attention and so no cache of keys and values")
     torch.manual_seed(0)
     if task == "text-generation":
         prepared = _with_cache(model, config) if kv_cache else _text(model, config, "logits", False, True)

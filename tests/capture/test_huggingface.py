@@ -210,3 +210,11 @@ def test_wrong_task(tiny: Tiny) -> None:
         capture(tiny("bert"), task="poetry")
     with pytest.raises(ModelError, match="key-value cache"):
         capture(tiny("bert"), kv_cache=True)
+
+
+def test_a_model_without_attention_has_no_cache(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.MambaConfig(vocab_size=20, hidden_size=8, num_hidden_layers=1, state_size=4)
+    transformers.MambaForCausalLM(config).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="'mamba' has no attention"):
+        capture(tmp_path, kv_cache=True)

@@ -18,7 +18,7 @@ from onnx import numpy_helper
 
 import qcompile
 from qcompile.cli import cli
-from qcompile.errors import CalibrationError
+from qcompile.errors import CalibrationError, RecipeError
 
 TEXT = """
 <ir_version: 10, opset_import: ["" : 18]>
@@ -328,3 +328,10 @@ def test_options_that_would_have_no_effect_are_refused(model, tmp_path):
 def test_numbers_out_of_range_are_usage_errors(arguments):
     result = call(*arguments)
     assert result.exit_code == 2 and f"{arguments[-1]} is not in the range" in result.stderr
+
+
+def test_options_of_capture_are_told_from_fields_of_a_recipe(model):
+    with pytest.raises(RecipeError, match=r"pass capture_options=\{'example_inputs'"):
+        qcompile.compile(model, example_inputs=(1,))
+    with pytest.raises(RecipeError, match="no such field"):
+        qcompile.compile(model, wieght="int4")

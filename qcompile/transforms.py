@@ -7,6 +7,7 @@ that folds. A step of a recipe names it, by the name it was registered under or 
 from __future__ import annotations
 
 import dataclasses
+import numbers
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -132,14 +133,32 @@ def resolve(step: Step) -> Ask:
     """The ask that a step of a recipe names.
 
     Raises:
-        RecipeError: there is none, or it has no such option.
+        RecipeError: there is none, it has no such option, or a value is of another type.
     """
     cls = _class(step.name)
+    defaults = {f.name: f.default for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
     known = [f.name for f in dataclasses.fields(cls) if f.init]  # type: ignore[arg-type]
     if strange := step.options.keys() - set(known):
         options = ", ".join(known) or "none"
         raise RecipeError(f"transform {step.name!r} has no option {sorted(strange)[0]!r}; its options: {options}")
+    for name, value in step.options.items():
+        kind = type(defaults[name])
+        if kind in _TYPES:
+            allowed, what = _TYPES[kind]
+            if not isinstance(value, allowed) or isinstance(value, bool) != (kind is bool):
+                raise RecipeError(f"transform {step.name!r}: {name} is {what}, not {value!r}")
+        if name == "seed" and value < 0:
+            raise RecipeError(f"transform {step.name!r}: a seed is 0 or a positive number, not {value}")
     return cls(**step.options)
+
+
+_TYPES: dict[type, tuple[type, str]] = {
+    bool: (bool, "true or false"),
+    int: (numbers.Integral, "a whole number"),
+    float: (numbers.Real, "a number"),
+    str: (str, "a text"),
+}
+"""Of options by the type of their default: what is allowed, in words too."""
 
 
 def step_of(ask: Ask) -> Step:

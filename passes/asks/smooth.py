@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from qcompile.errors import RecipeError
 from qcompile.passes.asks.base import Ask, Context, Refusal, register_ask
 from qcompile.passes.asks.rounding import RoundingError
 from qcompile.passes.spaces import Element, Space
@@ -38,6 +39,10 @@ class Smooth(Ask):
     alpha: float = 0.5
     search: int = 0
     limit: float = 1e4
+
+    def __post_init__(self) -> None:
+        if self.search < 0 or not self.limit >= 1:
+            raise RecipeError("smooth: search is 0 or a number of values, limit a factor of at least 1")
 
     def propose(self, space: Space, context: Context, element: Element) -> str | None:
         """Scale the space by 1 / s; see the module text."""
@@ -78,6 +83,10 @@ class Awq(Ask):
     """
 
     grid: int = 20
+
+    def __post_init__(self) -> None:
+        if self.grid < 1:
+            raise RecipeError(f"awq: at least one exponent is tried, not {self.grid}")
 
     def propose(self, space: Space, context: Context, element: Element) -> str | None:
         """Scale the space by 1 / s; see the module text."""

@@ -59,6 +59,15 @@ def test_a_class_of_ones_own_is_found_by_file_or_module(tmp_path):
         (Step("nowhere.py:A"), "cannot be loaded"),
         (Step("qcompile.passes.asks:Nothing"), "cannot be loaded"),
         (Step("permute", {"order": "x"}), "choose sort"),
+        (Step("smooth", {"alpha": "0.5"}), "'smooth': alpha is a number, not '0.5'"),
+        (Step("smooth", {"alpha": True}), "alpha is a number, not True"),
+        (Step("smooth", {"search": 2.5}), "search is a whole number, not 2.5"),
+        (Step("smooth", {"search": -3}), "search is 0 or"),
+        (Step("smooth", {"limit": 0}), "at least 1"),
+        (Step("awq", {"grid": 0}), "at least one exponent"),
+        (Step("rotate", {"everywhere": 1}), "everywhere is true or false, not 1"),
+        (Step("rotate", {"kind": 4}), "kind is a text, not 4"),
+        (Step("rotate-online", {"signs": True, "seed": -1}), "a seed is 0 or a positive number, not -1"),
     ],
 )
 def test_mistakes_are_explained(step, text):

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 
 from qcompile.capture.captured import Captured
 from qcompile.capture.parity import check_parity, flatten
@@ -50,6 +51,7 @@ def capture_module(
     try:
         names = _input_names(module, example)
         model = export_torch(module, example, opset=opset, dynamic_shapes=shapes, input_names=names)
+        _name_outputs(model, module, example)
         validate(model, name)
         if check:
             second = tuple(_grown(x, spec) for x, spec in zip(example, shapes)) if isinstance(shapes, tuple) else None
@@ -95,6 +97,23 @@ def _input_names(module: Any, example: tuple[Any, ...]) -> list[str] | None:
         p.name for p in inspect.signature(module.forward).parameters.values() if p.kind is not p.VAR_POSITIONAL
     ]
     return parameters[: len(example)] if len(parameters) >= len(example) else None
+
+
+def _name_outputs(model: ir.Model, module: Any, example: tuple[Any, ...]) -> None:
+    """Name outputs as the dictionary of tensors does that ``module`` returns, where those names are free."""
+    import torch
+
+    with torch.no_grad():
+        result = module(*example)
+    outputs = model.graph.outputs
+    if not isinstance(result, dict) or not all(isinstance(value, torch.Tensor) for value in result.values()):
+        return
+    used = {value.name for value in (*model.graph.inputs, *model.graph.initializers.values())}
+    used |= {value.name for node in model.graph.all_nodes() for value in node.outputs if value not in outputs}
+    distinct = len(set(outputs)) == len(outputs) and not any(v.is_graph_input() or v.is_initializer() for v in outputs)
+    if distinct and len(result) == len(outputs) and not used & set(result):
+        for value, name in zip(outputs, result):
+            value.name = str(name)
 
 
 def _half(module: Any) -> str | None:

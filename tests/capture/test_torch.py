@@ -171,3 +171,17 @@ def test_an_exported_program_of_half_precision_says_what_to_do() -> None:
     program = torch.export.export(Perceptron().bfloat16(), (torch.ones(2, 6).bfloat16(), torch.ones(2, 3).bfloat16()))
     with pytest.raises(ModelError, match=r"computes in bfloat16; pass the module itself"):
         capture(program)
+
+
+def test_outputs_are_named_as_in_the_dictionary_that_is_returned() -> None:
+    class Two(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up = torch.nn.Linear(6, 4)
+
+        def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+            return {"scores": self.up(x).relu(), "hidden": self.up(x)}
+
+    assert capture(Two(), example_inputs=(torch.randn(2, 6),)).output_names == ["scores", "hidden"]
+    Two.forward = lambda self, x: {"x": self.up(x)}  # the name of the input
+    assert capture(Two(), example_inputs=(torch.randn(2, 6),)).output_names != ["x"]

@@ -214,7 +214,7 @@ class Function(Checked):
         import tvm_ffi
 
         super().__init__(inputs, outputs)
-        self._call, self._written = call, frozenset(written)
+        self._call, self.written = call, tuple(written)
         self._parameters = [tvm_ffi.from_dlpack(aligned(p)) for p in parameters]
 
     def run(self, feeds: Mapping[str, Any]) -> dict[str, np.ndarray]:
@@ -223,7 +223,7 @@ class Function(Checked):
 
         arrays = self.check(feeds)
         for spec, array in zip(self.inputs, arrays):
-            if spec.name in self._written and not np.may_share_memory(array, _as_numpy(feeds[spec.name], spec)):
+            if spec.name in self.written and not np.may_share_memory(array, _as_numpy(feeds[spec.name], spec)):
                 raise InputError(f"{spec.name!r} is written to: pass a C-contiguous array aligned to {ALIGNMENT} bytes")
         try:
             result = self._call(*(tvm_ffi.from_dlpack(a) for a in arrays), *self._parameters)

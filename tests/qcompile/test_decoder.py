@@ -5,6 +5,7 @@ import pytest
 
 import qcompile
 from qcompile import ort
+from qcompile.bench import make_feed, own
 from qcompile.errors import InputError
 from qcompile.runtime import aligned
 
@@ -85,6 +86,15 @@ def test_a_cache_in_place_gives_the_same_bits(step):
         for mine, copied in zip(cache, past):
             np.testing.assert_array_equal(mine[:, :, :before], copied)
             assert np.isnan(mine[:, :, before:]).all()
+
+
+def test_what_is_timed_is_the_step_in_place(step):
+    program = step.program
+    fed = make_feed(program.inputs, {"batch": 1, "sequence": 2, "past": 7})
+    run = own(program, fed)
+    for _ in range(2):
+        assert list(run(fed)) == ["logits"]
+        np.testing.assert_array_equal(run(fed)["logits"], program.run(fed)["logits"])
 
 
 def test_a_cache_that_could_not_be_written_to_is_refused(step):

@@ -154,7 +154,7 @@ def test_external_data_outside_the_directory(tmp_path: Path, location: str) -> N
     (folder / "inner").mkdir(parents=True)
     path = save_external(folder)
     set_external(path, location=location)
-    with pytest.raises(ModelError, match="outside the model's directory: .*; save the model again"):
+    with pytest.raises(ModelError, match=r"outside the model's directory: .*; save the model again"):
         capture(path)
 
 

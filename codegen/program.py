@@ -22,7 +22,6 @@ from qcompile.codegen.relax import (
 from qcompile.codegen.relax.kernels import KernelCalls, LinearRecord
 from qcompile.codegen.relax.program import RelaxProgram, TensorSpec
 from qcompile.errors import QcompileError
-from qcompile.passes.lower.cache import keep_cache
 from qcompile.targets.target import Target
 
 
@@ -68,13 +67,16 @@ class BuiltProgram:
         return share_weights(model, stored, external, unchanged(model, self.params))
 
 
-def build_program(lowered: ir.Model, target: Target) -> BuiltProgram:
+def build_program(lowered: ir.Model, target: Target, step: ir.Model | None = None) -> BuiltProgram:
     """Convert, choose kernels, pack weights and generate code.
+
+    Args:
+        step: the same as a step that appends to its cache in place, a second function of the program if it can be converted.
 
     Raises:
         UnsupportedOperatorError: an operator has no conversion.
     """
-    step, refused = keep_cache(lowered), []
+    refused = []
     try:
         program = to_relax(lowered, target=target, step=step)
     except QcompileError as error:

@@ -33,12 +33,13 @@ class Cpu(Backend):
         """Write library, weights, ``model.onnx`` and ``program.json``."""
         from qcompile.codegen.program import build_program
         from qcompile.passes.lower import lower
+        from qcompile.passes.lower.cache import keep_cache
 
         with job.stage("lower"):
             lowered = lower(job.quantized, codes=True, factors=True, experts=True)
             job.save("lowered", lowered)
         with job.stage("generate code"):
-            program = build_program(lowered, job.target)
+            program = build_program(lowered, job.target, keep_cache(lowered))
             # Weights first: a full disk is then met by code that can say so; the code generator would abort the process.
             places = tensors.save(job.folder / "weights.safetensors", program.params)
             require_space(job.folder, Path(tempfile.gettempdir()))

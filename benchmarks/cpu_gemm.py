@@ -13,8 +13,8 @@ products (``u8s8`` without, ``dynamic`` with quantizer) and its product of ``flo
 floats), ggml's types by their names, ``read``: the bytes of our packed weights, ``read4``: at four places in turn.
 llama.cpp comes with the extra ``peers``, or from ``--ggml FOLDER``; a library of your own with ``--peer NAME=PATH``.
 
-A call computes several products with weights of their own: `cache` has a few megabytes of them, `memory` several times the
-last-level cache. Contenders take turns in five blocks, in one process; a figure is the lowest of the five medians, in
+A call computes several products with weights of their own, ours from C if there is one thread: `cache` has a few megabytes of
+them, `memory` several times the last-level cache. Contenders take turns in five blocks, in one process; a figure is the lowest of the five medians, in
 microseconds per product, and in brackets how many times ours it is. One thread is timed by its own CPU clock, which other
 processes disturb least, several by the wall clock. From 128 rows on a call is one product.
 """

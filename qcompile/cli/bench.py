@@ -44,7 +44,9 @@ def bench(
     model = load(artifact)
     dims = [d for spec in model.inputs for d in spec.shape if isinstance(d, str)]
     symbols = list(dict.fromkeys(part for d in dims for part in d.split(" + ") if not part.isdigit()))
-    extents = [_extents(text) for text in shapes] or [{s: 1 if i == 0 else 128 for i, s in enumerate(symbols)}]
+    single = {"sequence"} if "past" in symbols else set()  # a decoder with a cache is asked for a token at a time
+    default = {s: 1 if i == 0 or s in single else 128 for i, s in enumerate(symbols)}
+    extents = [_extents(text) for text in shapes] or [default]
     points = [Point(tuple(e.items()), t) for e in extents for t in (threads or (1,))]
     peers = None
     if against:

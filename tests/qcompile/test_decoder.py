@@ -1,11 +1,15 @@
 """Decoders with a cache of keys and values, through the compiled program: prefill, then token by token."""
 
+import json
+
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
 import qcompile
 from qcompile import ort
 from qcompile.bench import make_feed, own
+from qcompile.cli import cli
 from qcompile.errors import InputError
 from qcompile.runtime import aligned
 
@@ -95,6 +99,11 @@ def test_what_is_timed_is_the_step_in_place(step):
     for _ in range(2):
         assert list(run(fed)) == ["logits"]
         np.testing.assert_array_equal(run(fed)["logits"], program.run(fed)["logits"])
+
+
+def test_bench_measures_a_token_unless_told_otherwise(step):
+    result = CliRunner().invoke(cli, ["bench", str(step.path), "--seconds", "0.1", "--json"])
+    assert list(json.loads(result.output)) == ["batch 1, sequence 1, past 128, 1 thread"]
 
 
 def test_a_cache_that_could_not_be_written_to_is_refused(step):

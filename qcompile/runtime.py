@@ -223,7 +223,9 @@ class Function(Checked):
 
         arrays = self.check(feeds)
         for spec, array in zip(self.inputs, arrays):
-            if spec.name in self.written and not np.may_share_memory(array, _as_numpy(feeds[spec.name], spec)):
+            if spec.name not in self.written or not array.size:
+                continue
+            if not np.may_share_memory(array, _as_numpy(feeds[spec.name], spec)):
                 raise InputError(f"{spec.name!r} is written to: pass a C-contiguous array aligned to {ALIGNMENT} bytes")
         try:
             result = self._call(*(tvm_ffi.from_dlpack(a) for a in arrays), *self._parameters)
@@ -245,7 +247,7 @@ class Program(Function):
 
     Attributes:
         step: of a decoder with a cache, what writes to the arrays of the cache it is called with, in place: they are
-            C-contiguous and aligned to 64 bytes, and have room for more positions than ``attention_mask`` is long.
+            C-contiguous and aligned to 64 bytes, and have room for at least as many positions as ``attention_mask`` is long.
 
     Raises:
         ArtifactError: the library cannot be loaded.

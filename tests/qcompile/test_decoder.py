@@ -92,6 +92,12 @@ def test_a_cache_in_place_gives_the_same_bits(step):
             assert np.isnan(mine[:, :, before:]).all()
 
 
+def test_no_sequences_are_no_error(step):
+    call = feed(np.zeros((0, 1), np.int64), [np.zeros((0, 2, 8, 16), np.float32)] * (2 * LAYERS))
+    call["attention_mask"], call["position_ids"] = np.ones((0, 1), np.int64), np.zeros((0, 1), np.int64)
+    assert step.program.step.run(call)["logits"].shape == (0, 1, 96)
+
+
 def test_what_is_timed_is_the_step_in_place(step):
     program = step.program
     fed = make_feed(program.inputs, {"batch": 1, "sequence": 2, "past": 7})

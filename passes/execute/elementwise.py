@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import torch.nn.functional as F
 
@@ -81,26 +83,17 @@ def _mod(node, ft, a, b):
 
 @op("Sum")
 def _sum(node, ft, *a):
-    total = a[0]
-    for x in a[1:]:
-        total = total + x
-    return total
+    return functools.reduce(torch.add, a)
 
 
 @op("Max")
 def _max(node, ft, *a):
-    result = a[0]
-    for x in a[1:]:
-        result = torch.maximum(result, x)
-    return result
+    return functools.reduce(torch.maximum, a)
 
 
 @op("Min")
 def _min(node, ft, *a):
-    result = a[0]
-    for x in a[1:]:
-        result = torch.minimum(result, x)
-    return result
+    return functools.reduce(torch.minimum, a)
 
 
 @op("LeakyRelu")

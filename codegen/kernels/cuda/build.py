@@ -23,7 +23,7 @@ from qcompile.errors import TargetError
 from qcompile.targets import folders
 from qcompile.targets.cuda import CudaTarget
 
-VERSION = 11
+VERSION = 12
 """Counted up whenever generated code changes for the same problem and config."""
 
 

@@ -76,9 +76,14 @@ class PersistentShape(StreamShape):
         return self.sums_place + (4 * self.blocks * (BLOCK // self.chunk) if self.raw else 0)
 
     @property
+    def factor_place(self) -> int:
+        """Where the scales of the channels lie, of all groups of tiles."""
+        return self.totals_place + 4 * self.turns * self.kw * self.tn * TILE
+
+    @property
     def table_place(self) -> int:
         """Where the table of pairs lies."""
-        return -(-(self.totals_place + 4 * self.turns * self.kw * self.tn * TILE) // 128) * 128
+        return -(-(self.factor_place + 4 * self.turns * self.tn * TILE) // 128) * 128
 
     @property
     def shared_bytes(self) -> int:

@@ -37,6 +37,7 @@ class PersistentKernel(Kernel):
         self._threads(s.threads, s.overlap)
         self.first_row = self.bz
         self._divide()
+        self._fetch_column()
         self._first_copies()
         self._registers()
         if self.s.overlap:
@@ -190,4 +191,22 @@ class PersistentKernel(Kernel):
                     word = self.arena[s.totals_place // 4 + (turn * s.kw + warp) * width + channel]
                     value = word if self.sum_type == "uint32" else T.reinterpret("float32", word)
                     total[0] = value if warp == 0 else total[0] + value
+                self.index = index
                 self._store(self.first_row, n, total[0])
+
+    def _fetch_column(self) -> None:
+        """Start copying the scales of the channels, which the end of the kernel then need not wait for."""
+        s = self.s
+        width = s.tn * TILE
+
+        def copy(index: Any) -> None:
+            n = e.let((self.bx + index // width * s.launched) * width + index % width)
+            with T.If(n < s.n), T.Then():
+                e.copy_async(self.arena.ptr_to([s.factor_place // 4 + index]), self.column.ptr_to([n]), 4)
+
+        e.spread(s.turns * width, s.threads, self.tx, copy)
+
+    def _factor(self, place: int, source: Any, index: Any, first: Any) -> Any:
+        if place:
+            return source[index]  # of the row
+        return T.reinterpret("float32", self.arena[self.s.factor_place // 4 + self.index])

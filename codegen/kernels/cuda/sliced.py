@@ -6,7 +6,8 @@
                                                             multiplied, read back by the same warp: no barrier
                         masked bytes -> mma.sync            u8 x s8, 16 channels by 32 positions; exact
                         sum of a group * exponent * scale   float32
-    at the end          sums of the warps, then of the cluster, in order, through shared memory
+    at the end          sums of the warps, in order, through shared memory; each block of the cluster sends the others their share
+                        of the channels (`st.async`) and adds up what arrives, in order
 
 Zero points leave before the codes enter: sums start at minus what codes equal to the zero point would give, or, where zero
 points differ, the sum of x times the zero point is subtracted.
@@ -116,9 +117,29 @@ class SlicedShape(LinearShape):
         return self.exchange_place + 4 * EXCHANGE * self.kw
 
     @property
+    def share(self) -> int:
+        """Channels a block of a cluster adds up and stores, at most."""
+        return -(-self.columns // self.split)
+
+    @property
+    def incoming_place(self) -> int:
+        """Where the sums of all blocks of the cluster arrive, for the channels of this one."""
+        return self.totals_place + 4 * self.kw * self.columns
+
+    @property
+    def factor_place(self) -> int:
+        """Where the scales of the channels lie."""
+        return self.incoming_place + (4 * self.split * self.share if self.cluster else 0)
+
+    @property
+    def barrier_place(self) -> int:
+        """Where the mbarrier that counts what arrives lies."""
+        return -(-(self.factor_place + 4 * self.columns) // 8) * 8
+
+    @property
     def shared_bytes(self) -> int:
         """Of a block."""
-        return self.totals_place + 4 * (self.kw + 1) * self.columns
+        return self.barrier_place + (8 if self.cluster else 0)
 
     @property
     def registers(self) -> int:

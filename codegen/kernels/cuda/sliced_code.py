@@ -49,7 +49,10 @@ class SlicedKernel(Tail):
         self._registers()
         self.first = e.let(self.by * s.kw + self.warp)
         early = min(s.early or s.stages, s.stages - 1)
+        if s.cluster:
+            self._start_barrier()
         self._copy_first(0, early)
+        self._fetch_column()
         if s.overlap:
             e.await_previous()
         self._load_x(self.xw, self.first)
@@ -325,49 +328,81 @@ class SlicedKernel(Tail):
     def _finish(self) -> None:
         """Add the warps up, in order, then the blocks of the cluster."""
         s = self.s
+        if s.cluster:
+            e.ptx("barrier.cluster.wait.acquire.aligned")  # all have started
         T.evaluate(T.cuda.cta_sync())
         place = s.totals_place // 4
-        mine = e.let(place + s.kw * s.columns)
         with T.serial(-(-s.columns // s.threads)) as i:
             channel = e.let(i * s.threads + self.tx)
             n = e.let(self.tile * TILE + channel)
-            # Tiles that are repeated are stored by one block.
-            wanted = T.And(n >= self.bx * s.columns, T.And(channel < s.columns, n < s.n))
-            with T.If(wanted), T.Then():
+            with T.If(self._wanted(channel, n)), T.Then():
                 total = e.Registers((1,), "float32")
                 for warp in range(s.kw):
                     value = T.reinterpret("float32", self.arena[place + warp * s.columns + channel])
                     total[0] = value if warp == 0 else total[0] + value
                 if s.cluster:
-                    B.buffer_store(self.arena, T.reinterpret("uint32", total[0]), [mine + channel])
+                    self._send(channel, total[0])
                 else:
                     self._store(self.bz, n, total[0])
         if s.cluster:
-            self._reduce_cluster(mine)
+            self._add_arrived()
 
-    def _reduce_cluster(self, mine: Any) -> None:
+    def _wanted(self, channel: Any, n: Any) -> Any:
+        """Whether this block stores a channel: tiles that are repeated are stored by one block. All are sent in a cluster."""
+        s = self.s
+        if s.cluster:
+            return channel < s.columns
+        return T.And(n >= self.bx * s.columns, T.And(channel < s.columns, n < s.n))
+
+    def _start_barrier(self) -> None:
+        """Let the other blocks know how much must arrive, and when they may send it."""
+        s = self.s
+        self.arrival = self.arena.ptr_to([s.barrier_place // 4])
+        with T.If(self.tx == 0), T.Then():
+            e.ptx("mbarrier.init.shared::cta.b64", self.arrival, e.u32(1))
+            e.ptx("fence.mbarrier_init.release.cluster")
+            mine = T.max(T.min(s.columns - self.by * s.share, s.share), 0)
+            e.ptx("mbarrier.arrive.expect_tx.shared::cta.b64", self.arrival, T.cast(mine * (4 * s.split), "uint32"))
+        e.ptx("barrier.cluster.arrive.release.aligned")
+
+    def _send(self, channel: Any, value: Any) -> None:
+        """The sum of this block to the one that adds the channel up, which may be itself."""
+        s = self.s
+        owner = e.let(channel // s.share)
+        there = e.Registers((1,), "uint32")
+        here = T.cuda.cvta_generic_to_shared(self.arena.ptr_to([0]))
+        e.ptx("mapa.shared::cluster.u32", there[0], here, T.cast(owner, "uint32"))
+        place = s.incoming_place // 4 + self.by * s.share + channel - owner * s.share
+        barrier = there[0] + e.u32(s.barrier_place)
+        e.store_remote(there[0] + T.cast(place * 4, "uint32"), T.reinterpret("uint32", value), barrier)
+
+    def _add_arrived(self) -> None:
         """Every block adds up and stores its share of the channels."""
         s = self.s
-        meet()
-        address = T.cuda.cvta_generic_to_shared(self.arena.ptr_to([mine]))
-        share = -(-s.columns // s.split)
-        with T.serial(-(-share // s.threads)) as i:
+        T.evaluate(T.cuda.mbarrier_wait(self.arrival, T.int32(0)))
+        with T.serial(-(-s.share // s.threads)) as i:
             within = e.let(i * s.threads + self.tx)
-            channel = e.let(self.by * share + within)
+            channel = e.let(self.by * s.share + within)
             n = e.let(self.tile * TILE + channel)
-            wanted = T.And(T.And(within < share, channel < s.columns), T.And(n >= self.bx * s.columns, n < s.n))
+            wanted = T.And(T.And(within < s.share, channel < s.columns), T.And(n >= self.bx * s.columns, n < s.n))
             with T.If(wanted), T.Then():
-                total, word = e.Registers((1,), "float32"), e.Registers((2,), "uint32")
+                total = e.Registers((1,), "float32")
                 for part in range(s.split):
-                    e.ptx("mapa.shared::cluster.u32", word[0], address, e.u32(part))
-                    e.ptx("ld.shared::cluster.b32", word[1], word[0] + T.cast(channel * 4, "uint32"))
-                    value = T.reinterpret("float32", word[1])
+                    word = self.arena[s.incoming_place // 4 + part * s.share + within]
+                    value = T.reinterpret("float32", word)
                     total[0] = value if part == 0 else total[0] + value
                 self._store(self.bz, n, total[0])
-        meet()  # the others may still be reading
 
+    def _fetch_column(self) -> None:
+        """Start copying the scales of the channels, which the end of the kernel then need not wait for."""
+        s = self.s
 
-def meet() -> None:
-    """Wait for all threads of the cluster."""
-    e.ptx("barrier.cluster.arrive.release.aligned")
-    e.ptx("barrier.cluster.wait.acquire.aligned")
+        def copy(index: Any) -> None:
+            n = e.let(self.tile * TILE + index)
+            with T.If(n < s.n), T.Then():
+                e.copy_async(self.arena.ptr_to([s.factor_place // 4 + index]), self.column.ptr_to([n]), 4)
+
+        e.spread(s.columns, s.threads, self.tx, copy)
+
+    def _factor(self, place: int, source: Any, index: Any, first: Any) -> Any:
+        return T.reinterpret("float32", self.arena[self.s.factor_place // 4 + index - self.tile * TILE])

@@ -40,6 +40,8 @@ class Kernel(Tail):
     def emit(self) -> None:
         s = self.s
         self._enter(s.grid_n, s.threads, s.overlap)
+        if not s.ring:
+            self._prefetch_column()
         self._registers()
         self._loop()
         if s.cluster:
@@ -61,6 +63,12 @@ class Kernel(Tail):
         address = T.cuda.cvta_generic_to_shared(self.arena.ptr_to([0]))
         self.base = e.let(T.cast((T.uint32(0) - address) & e.u32(1023), "int32") // 4)
         self._place_block(row_blocks)
+
+    def _prefetch_column(self) -> None:
+        """Scales of the channels to the second-level cache, 32 a line; the end of the kernel reads them."""
+        n = e.let(self.first_tile * 16 + self.tx * 32)
+        with T.If(T.And(self.tx * 32 < self.s.columns, n < self.s.n)), T.Then():
+            e.ptx("prefetch.global.L2", self.column.ptr_to([n]))
 
     def _before(self) -> None:
         """What the host does before the launch."""

@@ -20,6 +20,7 @@ static T exchanged(T value, int other) {
   warp_sync();
   return value;
 }
+#define __shfl_sync(mask, value, other, width) exchanged(value, other)
 #define __shfl_xor_sync(mask, value, other) exchanged(value, lane() ^ (other))
 static uint __reduce_max_sync(uint, uint value) {
   for (int other = 16; other; other /= 2) value = max(value, __shfl_xor_sync(0, value, other));
@@ -39,6 +40,18 @@ static void product(float (&sums)[4], const uint (&a)[4], const uint (&b)[2]) {
     uint x = all.a[4 * g + i][2 * h + c / 2], y = all.b[4 * (2 * t + c % 2) + i][h];
     sums[c] += part(x, 0) * part(y, 0) + part(x, 1) * part(y, 1);
   }
+  warp_sync();
+}
+
+// mma.m16n8k32 of unsigned by signed bytes.
+static void product(uint (&sums)[4], const uint (&a)[4], const uint (&b)[2]) {
+  Operands& all = operands[rank][threadIdx.x / 32];
+  int g = lane() / 4, t = lane() % 4;
+  memcpy(all.a[lane()], a, 16);
+  memcpy(all.b[lane()], b, 8);
+  warp_sync();
+  for (int c = 0; c < 4; c++) for (int h = 0; h < 2; h++) for (int i = 0; i < 4; i++) for (int k = 0; k < 32; k += 8)
+    sums[c] += (uchar)(all.a[4 * g + i][2 * h + c / 2] >> k) * (int8_t)(all.b[4 * (2 * t + c % 2) + i][h] >> k);
   warp_sync();
 }
 

@@ -56,15 +56,15 @@ GATHERED = {"ahead": True, "gathered": True, "staged": True}
 
 CANDIDATES = (
     {
-        f"hadamard{width}_by{blocks}": CudaRowwise(
+        f"hadamard{width}_by{blocks}_{warps}": CudaRowwise(
             width,
             hadamard=width,
             quantize="token",
             dtype="float16",
-            config=RotationConfig(warps, 1, blocks=blocks, **GATHERED),
+            config=RotationConfig(warps, held, blocks=blocks, **GATHERED),
         )
         for width in (14336, 28672)
-        for warps, blocks in ((7, 8), (4, 8), (14, 4), (7, 4))
+        for warps, held, blocks in ((7, 1, 8), (4, 1, 8), (14, 1, 8), (14, 1, 4), (7, 1, 4), (14, width // 14336, 2))
     }
     | {
         f"kronecker{width}_shared": CudaRowwise(

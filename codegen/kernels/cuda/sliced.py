@@ -22,9 +22,14 @@ from typing import Any, ClassVar
 from qcompile.codegen.kernels.base import LinearProblem, Support
 from qcompile.codegen.kernels.cuda.layout import BLOCK, TILE
 from qcompile.codegen.kernels.cuda.linear import CudaLinear, LinearShape
-from qcompile.codegen.kernels.cuda.slices import QUADS, SLICES
 from qcompile.formats import Format, IntFormat
 from qcompile.targets.target import Target
+
+SLICES = 4
+"""Signed bytes of an activation."""
+
+QUADS = 8
+"""Operand registers of x in a block of 128: two per product."""
 
 HALF = 5 * 16
 """Words from the slices of quads 0..3 to those of 4..7: writes of all lanes, and reads of 16 bytes, then meet no bank twice."""

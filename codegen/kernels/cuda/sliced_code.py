@@ -10,8 +10,8 @@ from tvm.tirx.script.builder import ir as B
 from qcompile.codegen.kernels.base import Epilogue
 from qcompile.codegen.kernels.cuda import emit as e
 from qcompile.codegen.kernels.cuda.layout import BLOCK, TILE
-from qcompile.codegen.kernels.cuda.sliced import EXCHANGE, HALF, SlicedShape
-from qcompile.codegen.kernels.cuda.slices import QUADS, SLICES, Slicer, above, sliced_planes
+from qcompile.codegen.kernels.cuda.sliced import EXCHANGE, HALF, QUADS, SLICES, SlicedShape
+from qcompile.codegen.kernels.cuda.slices import Slicer, above, sliced_planes
 from qcompile.codegen.kernels.cuda.stream_code import half_of
 from qcompile.codegen.kernels.cuda.stream_tail import Tail
 

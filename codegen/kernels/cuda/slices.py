@@ -23,12 +23,7 @@ from typing import Any
 from tvm.script import tirx as T
 
 from qcompile.codegen.kernels.cuda.emit import Registers, ptx, u32
-
-SLICES = 4
-"""Signed bytes of an activation."""
-
-QUADS = 8
-"""Operand registers of x in a block: two per product."""
+from qcompile.codegen.kernels.cuda.sliced import SLICES
 
 BYTES = 0x01010101
 

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from qcompile.codegen.kernels.base import LinearProblem
 from qcompile.codegen.kernels.cuda import slices
 from qcompile.codegen.kernels.cuda.layout import BLOCK, TILE, FragmentLayout
-from qcompile.codegen.kernels.cuda.sliced import EXCHANGE, HALF, SlicedLinear
-from qcompile.codegen.kernels.cuda.slices import QUADS, SLICES, Slicer, above, sliced_planes
+from qcompile.codegen.kernels.cuda.sliced import EXCHANGE, HALF, QUADS, SLICES, SlicedLinear
+from qcompile.codegen.kernels.cuda.slices import Slicer, above, sliced_planes
 from qcompile.formats import parse_format
 from qcompile.formats.integer import parse_activation
 from qcompile.targets.cuda import TARGETS

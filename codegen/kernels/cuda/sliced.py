@@ -3,7 +3,9 @@
     a block (or ``split`` of a cluster, which divide K) has ``tn`` channel tiles; of K, a warp takes every so many-th 128
     per block of K:     x -> slices of eight bits           once for all tiles (`slices`)
                         codes and scales                    cp.async to shared memory, ``stages - 1`` tiles before they are
-                                                            multiplied, read back by the same warp: no barrier
+                                                            multiplied, read back by the same warp: no barrier. Or, where all
+                                                            of a block fit, by bulk copies of what its warps read in a step,
+                                                            each counted by an mbarrier: nothing waits in the load units
                         masked bytes -> mma.sync            u8 x s8, 16 channels by 32 positions; exact
                         sum of a group * exponent * scale   float32
     at the end          sums of the warps, in order, through shared memory; each block of the cluster sends the others their share
@@ -50,6 +52,7 @@ class SlicedShape(LinearShape):
         early: stages copied before the kernel before has ended, at most; the others are asked for after x, which would wait
             behind them. 0: all.
         late: whether the next kernel may start only after the products, so that its blocks spread over all multiprocessors.
+        bulk: whether the stages of all warps are copied together, all of them: ``stages`` is their number, ``wide`` 1.
     """
 
     tn: int
@@ -60,6 +63,7 @@ class SlicedShape(LinearShape):
     overlap: bool = False
     early: int = 0
     late: bool = False
+    bulk: bool = False
 
     @property
     def threads(self) -> int:
@@ -138,13 +142,18 @@ class SlicedShape(LinearShape):
 
     @property
     def barrier_place(self) -> int:
-        """Where the mbarrier that counts what arrives lies."""
+        """Where the mbarriers lie: of sums of the cluster, then of bulk copies."""
         return -(-(self.factor_place + 4 * self.columns) // 8) * 8
 
     @property
     def shared_bytes(self) -> int:
         """Of a block."""
-        return self.barrier_place + (8 if self.cluster else 0)
+        return self.barrier_place + 8 * (self.cluster + self.bulk * self.stages)
+
+    @property
+    def even(self) -> bool:
+        """Whether all blocks of K have as much metadata, in the order they are read."""
+        return not self.meta_bytes or self.meta_groups * self.chunk == self.blocks * BLOCK
 
     @property
     def registers(self) -> int:
@@ -177,7 +186,8 @@ class SlicedLinear(CudaLinear):
         given = {key: config[key] for key in ("tn", "kw", "stages", "dtype", "out")}
         split = config["split"] if config.get("cluster") else 1  # nothing else adds its sums up
         given |= {"wide": config.get("wide", 1), "split": split, "overlap": bool(config.get("overlap"))}
-        given |= {"early": config.get("early", 0), "late": bool(config.get("late"))}
+        given |= {"early": config.get("early", 0)}
+        given |= {key: bool(config.get(key)) for key in ("late", "bulk")}
         return SlicedShape(k=problem.k, n=problem.n, weight=problem.weight, **given)
 
     def configs(self, problem: LinearProblem, target: Target) -> list[dict[str, Any]]:
@@ -205,8 +215,14 @@ class SlicedLinear(CudaLinear):
             and shape.shared_bytes <= target.shared
             and shape.tn <= shape.tiles
             and (shape.stride <= shape.blocks or (shape.kw == 4 and shape.split == 1))
-            and (shape.steps % shape.stages == 0 or shape.stages % shape.steps == 0)
+            and self._divides(shape)
         )
+
+    def _divides(self, shape: SlicedShape) -> bool:
+        """Whether stages fit the steps of a block of K, and are what is copied in bulk."""
+        if shape.bulk:
+            return shape.wide == 1 and shape.even and shape.stages == shape.steps * shape.per_warp
+        return shape.steps % shape.stages == 0 or shape.stages % shape.steps == 0
 
     def cost(self, problem: LinearProblem, config: dict[str, Any], target: Any, m: int) -> float:
         """Waves of blocks times the slower of memory and issue slots, plus start."""

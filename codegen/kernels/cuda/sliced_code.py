@@ -17,6 +17,8 @@ from qcompile.codegen.kernels.cuda.stream_tail import Tail
 
 MMA = "mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32"
 
+BULK = "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes"
+
 ALL = 0xFFFFFFFF
 
 
@@ -48,21 +50,25 @@ class SlicedKernel(Tail):
         self.tile = e.let(T.min(self.bx * s.tn, s.tiles - s.tn))
         self._registers()
         self.first = e.let(self.by * s.kw + self.warp)
-        early = min(s.early or s.stages, s.stages - 1)
+        last = s.stages if s.bulk else s.stages - 1
+        early = min(s.early or last, last)
+        copy = self._copy_bulk if s.bulk else self._copy_first
         if s.cluster:
             self._start_barrier()
-        self._copy_first(0, early)
+        if s.bulk:
+            self._start_bulk()
+        copy(0, early)
         self._fetch_column()
         if s.overlap:
             e.await_previous()
         self._load_x(self.xw, self.first)
         self._load_x(self.xw_next, self.first + s.stride)
-        self._copy_first(early, s.stages - 1)
+        copy(early, last)
         self._slice()
         self._next_x(self.first + 2 * s.stride)
         turns = e.let(T.max((s.blocks - self.first + (s.stride - 1)) // s.stride, 0))
         with T.serial(turns) as i:
-            self._block(e.let(self.first + i * s.stride))
+            self._block(e.let(self.first + i * s.stride), i)
         if s.overlap and s.late:
             e.share_device()
         e.wait(0)
@@ -149,6 +155,56 @@ class SlicedKernel(Tail):
         some = T.cast(T.And(block < s.blocks, self.lane < per * self.chunks), "uint32")
         e.copy_async(self.arena.ptr_to([place + self.lane * 4]), self.meta.ptr_to([at]), 16, pred=some)
 
+    def _start_bulk(self) -> None:
+        """An mbarrier for each stage, which arrives once."""
+        s = self.s
+        with T.If(self.tx == 0), T.Then():
+            for stage in range(s.stages):
+                e.ptx("mbarrier.init.shared::cta.b64", self._stage_barrier(stage), e.u32(1))
+            e.ptx("fence.mbarrier_init.release.cluster")
+        T.evaluate(T.cuda.cta_sync())
+
+    def _stage_barrier(self, stage: Any) -> Any:
+        return self.arena.ptr_to([self.s.barrier_place // 4 + 2 * (stage + self.s.cluster)])
+
+    def _copy_bulk(self, start: int, end: int) -> None:
+        """What all warps read in these stages: it lies together, first the codes of a plane, then the scales."""
+        s = self.s
+        groups = 8 * s.meta_bytes * self.chunks
+        sources = [(p.block_bytes, source, s.blocks) for p, source in zip(s.layout.planes, self.codes, strict=True)]
+        sources += [(groups, self.meta, s.meta_groups // self.chunks)] if groups else []
+        with T.If(self.tx == 0), T.Then():
+            for stage in range(start, end):
+                turn, j = divmod(stage, s.steps)
+                block = e.let(self.by * s.kw + turn * s.stride)
+                count = e.let(T.min(s.blocks - block, s.kw))
+                barrier = self._stage_barrier(stage)
+                place = stage * s.kw * s.tile_bytes
+                with T.If(count > 0), T.Then():
+                    total = T.cast(count * (s.code_bytes + groups), "uint32")
+                    e.ptx("mbarrier.arrive.expect_tx.shared::cta.b64", barrier, total)
+                    for size, source, per_tile in sources:
+                        at = source.ptr_to([((self.tile + j) * per_tile + block) * size])
+                        there = self.arena.ptr_to([place // 4])
+                        e.ptx(BULK, there, at, T.cast(count * size, "uint32"), barrier)
+                        place += s.kw * size
+
+    def _read_bulk(self, stage: Any) -> None:
+        """What this warp has of a stage into registers."""
+        s = self.s
+        T.evaluate(T.cuda.mbarrier_wait(self._stage_barrier(stage), T.int32(0)))
+        start, place = e.let(stage * (s.kw * s.tile_bytes // 4)), 0
+        for held, plane in zip(self.held, s.layout.planes, strict=True):
+            words = plane.vector // 4
+            for v in range(plane.vectors):
+                at = start + place // 4 + self.warp * (plane.block_bytes // 4) + (v * 32 + self.lane) * words
+                e.read_shared([held[0, v * words + c] for c in range(words)], self.arena.ptr_to([at]))
+            place += s.kw * plane.block_bytes
+        words = s.meta_bytes // 4
+        for chunk in range(self.chunks if words else 0):
+            at = start + place // 4 + (self.warp * self.chunks + chunk) * (8 * words) + self.g * words
+            e.read_shared([self.meta_words[0, chunk, c] for c in range(words)], self.arena.ptr_to([at]))
+
     def _read(self, slot: Any) -> None:
         """A stage into registers."""
         s = self.s
@@ -191,17 +247,16 @@ class SlicedKernel(Tail):
 
     # Main loop
 
-    def _block(self, block: Any) -> None:
+    def _block(self, block: Any, turn: Any) -> None:
         s = self.s
         for step in range(s.steps):
-            e.wait(s.stages - 2)
-            T.evaluate(T.cuda.warp_sync())
-            self._read(e.let(self._slot(step)))
-            turns, following = divmod(step + s.stages - 1, s.steps)
-            self._copy(e.let(self._slot(step - 1)), following, e.let(block + turns * s.stride))
+            if s.bulk:
+                self._read_bulk(e.let(turn * s.steps + step))
+            else:
+                self._stage(step, block)
             for chunk in range(self.chunks):
                 self._multiply(step, chunk)
-        if s.steps % s.stages:
+        if s.steps % s.stages and not s.bulk:
             after = e.let(self.base[0] + s.steps * (s.stage_bytes // 4))
             self.base[1] = self.base[0]
             last = self.slots + s.stages * (s.stage_bytes // 4)
@@ -210,6 +265,15 @@ class SlicedKernel(Tail):
         with T.If(block + s.stride < s.blocks), T.Then():
             self._slice()
             self._next_x(block + 3 * s.stride)
+
+    def _stage(self, step: int, block: Any) -> None:
+        """A stage into registers, and the one that takes the place of the stage before is asked for."""
+        s = self.s
+        e.wait(s.stages - 2)
+        T.evaluate(T.cuda.warp_sync())
+        self._read(e.let(self._slot(step)))
+        turns, following = divmod(step + s.stages - 1, s.steps)
+        self._copy(e.let(self._slot(step - 1)), following, e.let(block + turns * s.stride))
 
     def _elements(self, p: int) -> list[Any]:
         """Those of this lane's quad as float32, in the order of the bytes."""
@@ -403,6 +467,8 @@ class SlicedKernel(Tail):
                 e.copy_async(self.arena.ptr_to([s.factor_place // 4 + index]), self.column.ptr_to([n]), 4)
 
         e.spread(s.columns, s.threads, self.tx, copy)
+        if s.bulk:
+            e.commit()  # else with the first stage that follows
 
     def _factor(self, place: int, source: Any, index: Any, first: Any) -> Any:
         return T.reinterpret("float32", self.arena[self.s.factor_place // 4 + index - self.tile * TILE])

@@ -25,6 +25,8 @@ BODIES = {
     "st.async": "memcpy(place({0}, 4), &{1}, 4); phases({2}).complete(4);",
     "barrier.cluster.arrive": "arrived = everyone->arrive();",
     "barrier.cluster.wait": "everyone->wait(std::move(*arrived)); arrived.reset();",
+    "cp.async.bulk.shared": "require({2} % 16 == 0 && (uintptr_t){1} % 16 == 0, \"bulk copy\");"
+    " memcpy(place({0}, 16), {1}, {2}); phases({3}).complete({2});",
     "cp.async.cg": "memcpy(place({0}, 16), {1}, 16);",
     "cp.async.ca.*, 4;": "memcpy(place({0}, 4), {1}, 4);",
     "cp.async.ca.*, 8;": "memcpy(place({0}, 8), {1}, 8);",

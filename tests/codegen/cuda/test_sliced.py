@@ -20,6 +20,9 @@ CASES = [
     ("int4/g128", 1100, 100, False, {"tn": 5, "kw": 1, "stages": 5, "split": 3, "overlap": True, "late": True}),
     ("int3/g64", 300, 70, False, {"tn": 2, "kw": 2, "stages": 4, "split": 1}),
     ("int8", 260, 33, True, {"tn": 1, "kw": 1, "stages": 3, "split": 2, "overlap": True}),
+    ("int2/g128", 1280, 70, False, {"tn": 2, "kw": 2, "stages": 6, "split": 2, "bulk": True, "overlap": True, "early": 1}),
+    ("int3/g64", 896, 50, True, {"tn": 3, "kw": 3, "stages": 9, "split": 1, "bulk": True}),
+    ("int8", 700, 40, False, {"tn": 1, "kw": 4, "stages": 2, "split": 1, "bulk": True, "overlap": True}),
     ("int4/g128/asym", 640, 64, False, {"tn": 1, "kw": 2, "stages": 3, "split": 2}),
 ]
 

@@ -217,6 +217,10 @@ class CudaLinear(LinearKernel):
             return Support(False, f"{self.name} addresses at most 2 GiB of weights")
         return self._needs(target)
 
+    def endless(self, shape: Any) -> str:
+        """Why a kernel of this shape would never end, if so: a pipeline too short for what it keeps under way."""
+        return ""
+
     def _takes(self, fmt: Format) -> Support:
         """Whether there is a dequantizer, and a reason if not."""
         integers = isinstance(fmt, IntFormat) and fmt.bits in self.bits

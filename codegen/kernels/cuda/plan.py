@@ -138,7 +138,7 @@ def make_plan(
             packing of the first one named are considered.
 
     Raises:
-        TargetError: no family takes the formats on this target, or the one that was named does not.
+        TargetError: no family takes the formats on this target, or the one that was named does not, or its kernel would never end.
     """
     able, reasons = [], []
     for candidate in (family(cls.name) for cls in FAMILIES):
@@ -167,5 +167,8 @@ def make_plan(
         name, config = tuned.choose(wanted, problem, target, count, kind)
         if (configs or {}).get(count, {}).get("family"):  # what it leaves out is off
             config = {key: value for key, value in config.items() if key not in OPTIONAL}
-        entries.append(Entry(count, name, {**config, **given, "out": out}))
+        entry = Entry(count, name, {**config, **given, "out": out})
+        if reason := family(name).endless(family(name).shape(problem, entry.config)):
+            raise TargetError(f"{name} for {count} rows of {problem.k} x {problem.n} would wait forever with {reason}")
+        entries.append(entry)
     return Plan(problem, tuple(entries), target)

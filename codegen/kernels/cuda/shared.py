@@ -165,11 +165,17 @@ class _Shared(TiledLinear):
                 found.append(config)
         return sorted(found, key=lambda c: self.cost(problem, c, target, m))
 
+    def endless(self, shape: TiledShape) -> str:
+        if shape.stages < min(2, shape.per_split):
+            return f"{shape.stages} stages; a pair is read at a time"
+        return ""
+
     def fits(self, shape: TiledShape, target: Any) -> bool:
         assert isinstance(shape, SharedShape)
         resident = max(1, shape.resident)
         return (
             shape.rows <= MOST_ROWS
+            and not self.endless(shape)
             and shape.rows % (8 * shape.share) == 0
             and shape.split <= shape.groups
             and shape.share * shape.split <= LARGEST_CLUSTER

@@ -39,6 +39,9 @@ RING_ROWS = 128
 DEEPEST_RING = 32
 """Stages of a ring."""
 
+SHORTEST_RING = 3
+"""Stages of rings that do not hold all of a block: two are read while the next is under way."""
+
 RASTER = 8
 """Row blocks that share their channels' weights in the second-level cache."""
 
@@ -246,10 +249,18 @@ class TiledLinear(CudaLinear):
                 found.append(deep)
         return found
 
+    def endless(self, shape: TiledShape) -> str:
+        if shape.ring and not shape.whole and shape.ring < SHORTEST_RING:
+            return f"a ring of {shape.ring} stages of weights; it takes {SHORTEST_RING}, or all {shape.per_split}"
+        if shape.ring and shape.stages < min(SHORTEST_RING, shape.per_split):
+            return f"{shape.stages} stages of x; they take {SHORTEST_RING}, or all {shape.per_split}"
+        return ""
+
     def fits(self, shape: TiledShape, target: Any) -> bool:
         resident = max(1, shape.resident)
         return (
-            shape.shared_bytes <= target.shared
+            not self.endless(shape)
+            and shape.shared_bytes <= target.shared
             and resident * (shape.shared_bytes + 1024) <= target.shared_sm
             and shape.registers <= min(255, 65536 // (resident * shape.threads))
             and (shape.grid_n == 1 or shape.columns <= -(-shape.n // 64) * 64)

@@ -17,8 +17,9 @@ from qcompile.codegen.kernels.cuda import tuned
 from qcompile.codegen.kernels.cuda.linear import Float8Activation
 from qcompile.codegen.kernels.cuda.plan import Plan, make_plan
 from qcompile.codegen.tune.cuda import Batch, Search, batches, candidates
-from qcompile.errors import ArtifactError
+from qcompile.errors import ArtifactError, TargetError
 from qcompile.formats import parse_activation, parse_format
+from qcompile.kernels import plan
 from qcompile.targets import databases
 from qcompile.targets.cuda import TARGETS
 
@@ -116,3 +117,19 @@ def test_candidates_are_what_their_families_can_do() -> None:
             assert not (entry.config.get("raw") and weight.startswith("nf")), "levels are looked up"
             assert not ("persistent" in entry.family and entry.config["raw"] and weight == "int3/g128")
             assert not ("planes" in entry.family and entry.config.get("overlap")), "these launches do not overlap"
+
+
+@pytest.mark.parametrize(
+    ("activation", "config"),
+    [
+        ("none", {"family": "cuda-tiled", "rows": 64, "wg": 1, "mt": 1, "split": 1, "stages": 4, "ring": 2}),
+        ("none", {"family": "cuda-tiled", "rows": 64, "wg": 1, "mt": 1, "split": 1, "stages": 2, "ring": 8}),
+        ("int8/token", {"family": "cuda-tiled-shared-int8", "rows": 64, "wg": 1, "mt": 1, "split": 1, "share": 1, "stages": 1}),
+    ],
+)  # fmt: skip
+def test_pipelines_that_would_wait_forever_are_refused(activation: str, config: dict) -> None:
+    given = {64: {**config, "wgmma": True, "cluster": True, "resident": 1}}
+    with pytest.raises(TargetError, match="would wait forever"):
+        plan(4096, 256, "int4", activation, torch.float16, "sm_90a", rows=(64,), configs=given)
+    enough = {key: value for key, value in given[64].items() if key != "ring"} | {"stages": 4}
+    assert plan(4096, 256, "int4", activation, torch.float16, "sm_90a", rows=(64,), configs={64: enough}).entries

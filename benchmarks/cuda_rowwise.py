@@ -2,7 +2,7 @@
 
     python benchmarks/cuda_rowwise.py --prepare                 without a GPU: generate the sources
     python benchmarks/cuda_rowwise.py [--out results.jsonl]     measure
-    python benchmarks/cuda_rowwise.py --candidates              measure clusters that are not chosen yet
+    python benchmarks/cuda_rowwise.py --candidates              measure clusters that might be chosen
 
 A float16 tensor is read and int8 codes (of 8 or 4 bits) are written; `copy` reads and writes the float16 tensor, by torch.
 Kronecker products are also compared with torch: two products of float16 matrices, then the quantizer as tensor operations, and as the row
@@ -83,8 +83,15 @@ CANDIDATES = (
         for width in (4096, 8192)
         for blocks in (1, 2, 4, 8)
     }
+    | {
+        f"quantize{width}_by{blocks}": CudaRowwise(
+            width, quantize="token", dtype="float16", config=SpreadConfig(blocks)
+        )
+        for width in (4096, 8192, 14336, 28672)
+        for blocks in (1, 2, 4, 8)
+    }
 )
-"""Configs of clusters that no rule chooses yet, for few rows."""
+"""Configs of clusters to choose from, for few rows."""
 
 QUANTIZERS = {
     f"quantize{width}_int{bits}": CudaRowwise(width, quantize="token", bits=bits, dtype="float16")

@@ -214,18 +214,25 @@ def kronecker_rows(width: int, sizes: tuple[int, int], config: KroneckerConfig |
     return found if found.config.warps <= MOST_WARPS and found.held <= MOST_ROUNDS else None
 
 
+SHARED_WIDTH, SHARED_ROWS = 11008, 16
+"""From which width on up to how many rows are shared by the blocks of a cluster."""
+
+
 def kronecker_configs(
     width: int, sizes: tuple[int, int], target: CudaTarget, direct: bool
 ) -> list[tuple[int, KroneckerConfig]]:
     """Configs for up to so many rows, in this order; the last one takes any number. ``direct``: elements are float16 that are multiplied
     as they are loaded.
 
-    The rule fits what was fastest of 37 candidates on an H200 at 4096, 8192, 11008, 14336 and 28672: a block per row and multiprocessor
-    where rows are few, then as many as registers allow; pairs of tiles where a row is much work.
+    The rule fits what was fastest of 37 candidates on an H200, and of clusters on an H100, at 4096, 8192, 11008, 14336 and 28672:
+    clusters for few wide rows, then a block per row and multiprocessor, then as many as registers allow; pairs of tiles where a
+    row is much work.
     """
     rows = kronecker_rows(width, sizes)
     assert rows is not None
     count, chosen = rows.blocks * prod(rows.tiles), []
+    if width >= SHARED_WIDTH and (shared := shared_config(width, sizes, target, direct)):
+        chosen.append((SHARED_ROWS, shared))
     even = any(size % 2 == 0 for size in rows.tiles)
     paired = even and (count > 16 or count % 8 == 0)
     config = KroneckerConfig(_warps(count, 2 if paired else 1), ahead=direct, paired=paired)
@@ -241,7 +248,7 @@ def kronecker_configs(
 
 
 def shared_config(width: int, sizes: tuple[int, int], target: CudaTarget, direct: bool) -> KroneckerConfig | None:
-    """Of the largest cluster that shares a row, if there is one; `kronecker_configs` does not choose it, see docs/cuda-results.md."""
+    """Of the largest cluster that shares a row, if there is one."""
     rows = kronecker_rows(width, sizes)
     assert rows is not None
     blocks = max(n for n in range(1, 9) if rows.tiles[1] % n == 0)

@@ -253,12 +253,13 @@ def rotation_configs(width: int, order: int, target: CudaTarget, direct: bool) -
     assert best is not None
     chosen = []
     most = max((w for w in found if w.radix == 1 or w.radix >= 12), key=lambda w: w.held, default=best)
-    gathered = direct and width == order and width in GATHERED and target.has("cluster")
-    if gathered:
-        chosen.append((16, RotationConfig(1, GATHERED[width], blocks=8, ahead=True, gathered=True, staged=True)))
+    if direct and width == order and target.has("cluster"):
+        for rows, blocks, warps, held in GATHERED.get(width, ()):
+            chosen.append((rows, RotationConfig(warps, held, blocks=blocks, ahead=True, gathered=True, staged=True)))
+    gathered = chosen[-1][0] if chosen else 0
     if target.has("cluster") and width >= SHARED_WIDTH:
         for rows, blocks in _sharing(most):
-            if gathered and rows <= 16:
+            if rows <= gathered:
                 continue
             # Two blocks have as many warps as vectors to load, more blocks as many as products.
             work = most.pieces if most.radix > 1 and blocks > 2 else most.tasks
@@ -272,8 +273,13 @@ def rotation_configs(width: int, order: int, target: CudaTarget, direct: bool) -
     return [entry for entry, (_, later) in zip(chosen, [*chosen[1:], (0, None)]) if entry[1] != later]
 
 
-GATHERED = {4096: 2, 8192: 4}
-"""Widths of which up to 16 rows are gathered by eight blocks of one warp, with the vectors that it holds."""
+GATHERED = {
+    4096: ((16, 8, 1, 2),),
+    8192: ((16, 8, 1, 4),),
+    14336: ((2, 8, 7, 1), (8, 8, 4, 1), (32, 2, 14, 1)),
+    28672: ((8, 8, 7, 1), (16, 8, 4, 1), (66, 2, 14, 2)),
+}
+"""By width: up to so many rows are gathered by so many blocks, their warps, and the vectors one holds. The fastest of six on an H100."""
 
 SHARED_WIDTH = 8192
 """From which width on few rows are shared by blocks."""

@@ -60,6 +60,9 @@ MOST_COLUMNS = 1024 * 32
 SPREAD_WIDTH = 2048
 """From this width on few rows are spread over more threads."""
 
+SHARED_WIDTH = 4096
+"""From this width on, and over several multiprocessors, if something of all the row is needed."""
+
 
 @dataclass(frozen=True)
 class CudaRowwise:
@@ -272,7 +275,9 @@ class CudaRowwise:
             return [(0, self)]
         if self.transform is None:
             few = self.width >= SPREAD_WIDTH and not self.hadamard and bool(self.quantize or self.norm)
-            return [*([(target.multiprocessors, replace(self, config=SpreadConfig()))] if few else []), (0, self)]
+            blocks = [4, 2, 1] if target.has("cluster") and self.width >= SHARED_WIDTH and self.reductions else [1]
+            rows = {4: 16, 2: target.multiprocessors // 2, 1: target.multiprocessors}
+            return [*((rows[n], replace(self, config=SpreadConfig(n))) for n in blocks if few), (0, self)]
         if self.mixed:
             if reason := refusal(self.width, self.kronecker, target):
                 raise TargetError(reason)

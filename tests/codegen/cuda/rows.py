@@ -25,7 +25,7 @@ BODIES = {
     "st.async": "memcpy(place({0}, 4), &{1}, 4); phases({2}).complete(4);",
     "barrier.cluster.arrive": "arrived = everyone->arrive();",
     "barrier.cluster.wait": "everyone->wait(std::move(*arrived)); arrived.reset();",
-    "cp.async.bulk.shared": "require({2} % 16 == 0 && (uintptr_t){1} % 16 == 0, \"bulk copy\");"
+    "cp.async.bulk.shared": 'require({2} % 16 == 0 && (uintptr_t){1} % 16 == 0, "bulk copy");'
     " memcpy(place({0}, 16), {1}, {2}); phases({3}).complete({2});",
     "cp.async.cg": "memcpy(place({0}, 16), {1}, 16);",
     "cp.async.ca.*, 4;": "memcpy(place({0}, 4), {1}, 4);",
@@ -127,7 +127,9 @@ def execute(
     for parameter in parameters[1].split(","):
         kind, name_ = parameter.strip().rsplit(None, 1)
         pointer = f"({kind.replace('__restrict__', '')})given[{order.index(name_)}]" if "*" in kind else ""
-        values.append(pointer or ("rows" if name_ == "v" else "grid"))  # what else it takes is how many rows are launched
+        values.append(
+            pointer or ("rows" if name_ == "v" else "grid")
+        )  # what else it takes is how many rows are launched
     program = f"""#include "{Path(__file__).with_name("rows.h")}"
 {chr(10).join(helpers)}
 {body}

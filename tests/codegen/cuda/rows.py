@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from qcompile.codegen.kernels.cuda.persistent import PersistentShape
 from qcompile.codegen.kernels.cuda.plan import Plan
 from qcompile.codegen.kernels.cuda.rowwise import CudaRowwise, source
 from qcompile.codegen.kernels.cuda.sliced import SlicedShape
@@ -33,7 +34,7 @@ BODIES = {
     "ld.global.b32": "memcpy(&{0}, {1}, 4);",
     "ld.shared.v2": "uint words[2]; memcpy(words, place({2}, 8), 8); {0} = words[0]; {1} = words[1];",
     "ld.shared.b32": "memcpy(&{0}, place({1}, 4), 4);",
-    "ld.global.nc.v4": "memcpy(&{0}, {4}, 4); memcpy(&{1}, (uint*){4} + 1, 4); memcpy(&{2}, (uint*){4} + 2, 4);"
+    "ld.global.(nc.)?v4": "memcpy(&{0}, {4}, 4); memcpy(&{1}, (uint*){4} + 1, 4); memcpy(&{2}, (uint*){4} + 2, 4);"
     " memcpy(&{3}, (uint*){4} + 3, 4);",
     "ld.global.nc.v2": "memcpy(&{0}, {2}, 4); memcpy(&{1}, (uint*){2} + 1, 4);",
     "ld.global.nc.b32": "memcpy(&{0}, {1}, 4);",
@@ -65,6 +66,7 @@ BODIES = {
     "add.rn.f16x2": "{0} = pairwise([&](int i) {{ return part({1}, i) + part({2}, i); }});",
     "sub.rn.f16x2": "{0} = pairwise([&](int i) {{ return part({1}, i) - part({2}, i); }});",
     "cvt.rn.f16x2": "{0} = pair({1}, {2});",
+    "lop3.*, 234;": "{0} = {1} & {2} | {3};",
     "prmt": "{0} = permuted({1}, {2}, {3});",
     "max.NaN.f32": "{0} = largest({1}, {2});",
     "fma.rn.f32": "{0} = fmaf({1}, {2}, {3});",
@@ -86,16 +88,18 @@ def run(kernel: CudaRowwise, arrays: dict[str, np.ndarray], rows: int, grid: int
 
 
 def multiply(plan: Plan, weight: Quantized, x: np.ndarray, bias: np.ndarray | None, folder: Path) -> np.ndarray:
-    """The first kernel of ``plan``, of `sliced`, on ``x`` (M, K) float16; float16 (M, N)."""
+    """The first kernel of ``plan``, of `sliced` or `persistent`, on ``x`` (1, K) float16; float16 (1, N)."""
     s, packed = plan.shape(), plan.pack(weight)
     padded = np.zeros((len(x), s.x_width), np.float16)
     padded[:, : x.shape[1]] = x
     arrays = {"x": padded, "meta": packed.get("meta", np.zeros(0, np.uint8)), "column": packed["column"]}
     codes = [packed[key] for key in ("codes", "high") if key in packed]
+    if "table" in packed:
+        arrays["table"] = packed["table"]
     arrays |= {f"codes{i}": array for i, array in enumerate(codes)} | ({"bias": bias} if bias is not None else {})
     arrays["out"] = np.full((len(x), s.n), 7, np.float16)
-    assert isinstance(s, SlicedShape) and len(x) == 1
-    grid, size = (s.grid_n, s.split), (1, s.split)
+    assert isinstance(s, SlicedShape | PersistentShape) and len(x) == 1
+    grid, size = (s.launched if isinstance(s, PersistentShape) else s.grid_n, s.split), (1, s.split)
     execute(plan.source().read_text(), plan.entries[0].symbol, arrays, 1, grid, size, s.threads, s.shared_bytes, folder)
     return arrays["out"]
 
@@ -165,6 +169,8 @@ def _helper(result: str, name: str, parameters: str, code: str) -> str:
     elif asm is not None:
         guarded = re.match(r"\{ .reg .pred p; .*? @p (.*) \}$", asm[1])
         instruction = guarded[1] if guarded else asm[1]
-        code = next(body for start, body in BODIES.items() if re.match(start, instruction)).format(*names)
+        found = [body for start, body in BODIES.items() if re.match(start, instruction)]
+        assert found, f"there is nothing for {instruction}"
+        code = found[0].format(*names)
         code = f"if ({names[-1]}) {{ {code} }}" if guarded else code
     return f"static {result} {name}({parameters}) {{ {code} }}"

@@ -1,4 +1,5 @@
-"""Products of one row by integer tensor cores, as generated, on a CPU: sums of warps and clusters, repeated tiles, ends of K and N."""
+"""Products of one row, as generated, on a CPU: `sliced` with sums of warps and clusters, repeated tiles, ends of K and N, and
+`persistent` with several groups of tiles to a block."""
 
 from __future__ import annotations
 
@@ -33,15 +34,34 @@ CASES = [
 ]
 
 
+PERSISTENT = [
+    ("int4/g128", 520, 210, True, {"tn": 1, "kw": 2, "grid": 3, "stages": 4, "raw": True}),
+    ("int2/g128", 384, 100, False, {"tn": 2, "kw": 3, "grid": 2, "stages": 3, "raw": False}),
+    ("nf4/g64", 300, 50, False, {"tn": 1, "kw": 2, "grid": 3, "stages": 3, "raw": False}),
+]
+
+
 @pytest.mark.parametrize(("weight", "k", "n", "bias", "config"), CASES, ids=[f"{c[0]}-{c[1]}x{c[2]}" for c in CASES])
 def test_products(weight: str, k: int, n: int, bias: bool, config: dict, tmp_path: Path) -> None:
+    config = {"family": "cuda-stream-sliced", "wide": 1, "cluster": config["split"] > 1, **config}
+    check(weight, k, n, bias, config, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("weight", "k", "n", "bias", "config"), PERSISTENT, ids=[f"{c[0]}-{c[1]}x{c[2]}" for c in PERSISTENT]
+)
+def test_products_of_persistent_blocks(weight: str, k: int, n: int, bias: bool, config: dict, tmp_path: Path) -> None:
+    check(weight, k, n, bias, {"family": "cuda-stream-persistent", **config}, tmp_path)
+
+
+def check(weight: str, k: int, n: int, bias: bool, config: dict, folder: Path) -> None:
+    """Compare with float64."""
     rng = np.random.default_rng(k)
     fmt = parse_format(weight)
     quantized = fmt.encode(rng.standard_normal((k, n)).astype(np.float32))
     x = rng.standard_normal((1, k)).astype(np.float16)
     added = rng.standard_normal(n).astype(np.float32) if bias else None
-    config = {"family": "cuda-stream-sliced", "wide": 1, "cluster": config["split"] > 1, **config}
     p = plan(k, n, weight, "none", torch.float16, "sm_90a", bias, rows=(1,), configs={1: config})
-    got = rows.multiply(p, quantized, x, added, tmp_path).astype(np.float64)
+    got = rows.multiply(p, quantized, x, added, folder).astype(np.float64)
     want = x.astype(np.float64) @ fmt.decode(quantized).astype(np.float64) + (added if bias else 0)
     assert np.abs(got - want).max() <= 2e-3 * np.abs(want).max()

@@ -275,9 +275,11 @@ class CudaRowwise:
             return [(0, self)]
         if self.transform is None:
             few = self.width >= SPREAD_WIDTH and not self.hadamard and bool(self.quantize or self.norm)
-            blocks = [4, 2, 1] if target.has("cluster") and self.width >= SHARED_WIDTH and self.reductions else [1]
-            rows = {4: 16, 2: target.multiprocessors // 2, 1: target.multiprocessors}
-            return [*((rows[n], replace(self, config=SpreadConfig(n))) for n in blocks if few), (0, self)]
+            shared = target.has("cluster") and self.width >= SHARED_WIDTH and self.reductions
+            most = 8 if self.width >= 2 * SHARED_WIDTH else 4
+            rows = [(16, most), (target.multiprocessors // 2, 2)] if shared else []
+            rows.append((target.multiprocessors, 1))
+            return [*((n, replace(self, config=SpreadConfig(blocks))) for n, blocks in rows if few), (0, self)]
         if self.mixed:
             if reason := refusal(self.width, self.kronecker, target):
                 raise TargetError(reason)

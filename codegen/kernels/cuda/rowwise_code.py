@@ -308,7 +308,6 @@ class _PlainKernel(_Kernel, Butterflies):
         e.share_device()
         if self.blocks > 1:
             self._start_barriers(k.barriers)
-            self._expect(e.u32(0), k.common, k.told)
         if k.spread:
             self._load_constants()
         e.await_previous()
@@ -316,6 +315,7 @@ class _PlainKernel(_Kernel, Butterflies):
         self._load()
         if self.blocks > 1:
             self._await_others()
+            self._expect(e.u32(0), k.common, k.told)
         self._normalise()
         self._store_values()
         if k.quantize:

@@ -96,7 +96,10 @@ def candidates(problem: LinearProblem, target: CudaTarget, rows: int, count: int
         # And a third where x or the next kernel comes at another time.
         third = -(-count // 3)
         more += [(n, {**c, "late": True}) for n, c in first if "shared" in n][:third]
-        more += [(n, {**c, "early": 1}) for n, c in first if "sliced" in n][:third]
+        few = [(n, c) for n, c in first if "sliced" in n][:third]
+        more += [(n, {**c, "early": 1}) for n, c in few]
+        bulk = [(n, {**c, "wide": 1, "bulk": True, "early": 3}) for n, c in few]
+        more += [(n, c) for n, c in bulk if family(n).fits(family(n).shape(known, c), target)]
     return [Entry(rows, name, {**config, "out": "float16"}) for name, config in first + more]
 
 

@@ -217,8 +217,8 @@ class CudaLinear(LinearKernel):
             return Support(False, f"{self.name} addresses at most 2 GiB of weights")
         return self._needs(target)
 
-    def endless(self, shape: Any) -> str:
-        """Why a kernel of this shape would never end, if so: a pipeline too short for what it keeps under way."""
+    def unsound(self, shape: Any) -> str:
+        """What a kernel of this shape cannot have, if so: a pipeline that does not end, or would read what is not there."""
         return ""
 
     def _takes(self, fmt: Format) -> Support:

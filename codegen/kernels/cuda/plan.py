@@ -138,7 +138,7 @@ def make_plan(
             packing of the first one named are considered.
 
     Raises:
-        TargetError: no family takes the formats on this target, or the one that was named does not, or its kernel would never end.
+        TargetError: no family takes the formats on this target, or the one that was named does not, or its kernel cannot have such a config.
     """
     able, reasons = [], []
     for candidate in (family(cls.name) for cls in FAMILIES):
@@ -168,7 +168,7 @@ def make_plan(
         if (configs or {}).get(count, {}).get("family"):  # what it leaves out is off
             config = {key: value for key, value in config.items() if key not in OPTIONAL}
         entry = Entry(count, name, {**config, **given, "out": out})
-        if reason := family(name).endless(family(name).shape(problem, entry.config)):
-            raise TargetError(f"{name} for {count} rows of {problem.k} x {problem.n} would wait forever with {reason}")
+        if reason := family(name).unsound(family(name).shape(problem, entry.config)):
+            raise TargetError(f"{name} for {count} rows of {problem.k} x {problem.n} cannot have {reason}")
         entries.append(entry)
     return Plan(problem, tuple(entries), target)

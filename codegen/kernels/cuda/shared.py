@@ -165,7 +165,7 @@ class _Shared(TiledLinear):
                 found.append(config)
         return sorted(found, key=lambda c: self.cost(problem, c, target, m))
 
-    def endless(self, shape: TiledShape) -> str:
+    def unsound(self, shape: TiledShape) -> str:
         if shape.stages < min(2, shape.per_split):
             return f"{shape.stages} stages; a pair is read at a time"
         return ""
@@ -175,7 +175,7 @@ class _Shared(TiledLinear):
         resident = max(1, shape.resident)
         return (
             shape.rows <= MOST_ROWS
-            and not self.endless(shape)
+            and not self.unsound(shape)
             and shape.rows % (8 * shape.share) == 0
             and shape.split <= shape.groups
             and shape.share * shape.split <= LARGEST_CLUSTER

@@ -18,7 +18,7 @@ points differ, the sum of x times the zero point is subtracted.
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from qcompile.codegen.kernels.base import LinearProblem, Support
@@ -52,7 +52,7 @@ class SlicedShape(LinearShape):
         early: stages copied before the kernel before has ended, at most; the others are asked for after x, which would wait
             behind them. 0: all.
         late: whether the next kernel may start only after the products, so that its blocks spread over all multiprocessors.
-        bulk: whether the stages of all warps are copied together, all of them: ``stages`` is their number, ``wide`` 1.
+        bulk: whether the stages of all warps are copied together, all of them, whatever ``stages`` a config has; ``wide`` is 1.
     """
 
     tn: int
@@ -188,7 +188,8 @@ class SlicedLinear(CudaLinear):
         given |= {"wide": config.get("wide", 1), "split": split, "overlap": bool(config.get("overlap"))}
         given |= {"early": config.get("early", 0)}
         given |= {key: bool(config.get(key)) for key in ("late", "bulk")}
-        return SlicedShape(k=problem.k, n=problem.n, weight=problem.weight, **given)
+        shape = SlicedShape(k=problem.k, n=problem.n, weight=problem.weight, **given)
+        return replace(shape, stages=shape.steps * shape.per_warp) if shape.bulk else shape
 
     def configs(self, problem: LinearProblem, target: Target) -> list[dict[str, Any]]:
         """Configs that fit the chip, best first by `cost`; none for more rows than one."""
@@ -215,14 +216,15 @@ class SlicedLinear(CudaLinear):
             and shape.shared_bytes <= target.shared
             and shape.tn <= shape.tiles
             and (shape.stride <= shape.blocks or (shape.kw == 4 and shape.split == 1))
-            and self._divides(shape)
+            and not self.unsound(shape)
         )
 
-    def _divides(self, shape: SlicedShape) -> bool:
-        """Whether stages fit the steps of a block of K, and are what is copied in bulk."""
-        if shape.bulk:
-            return shape.wide == 1 and shape.even and shape.stages == shape.steps * shape.per_warp
-        return shape.steps % shape.stages == 0 or shape.stages % shape.steps == 0
+    def unsound(self, shape: SlicedShape) -> str:
+        if shape.bulk and (shape.wide > 1 or not shape.even):
+            return "bulk copies; they take one channel tile at a time, and groups that divide blocks of 128, which divide K"
+        if not shape.bulk and shape.steps % shape.stages and shape.stages % shape.steps:
+            return f"{shape.stages} stages; {shape.steps} steps are a multiple or a divisor of them"
+        return ""
 
     def cost(self, problem: LinearProblem, config: dict[str, Any], target: Any, m: int) -> float:
         """Waves of blocks times the slower of memory and issue slots, plus start."""

@@ -249,7 +249,7 @@ class TiledLinear(CudaLinear):
                 found.append(deep)
         return found
 
-    def endless(self, shape: TiledShape) -> str:
+    def unsound(self, shape: TiledShape) -> str:
         if shape.ring and not shape.whole and shape.ring < SHORTEST_RING:
             return f"a ring of {shape.ring} stages of weights; it takes {SHORTEST_RING}, or all {shape.per_split}"
         if shape.ring and shape.stages < min(SHORTEST_RING, shape.per_split):
@@ -259,7 +259,7 @@ class TiledLinear(CudaLinear):
     def fits(self, shape: TiledShape, target: Any) -> bool:
         resident = max(1, shape.resident)
         return (
-            not self.endless(shape)
+            not self.unsound(shape)
             and shape.shared_bytes <= target.shared
             and resident * (shape.shared_bytes + 1024) <= target.shared_sm
             and shape.registers <= min(255, 65536 // (resident * shape.threads))

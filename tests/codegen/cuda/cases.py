@@ -27,7 +27,7 @@ class Case:
     Attributes:
         split: blocks along K of every kernel.
         variant: ``mma`` for tiled kernels without wgmma, ``wide`` for unusual tiles, ``exact`` for codes around zero,
-            ``planes`` for bit planes, ``persistent`` and ``sliced`` for kernels of one row, which take others one by one,
+            ``planes`` for bit planes, ``persistent``, ``sliced`` and ``bulk`` for kernels of one row, which take others one by one,
             ``cluster`` for splits that add up in clusters, ``ring`` for those with weights in rings of their own,
             ``shared`` for blocks that share rows of x.
     """
@@ -110,6 +110,11 @@ class Case:
             division = {"tn": 4, "stages": 4, "wide": 2} if self.bias else {"tn": 3, "stages": 6}
             division |= {"split": max(self.split, 1), "cluster": self.split > 1, "overlap": self.k > 700}
             return {1: {"family": "cuda-stream-sliced", "kw": 4, **division}}
+        if self.variant == "bulk":
+            division = {"tn": 3, "split": max(self.split, 1), "cluster": self.split > 1, "early": self.bias}
+            return {
+                1: {"family": "cuda-stream-sliced", "kw": 4, "stages": 0, "bulk": True, "overlap": True, **division}
+            }
         if self.variant == "planes":
             forced = {rows: {**given, "family": "cuda-planes"} for rows, given in forced.items()}
         if self.variant == "raw":
@@ -127,7 +132,7 @@ class Case:
             getattr(torch, self.dtype),
             target,
             self.bias,
-            rows=(1,) if self.variant in ("persistent", "sliced") else BUCKETS,
+            rows=(1,) if self.variant in ("persistent", "sliced", "bulk") else BUCKETS,
             configs=self.configs(),
         )
 
@@ -157,7 +162,9 @@ def tuned_cases(arch: str) -> list[TunedCase]:
     cases, seen = [], set()
     for (weight, dtype, *_), entries in sets.items():
         activation = {"int8": "int8", "float8_e4m3fn": "e4m3"}.get(dtype, "none")
-        found = TunedCase(weight, 8448, 1032, activation, entries=tuple(entries))
+        # Of kernels that hold all of K, as much as was measured.
+        whole = any(tuned.table()[key].get("bulk") for _, key in entries)
+        found = TunedCase(weight, int(k) if whole else 8448, 1032, activation, entries=tuple(entries))
         content = (weight, dtype, repr(sorted(found.configs().items())))
         if content not in seen:
             seen.add(content)
@@ -257,6 +264,10 @@ CASES = [
     Case("int8/g128", 512, 72, bias=True, variant="sliced"),
     Case("int8/asym", 2000, 65, split=4, variant="sliced"),
     Case("int8/g32/asym", 700, 80, dtype="bfloat16", variant="sliced"),
+    Case("int2/g128", 1280, 328, variant="bulk"),
+    Case("int3/g64/asym", 896, 136, dtype="bfloat16", bias=True, variant="bulk"),
+    Case("int4/g64", 1024, 259, bias=True, split=2, variant="bulk"),
+    Case("int8", 2031, 77, split=3, variant="bulk"),
 ]
 """Odd and even extents, all bits, groups, both kinds of zero points, both float types, with and without split-k."""
 

@@ -181,12 +181,13 @@ class SlicedKernel(Tail):
                 barrier = self._stage_barrier(stage)
                 place = stage * s.kw * s.tile_bytes
                 with T.If(count > 0), T.Then():
-                    total = T.cast(count * (s.code_bytes + groups), "uint32")
+                    blocks = e.let(T.reinterpret("uint32", count))
+                    total = blocks * e.u32(s.code_bytes + groups)
                     e.ptx("mbarrier.arrive.expect_tx.shared::cta.b64", barrier, total)
                     for size, source, per_tile in sources:
                         at = source.ptr_to([((self.tile + j) * per_tile + block) * size])
                         there = self.arena.ptr_to([place // 4])
-                        e.ptx(BULK, there, at, T.cast(count * size, "uint32"), barrier)
+                        e.ptx(BULK, there, at, blocks * e.u32(size), barrier)
                         place += s.kw * size
 
     def _read_bulk(self, stage: Any) -> None:

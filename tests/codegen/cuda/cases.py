@@ -160,7 +160,7 @@ def tuned_cases(arch: str) -> list[TunedCase]:
         if chip == arch:
             sets.setdefault((weight, dtype, n, k), []).append((int(rows), key))
     cases, seen = [], set()
-    for (weight, dtype, *_), entries in sets.items():
+    for (weight, dtype, _, k), entries in sets.items():
         activation = {"int8": "int8", "float8_e4m3fn": "e4m3"}.get(dtype, "none")
         # Of kernels that hold all of K, as much as was measured.
         whole = any(tuned.table()[key].get("bulk") for _, key in entries)

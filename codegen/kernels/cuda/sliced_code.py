@@ -173,21 +173,21 @@ class SlicedKernel(Tail):
         groups = 8 * s.meta_bytes * self.chunks
         sources = [(p.block_bytes, source, s.blocks) for p, source in zip(s.layout.planes, self.codes, strict=True)]
         sources += [(groups, self.meta, s.meta_groups // self.chunks)] if groups else []
+        count = e.Registers((1,), "int32")  # blocks of K
         with T.If(self.tx == 0), T.Then():
             for stage in range(start, end):
                 turn, j = divmod(stage, s.steps)
                 block = e.let(self.by * s.kw + turn * s.stride)
-                count = e.let(T.min(s.blocks - block, s.kw))
+                count[0] = T.min(s.blocks - block, s.kw)
                 barrier = self._stage_barrier(stage)
                 place = stage * s.kw * s.tile_bytes
-                with T.If(count > 0), T.Then():
-                    blocks = e.let(T.reinterpret("uint32", count))
-                    total = blocks * e.u32(s.code_bytes + groups)
+                with T.If(count[0] > 0), T.Then():
+                    total = T.cast(count[0] * (s.code_bytes + groups), "uint32")
                     e.ptx("mbarrier.arrive.expect_tx.shared::cta.b64", barrier, total)
                     for size, source, per_tile in sources:
                         at = source.ptr_to([((self.tile + j) * per_tile + block) * size])
                         there = self.arena.ptr_to([place // 4])
-                        e.ptx(BULK, there, at, blocks * e.u32(size), barrier)
+                        e.ptx(BULK, there, at, T.cast(count[0] * size, "uint32"), barrier)
                         place += s.kw * size
 
     def _read_bulk(self, stage: Any) -> None:

@@ -308,6 +308,8 @@ class _PlainKernel(_Kernel, Butterflies):
         e.share_device()
         if self.blocks > 1:
             self._start_barriers(k.barriers)
+            T.evaluate(T.cuda.cta_sync())
+            self._expect(e.u32(0), k.common, k.told)
         if k.spread:
             self._load_constants()
         e.await_previous()
@@ -315,7 +317,6 @@ class _PlainKernel(_Kernel, Butterflies):
         self._load()
         if self.blocks > 1:
             self._await_others()
-            self._expect(e.u32(0), k.common, k.told)
         self._normalise()
         self._store_values()
         if k.quantize:

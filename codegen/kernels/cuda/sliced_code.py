@@ -395,9 +395,6 @@ class SlicedKernel(Tail):
         s = self.s
         if s.cluster:
             e.ptx("barrier.cluster.wait.acquire.aligned")  # all have started
-            with T.If(self.tx == 0), T.Then():
-                mine = T.max(T.min(s.columns - self.by * s.share, s.share), 0)
-                e.ptx("mbarrier.arrive.expect_tx.shared::cta.b64", self.arrival, T.cast(mine * (4 * s.split), "uint32"))
         T.evaluate(T.cuda.cta_sync())
         place = s.totals_place // 4
         with T.serial(-(-s.columns // s.threads)) as i:
@@ -423,13 +420,17 @@ class SlicedKernel(Tail):
         return T.And(n >= self.bx * s.columns, T.And(channel < s.columns, n < s.n))
 
     def _start_barrier(self) -> None:
-        """Let the other blocks know when they may send."""
+        """Let the other blocks know when they may send, and say how much will arrive."""
         s = self.s
         self.arrival = self.arena.ptr_to([s.barrier_place // 4])
         with T.If(self.tx == 0), T.Then():
             e.ptx("mbarrier.init.shared::cta.b64", self.arrival, e.u32(1))
             e.ptx("fence.mbarrier_init.release.cluster")
         e.ptx("barrier.cluster.arrive.release.aligned")
+        T.evaluate(T.cuda.cta_sync())
+        with T.If(self.tx == 0), T.Then():
+            mine = T.max(T.min(s.columns - self.by * s.share, s.share), 0)
+            e.ptx("mbarrier.arrive.expect_tx.shared::cta.b64", self.arrival, T.cast(mine * (4 * s.split), "uint32"))
 
     def _send(self, channel: Any, value: Any) -> None:
         """The sum of this block to the one that adds the channel up, which may be itself."""

@@ -63,8 +63,12 @@ CANDIDATES = (
             dtype="float16",
             config=RotationConfig(warps, held, blocks=blocks, **GATHERED),
         )
-        for width in (14336, 28672)
-        for warps, held, blocks in ((7, 1, 8), (4, 1, 8), (14, 1, 8), (14, 1, 4), (7, 1, 4), (14, width // 14336, 2))
+        for width, divisions in {
+            8192: ((8, 2, 2), (4, 2, 2), (8, 1, 4), (4, 1, 4)),
+            14336: ((7, 1, 8), (4, 1, 8), (14, 1, 8), (14, 1, 4), (7, 1, 4), (14, 1, 2)),
+            28672: ((7, 1, 8), (4, 1, 8), (14, 1, 8), (14, 1, 4), (7, 1, 4), (14, 2, 2)),
+        }.items()
+        for warps, held, blocks in divisions
     }
     | {
         f"kronecker{width}_shared": CudaRowwise(

@@ -21,7 +21,7 @@ from qcompile.targets.cuda import CudaTarget
 ROWS = (1, 8, 16, 32, 64, 128, 256, 512)
 """Buckets: rows the kernels are written for; the last one takes any number."""
 
-OPTIONAL = ("overlap", "cluster", "ring", "resident", "early", "late")
+OPTIONAL = ("overlap", "cluster", "ring", "resident", "early", "late", "bulk")
 """Keys of configs that may be left out."""
 
 

@@ -52,23 +52,25 @@ KERNELS = (
     }
 )
 
-GATHERED = {"ahead": True, "gathered": True, "staged": True}
+GATHERED = {"ahead": True, "gathered": True}
 
 CANDIDATES = (
     {
-        f"hadamard{width}_by{blocks}_{warps}": CudaRowwise(
+        f"hadamard{width}_by{blocks}_{warps}" + "_staged" * staged: CudaRowwise(
             width,
             hadamard=width,
             quantize="token",
             dtype="float16",
-            config=RotationConfig(warps, held, blocks=blocks, **GATHERED),
+            config=RotationConfig(warps, held, blocks=blocks, staged=staged, **GATHERED),
         )
         for width, divisions in {
-            8192: ((8, 2, 2), (4, 2, 2), (8, 1, 4), (4, 1, 4)),
-            14336: ((7, 1, 8), (4, 1, 8), (14, 1, 8), (14, 1, 4), (7, 1, 4), (14, 1, 2)),
-            28672: ((7, 1, 8), (4, 1, 8), (14, 1, 8), (14, 1, 4), (7, 1, 4), (14, 2, 2)),
+            4096: ((1, 2, 8), (8, 1, 2), (4, 1, 2)),
+            8192: ((1, 4, 8), (8, 2, 2), (4, 2, 2), (8, 1, 4), (4, 1, 4)),
+            14336: ((7, 1, 8), (4, 1, 8), (14, 1, 4), (7, 1, 4), (14, 1, 2)),
+            28672: ((7, 1, 8), (5, 1, 8), (4, 1, 8), (14, 1, 4), (7, 1, 4), (14, 2, 2)),
         }.items()
         for warps, held, blocks in divisions
+        for staged in (False, True)
     }
     | {
         f"kronecker{width}_shared": CudaRowwise(

@@ -254,8 +254,8 @@ def rotation_configs(width: int, order: int, target: CudaTarget, direct: bool) -
     chosen = []
     most = max((w for w in found if w.radix == 1 or w.radix >= 12), key=lambda w: w.held, default=best)
     if direct and width == order and target.has("cluster"):
-        for rows, blocks, warps, held in GATHERED.get(width, ()):
-            chosen.append((rows, RotationConfig(warps, held, blocks=blocks, ahead=True, gathered=True, staged=True)))
+        for rows, blocks, warps, held, staged in GATHERED.get(width, ()):
+            chosen.append((rows, RotationConfig(warps, held, blocks=blocks, ahead=True, gathered=True, staged=staged)))
     gathered = chosen[-1][0] if chosen else 0
     if target.has("cluster") and width >= SHARED_WIDTH:
         for rows, blocks in _sharing(most):
@@ -274,12 +274,13 @@ def rotation_configs(width: int, order: int, target: CudaTarget, direct: bool) -
 
 
 GATHERED = {
-    4096: ((16, 8, 1, 2),),
-    8192: ((16, 8, 1, 4),),
-    14336: ((2, 8, 7, 1), (8, 8, 4, 1), (32, 2, 14, 1)),
-    28672: ((8, 8, 7, 1), (16, 8, 4, 1), (66, 2, 14, 2)),
+    4096: ((16, 8, 1, 2, False), (66, 2, 4, 1, False)),
+    8192: ((16, 4, 8, 1, False), (66, 2, 4, 2, False)),
+    14336: ((8, 8, 4, 1, False), (32, 2, 14, 1, False)),
+    28672: ((8, 8, 7, 1, True), (16, 8, 4, 1, True), (66, 2, 14, 2, True)),
 }
-"""By width: up to so many rows are gathered by so many blocks, their warps, and the vectors one holds. The fastest of six on an H100."""
+"""By width: up to so many rows are gathered by so many blocks, their warps, the vectors one holds, and whether maxima are staged. The
+fastest of six to ten on an H200."""
 
 SHARED_WIDTH = 8192
 """From which width on few rows are shared by blocks."""

@@ -222,7 +222,7 @@ class SlicedLinear(CudaLinear):
     def unsound(self, shape: SlicedShape) -> str:
         if shape.bulk and (shape.wide > 1 or not shape.even):
             return "bulk copies; they take one channel tile at a time, and groups that divide blocks of 128, which divide K"
-        if not shape.bulk and shape.steps % shape.stages and shape.stages % shape.steps:
+        if not shape.bulk and (shape.stages < 2 or (shape.steps % shape.stages and shape.stages % shape.steps)):
             return f"{shape.stages} stages; {shape.steps} steps are a multiple or a divisor of them"
         return ""
 

@@ -71,6 +71,7 @@ class SlicedKernel(Tail):
             self._block(e.let(self.first + i * s.stride), i)
         if s.overlap and s.late:
             e.share_device()
+        e.commit()  # scales of channels a warp without blocks of K has asked for
         e.wait(0)
         self._keep()
         self._finish()
@@ -470,8 +471,6 @@ class SlicedKernel(Tail):
                 e.copy_async(self.arena.ptr_to([s.factor_place // 4 + index]), self.column.ptr_to([n]), 4)
 
         e.spread(s.columns, s.threads, self.tx, copy)
-        if s.bulk:
-            e.commit()  # else with the first stage that follows
 
     def _factor(self, place: int, source: Any, index: Any, first: Any) -> Any:
         return T.reinterpret("float32", self.arena[self.s.factor_place // 4 + index - self.tile * TILE])

@@ -31,6 +31,7 @@ CASES = [
     ("int3/g64", 896, 50, True, {"tn": 3, "kw": 3, "stages": 9, "split": 1, "bulk": True}),
     ("int8", 700, 40, False, {"tn": 1, "kw": 4, "stages": 2, "split": 1, "bulk": True, "overlap": True}),
     ("int8", 900, 70, False, {"tn": 2, "kw": 2, "stages": 0, "split": 3, "bulk": True, "overlap": True}),
+    ("int4/g32", 100, 90, True, {"tn": 3, "kw": 4, "stages": 3, "split": 1, "overlap": True}),
     ("int4/g128/asym", 640, 64, False, {"tn": 1, "kw": 2, "stages": 3, "split": 2}),
 ]
 

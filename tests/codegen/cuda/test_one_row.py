@@ -20,7 +20,6 @@ CASES = [
     ("int4/g64", 777, 147, True, {"tn": 4, "kw": 3, "stages": 4, "wide": 2, "split": 2}),
     ("int4/g128", 1100, 100, False, {"tn": 5, "kw": 1, "stages": 5, "split": 3, "overlap": True, "late": True}),
     ("int3/g64", 300, 70, False, {"tn": 2, "kw": 2, "stages": 4, "split": 1}),
-    ("int8", 260, 33, True, {"tn": 1, "kw": 1, "stages": 3, "split": 2, "overlap": True}),
     (
         "int2/g128",
         1280,
@@ -29,7 +28,6 @@ CASES = [
         {"tn": 2, "kw": 2, "stages": 6, "split": 2, "bulk": True, "overlap": True, "early": 1},
     ),
     ("int3/g64", 896, 50, True, {"tn": 3, "kw": 3, "stages": 9, "split": 1, "bulk": True}),
-    ("int8", 700, 40, False, {"tn": 1, "kw": 4, "stages": 2, "split": 1, "bulk": True, "overlap": True}),
     ("int8", 900, 70, False, {"tn": 2, "kw": 2, "stages": 0, "split": 3, "bulk": True, "overlap": True}),
     ("int4/g32", 100, 90, True, {"tn": 3, "kw": 4, "stages": 3, "split": 1, "overlap": True}),
     ("int4/g128/asym", 640, 64, False, {"tn": 1, "kw": 2, "stages": 3, "split": 2}),
@@ -38,7 +36,6 @@ CASES = [
 
 PERSISTENT = [
     ("int4/g128", 520, 210, True, {"tn": 1, "kw": 2, "grid": 3, "stages": 4, "raw": True}),
-    ("int2/g128", 384, 100, False, {"tn": 2, "kw": 3, "grid": 2, "stages": 3, "raw": False}),
     ("nf4/g64", 300, 50, False, {"tn": 1, "kw": 2, "grid": 3, "stages": 3, "raw": False}),
 ]
 

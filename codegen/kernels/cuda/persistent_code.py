@@ -37,7 +37,7 @@ class PersistentKernel(Kernel):
         self._threads(s.threads, s.overlap)
         self.first_row = self.bz
         self._divide()
-        self._fetch_column()
+        self._fetch_column(s.turns * s.tn * TILE, self._channel)
         self._first_copies()
         self._registers()
         if self.s.overlap:
@@ -194,17 +194,10 @@ class PersistentKernel(Kernel):
                 self.index = index
                 self._store(self.first_row, n, total[0])
 
-    def _fetch_column(self) -> None:
-        """Start copying the scales of the channels, which the end of the kernel then need not wait for."""
-        s = self.s
-        width = s.tn * TILE
-
-        def copy(index: Any) -> None:
-            n = e.let((self.bx + index // width * s.launched) * width + index % width)
-            with T.If(n < s.n), T.Then():
-                e.copy_async(self.arena.ptr_to([s.factor_place // 4 + index]), self.column.ptr_to([n]), 4)
-
-        e.spread(s.turns * width, s.threads, self.tx, copy)
+    def _channel(self, index: Any) -> Any:
+        """The channel of this block's ``index``-th sum."""
+        width = self.s.tn * TILE
+        return (self.bx + index // width * self.s.launched) * width + index % width
 
     def _factor(self, place: int, source: Any, index: Any, first: Any) -> Any:
         if place:

@@ -58,7 +58,7 @@ class SlicedKernel(Tail):
         if s.bulk:
             self._start_bulk()
         copy(0, early)
-        self._fetch_column()
+        self._fetch_column(s.columns, lambda index: self.tile * TILE + index)
         if s.overlap:
             e.await_previous()
         self._load_x(self.xw, self.first)
@@ -460,17 +460,6 @@ class SlicedKernel(Tail):
                     value = T.reinterpret("float32", word)
                     total[0] = value if part == 0 else total[0] + value
                 self._store(self.bz, n, total[0])
-
-    def _fetch_column(self) -> None:
-        """Start copying the scales of the channels, which the end of the kernel then need not wait for."""
-        s = self.s
-
-        def copy(index: Any) -> None:
-            n = e.let(self.tile * TILE + index)
-            with T.If(n < s.n), T.Then():
-                e.copy_async(self.arena.ptr_to([s.factor_place // 4 + index]), self.column.ptr_to([n]), 4)
-
-        e.spread(s.columns, s.threads, self.tx, copy)
 
     def _factor(self, place: int, source: Any, index: Any, first: Any) -> Any:
         return T.reinterpret("float32", self.arena[self.s.factor_place // 4 + index - self.tile * TILE])

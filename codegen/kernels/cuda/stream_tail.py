@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from tvm.script import tirx as T
@@ -75,6 +76,16 @@ class Tail(LinearCode):
                 B.buffer_store(self.arrived, T.int32(0), [index])
             with T.serial(passes) as p:
                 self._element(p, rows, lambda row, n, at: self._store(row, n, self._splits_sum(row, n, size)))
+
+    def _fetch_column(self, count: int, channel: Callable[[Any], Any]) -> None:
+        """Start copying the scales of ``count`` channels, which the end of the kernel then need not wait for."""
+
+        def copy(index: Any) -> None:
+            n = e.let(channel(index))
+            with T.If(n < self.s.n), T.Then():
+                e.copy_async(self.arena.ptr_to([self.s.factor_place // 4 + index]), self.column.ptr_to([n]), 4)
+
+        e.spread(count, self.s.threads, self.tx, copy)
 
     def _element(self, p: Any, rows: Any, use: Any) -> None:
         """Call ``use(row, n, place of the sum in shared memory)`` for one element per thread."""

@@ -27,31 +27,35 @@ static uint __reduce_max_sync(uint, uint value) {
   return value;
 }
 
-// mma.m16n8k16 with float32 sums: sum c is that of row g + 8 (c / 2), column 2 t + c % 2.
-struct Operands { uint a[32][4], b[32][2]; };
-static Operands operands[LIMIT][32];
-static void product(float (&sums)[4], const uint (&a)[4], const uint (&b)[2]) {
-  Operands& all = operands[rank][threadIdx.x / 32];
-  int g = lane() / 4, t = lane() % 4;
-  memcpy(all.a[lane()], a, 16);
-  memcpy(all.b[lane()], b, 8);
-  warp_sync();
-  for (int c = 0; c < 4; c++) for (int h = 0; h < 2; h++) for (int i = 0; i < 4; i++) {
-    uint x = all.a[4 * g + i][2 * h + c / 2], y = all.b[4 * (2 * t + c % 2) + i][h];
-    sums[c] += part(x, 0) * part(y, 0) + part(x, 1) * part(y, 1);
-  }
-  warp_sync();
+// cp.async: copies of a thread arrive when their group is waited for, not before.
+struct Copy { uint to; const void* from; int size; };
+thread_local std::vector<Copy> asked;
+thread_local std::deque<std::vector<Copy>> groups;
+static void copy_async(uint to, const void* from, int size) { asked.push_back({to, from, size}); }
+static void close_group() { groups.push_back(std::move(asked)); asked.clear(); }
+static void await_groups(size_t pending) {
+  for (; groups.size() > pending; groups.pop_front())
+    for (Copy& copy : groups.front()) memcpy(place(copy.to, copy.size), copy.from, copy.size);
 }
 
-// mma.m16n8k32 of unsigned by signed bytes.
-static void product(uint (&sums)[4], const uint (&a)[4], const uint (&b)[2]) {
+// mma.m16n8k16 of float16, m16n8k32 of unsigned by signed bytes: sum c is that of row g + 8 (c / 2), column 2 t + c % 2.
+static float of_words(float, uint x, uint y) { return part(x, 0) * part(y, 0) + part(x, 1) * part(y, 1); }
+static uint of_words(uint, uint x, uint y) {
+  int sum = 0;
+  for (int k = 0; k < 32; k += 8) sum += (uchar)(x >> k) * (int8_t)(y >> k);
+  return sum;
+}
+struct Operands { uint a[32][4], b[32][2]; };
+static Operands operands[LIMIT][32];
+template <typename Sum>
+static void product(Sum (&sums)[4], const uint (&a)[4], const uint (&b)[2]) {
   Operands& all = operands[rank][threadIdx.x / 32];
   int g = lane() / 4, t = lane() % 4;
   memcpy(all.a[lane()], a, 16);
   memcpy(all.b[lane()], b, 8);
   warp_sync();
-  for (int c = 0; c < 4; c++) for (int h = 0; h < 2; h++) for (int i = 0; i < 4; i++) for (int k = 0; k < 32; k += 8)
-    sums[c] += (uchar)(all.a[4 * g + i][2 * h + c / 2] >> k) * (int8_t)(all.b[4 * (2 * t + c % 2) + i][h] >> k);
+  for (int c = 0; c < 4; c++) for (int h = 0; h < 2; h++) for (int i = 0; i < 4; i++)
+    sums[c] += of_words(Sum(), all.a[4 * g + i][2 * h + c / 2], all.b[4 * (2 * t + c % 2) + i][h]);
   warp_sync();
 }
 

@@ -28,9 +28,9 @@ BODIES = {
     "barrier.cluster.wait": "everyone->wait(std::move(*arrived)); arrived.reset();",
     "cp.async.bulk.shared": 'require({2} % 16 == 0 && (uintptr_t){1} % 16 == 0, "bulk copy");'
     " memcpy(place({0}, 16), {1}, {2}); phases({3}).complete({2});",
-    "cp.async.cg": "memcpy(place({0}, 16), {1}, 16);",
-    "cp.async.ca.*, 4;": "memcpy(place({0}, 4), {1}, 4);",
-    "cp.async.ca.*, 8;": "memcpy(place({0}, 8), {1}, 8);",
+    r"cp.async.c[ag].*, (?P<number>\d+);": "copy_async({0}, {1}, {number});",
+    "cp.async.commit": "close_group();",
+    r"cp.async.wait_group (?P<number>\d+)": "await_groups({number});",
     "ld.global.b32": "memcpy(&{0}, {1}, 4);",
     "ld.shared.v2": "uint words[2]; memcpy(words, place({2}, 8), 8); {0} = words[0]; {1} = words[1];",
     "ld.shared.b32": "memcpy(&{0}, place({1}, 4), 4);",
@@ -72,7 +72,7 @@ BODIES = {
     "fma.rn.f32": "{0} = fmaf({1}, {2}, {3});",
     "div.rn.f32": "{0} = {1} / {2};",
     "rcp.approx": "{0} = 1 / {1};",
-    "cp.async.commit|cp.async.wait|fence|griddepcontrol|prefetch": "",
+    "fence|griddepcontrol|prefetch": "",
 }
 """What an instruction does, by how it begins, in terms of its operands; nothing where it orders what is ordered here."""
 
@@ -169,8 +169,9 @@ def _helper(result: str, name: str, parameters: str, code: str) -> str:
     elif asm is not None:
         guarded = re.match(r"\{ .reg .pred p; .*? @p (.*) \}$", asm[1])
         instruction = guarded[1] if guarded else asm[1]
-        found = [body for start, body in BODIES.items() if re.match(start, instruction)]
-        assert found, f"there is nothing for {instruction}"
-        code = found[0].format(*names)
+        matches = ((body, re.match(start, instruction)) for start, body in BODIES.items())
+        body, match = next(((body, match) for body, match in matches if match), ("", None))
+        assert match, f"there is nothing for {instruction}"
+        code = body.format(*names, **match.groupdict())
         code = f"if ({names[-1]}) {{ {code} }}" if guarded else code
     return f"static {result} {name}({parameters}) {{ {code} }}"

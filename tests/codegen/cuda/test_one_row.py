@@ -40,6 +40,12 @@ PERSISTENT = [
 ]
 
 
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sources are those of the code as it is."""
+    monkeypatch.setenv("QCOMPILE_CUDA_CACHE", str(tmp_path))
+
+
 @pytest.mark.parametrize(("weight", "k", "n", "bias", "config"), CASES, ids=[f"{c[0]}-{c[1]}x{c[2]}" for c in CASES])
 def test_products(weight: str, k: int, n: int, bias: bool, config: dict, tmp_path: Path) -> None:
     config = {"family": "cuda-stream-sliced", "wide": 1, "cluster": config["split"] > 1, **config}
@@ -61,6 +67,6 @@ def check(weight: str, k: int, n: int, bias: bool, config: dict, folder: Path) -
     x = rng.standard_normal((1, k)).astype(np.float16)
     added = rng.standard_normal(n).astype(np.float32) if bias else None
     p = plan(k, n, weight, "none", torch.float16, "sm_90a", bias, rows=(1,), configs={1: config})
-    got = rows.multiply(p, quantized, x, added, folder).astype(np.float64)
+    got = rows.multiply(p, quantized, x, added, folder / "run").astype(np.float64)
     want = x.astype(np.float64) @ fmt.decode(quantized).astype(np.float64) + (added if bias else 0)
     assert np.abs(got - want).max() <= 2e-3 * np.abs(want).max()

@@ -33,6 +33,8 @@ KERNELS = {
     "mixed_overlaid": CudaRowwise(
         1980, quantize="tensor", zero_point=5, kronecker=(33, 60), config=KroneckerConfig(2, overlaid=True)
     ),
+    "spread_uneven": CudaRowwise(1003, norm="rms", gamma=True, quantize="token", config=SpreadConfig(4)),
+    "spread_by_eight": CudaRowwise(5001, **HALF, config=SpreadConfig(8)),
     "spread": CudaRowwise(1032, norm="layer", gamma=True, beta=True, quantize="token", config=SpreadConfig(2)),
 }  # fmt: skip
 
